@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any
 
 from shardlab.errors import PlanError
@@ -150,7 +151,7 @@ def even_splits(size: int, parts: int) -> list[tuple[int, int]]:
     """[start, end) of up to ``parts`` nearly equal, non-empty pieces of range(size)."""
     parts = max(1, min(parts, size))
     bounds = [size * i // parts for i in range(parts + 1)]
-    return list(zip(bounds[:-1], bounds[1:], strict=True))
+    return list(pairwise(bounds))
 
 
 def build_table_plan(table: EmbeddingBagConfig, sharding: ShardingType, ranks: Sequence[int], *,

@@ -1,0 +1,121 @@
+// Python face of the kernels. Tensors come as addresses (Tensor.data_ptr()): the wrappers in
+// shardlab/ops check dtype, shape, device and contiguity once, and a DLPack capsule per tensor
+// would cost more than small kernels do (about 3 us each, 10 tensors a call). No torch header.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include "dispatch.h"
+#include "unique.h"
+
+namespace nb = nanobind;
+using Address = uintptr_t;
+
+namespace {
+
+template <class T>
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+shardlab::Step step_from(const std::vector<float>& v) {
+  if (v.size() != 9) throw nb::value_error("step needs 9 numbers");
+  return {v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7], v[8]};
+}
+
+void bind_rows(nb::module_& m) {
+  using namespace shardlab;
+  m.def("gather", [](Address arena, Address blocks, Address segments, int64_t num_segments,
+                     Address ids, Address out, int threads) {
+    nb::gil_scoped_release release;
+    active_kernels().gather(at<char>(arena), at<Block>(blocks), at<GatherSegment>(segments),
+                            num_segments, at<int64_t>(ids), at<float>(out), threads);
+  });
+  m.def("pool", [](Address source, Address jobs, int64_t num_jobs, Address index, Address offsets,
+                   Address weights, Address out, int threads) {
+    nb::gil_scoped_release release;
+    active_kernels().pool(at<float>(source), at<PoolJob>(jobs), num_jobs, at<int64_t>(index),
+                          at<int64_t>(offsets), at<float>(weights), at<float>(out), threads);
+  });
+  m.def("sum", [](Address source, Address starts, Address sources, Address weights, Address pieces,
+                  int64_t num_pieces, float scale, Address out, int threads) {
+    nb::gil_scoped_release release;
+    const Csr csr{at<int64_t>(starts), at<int64_t>(sources), at<float>(weights)};
+    active_kernels().sum(at<float>(source), csr, at<SumPiece>(pieces), num_pieces, scale,
+                         at<float>(out), threads);
+  });
+  m.def("update", [](Address arena, Address blocks, int64_t num_blocks, Address ids,
+                     Address splits, Address starts, Address sources, Address weights,
+                     Address grads, int64_t rule, const std::vector<float>& step, int threads) {
+    const Step s = step_from(step);
+    nb::gil_scoped_release release;
+    const Csr csr{at<int64_t>(starts), at<int64_t>(sources), at<float>(weights)};
+    active_kernels().update(at<char>(arena), at<Block>(blocks), num_blocks, at<int64_t>(ids),
+                            at<int64_t>(splits), csr, at<float>(grads), (Rule)rule, s, threads);
+  });
+  m.def("init_uniform", [](Address rows, int64_t record_bytes, int64_t num_rows, int64_t columns,
+                           uint64_t seed, int64_t first_row, int64_t first_column,
+                           int64_t table_columns, float low, float high, int threads) {
+    nb::gil_scoped_release release;
+    init_uniform(at<char>(rows), record_bytes, num_rows, columns, seed, first_row, first_column,
+                 table_columns, low, high, threads);
+  });
+}
+
+void bind_ids(nb::module_& m) {
+  using namespace shardlab;
+  m.def("unique_segments", [](Address ids, int64_t id_bytes, Address chunks, int64_t num_chunks,
+                              int64_t num_segments, Address limits, Address bounds, Address bags,
+                              const std::vector<Address>& out, int threads) -> int64_t {
+    nb::gil_scoped_release release;
+    const UniqueResult result{at<int64_t>(out.at(0)), at<int64_t>(out.at(1)),
+                              at<int64_t>(out.at(2)), at<int64_t>(out.at(3)),
+                              at<int64_t>(out.at(4)), at<int64_t>(out.at(5))};
+    const auto run = [&](auto* typed) {
+      return unique_segments(typed, at<Chunk>(chunks), num_chunks, num_segments,
+                             at<int64_t>(limits), at<int64_t>(bounds), at<int64_t>(bags), result,
+                             threads);
+    };
+    return id_bytes == 4 ? run(at<int32_t>(ids)) : run(at<int64_t>(ids));
+  });
+  m.def("route_bags", [](Address ids, Address offsets, int64_t length, int64_t batch,
+                         Address tables, int64_t num_tables, Address block_ends, Address out_ids,
+                         Address out_positions, Address out_lengths, Address out_counts,
+                         int threads) -> int64_t {
+    nb::gil_scoped_release release;
+    return route_bags(at<int64_t>(ids), at<int64_t>(offsets), length, batch,
+                      at<RouteTable>(tables), num_tables, at<int64_t>(block_ends),
+                      at<int64_t>(out_ids), at<int64_t>(out_positions), at<int64_t>(out_lengths),
+                      at<int64_t>(out_counts), threads);
+  });
+  m.def("split_sorted", [](Address ids, Address splits, Address queries, int64_t num_queries,
+                           Address index) {
+    split_sorted(at<int64_t>(ids), at<int64_t>(splits), at<int64_t>(queries), num_queries,
+                 at<int64_t>(index));
+  });
+  m.def("pack_ids", [](Address ids, Address pieces, int64_t num_pieces, Address out,
+                       int64_t id_bytes) {
+    nb::gil_scoped_release release;
+    if (id_bytes == 4)
+      pack_ids(at<int64_t>(ids), at<int64_t>(pieces), num_pieces, at<int32_t>(out));
+    else
+      pack_ids(at<int64_t>(ids), at<int64_t>(pieces), num_pieces, at<int64_t>(out));
+  });
+  m.def("fill_affine", [](Address pieces, int64_t num_pieces, Address out) {
+    nb::gil_scoped_release release;
+    fill_affine(at<int64_t>(pieces), num_pieces, at<int64_t>(out));
+  });
+}
+
+}  // namespace
+
+NB_MODULE(_native, m) {
+  m.def("isa", [] { return std::string(shardlab::active_kernels().name); });
+  m.def("isas", [] {
+    std::vector<std::string> names;
+    for (const auto* kernels : shardlab::available_kernels()) names.emplace_back(kernels->name);
+    return names;
+  });
+  bind_rows(m);
+  bind_ids(m);
+}

@@ -1,0 +1,1 @@
+"""The parts of `shardlab.jagged`, which is the name to import from."""

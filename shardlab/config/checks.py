@@ -1,0 +1,232 @@
+"""Checks of a job that look at more than one field.
+
+Each check names the parts it needs, such as ``optimizer.sparse.kind``, and runs wherever these
+are valid: a mistake in one place hides no mistake in another.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from shardlab.config.models import (
+    DataConfig,
+    DenseOptimizerConfig,
+    ModelConfig,
+    RowRange,
+    ScheduleConfig,
+    Section,
+    SparseOptimizerConfig,
+    TableConfig,
+    TablesPreset,
+)
+from shardlab.errors import ConfigError, nearest_name
+from shardlab.presets import CRITEO_SPARSE_NAMES, criteo_kaggle_tables
+from shardlab.specs import EmbeddingBagConfig, check_tables, parse_storage
+
+#: (place, section, kind -> the fields that only this kind and its like take).
+_KINDS: tuple[tuple[str, type[Section], dict[str, set[str]]], ...] = (
+    ("model", ModelConfig, {
+        "dlrm": {"bottom_mlp"}, "deepfm": set(), "dcn": {"cross_layers", "cross_rank"}}),
+    ("data", DataConfig, {
+        "synthetic_criteo": {"seed"}, "criteo_tsv": {"path"}, "criteo_parquet": {"path"},
+        "parquet": {"path", "columns"}}),
+    ("optimizer.sparse", SparseOptimizerConfig, {
+        "sgd": {"weight_decay"}, "adagrad": {"eps"}, "row_wise_adagrad": {"eps"},
+        "adam": {"eps", "betas"}, "row_wise_adam": {"eps", "betas"}}),
+    ("optimizer.dense", DenseOptimizerConfig, {
+        "sgd": {"weight_decay", "momentum"}, "adagrad": {"eps", "weight_decay"},
+        "adam": {"eps", "betas", "weight_decay"}, "adamw": {"eps", "betas", "weight_decay"}}),
+    ("optimizer.schedule", ScheduleConfig, {
+        "constant": set(), "linear_warmup": {"warmup_steps"},
+        "cosine": {"warmup_steps", "steps", "final_factor"},
+        "linear_decay": {"warmup_steps", "steps", "final_factor"}}),
+)
+
+#: The part that holds (index, table) of every valid entry of an explicit list of tables.
+VALID_TABLES = "tables (valid entries)"
+
+Problems = Iterator[str]
+
+
+@dataclass(frozen=True)
+class Check:
+    """A check and the parts that it takes, in order."""
+
+    parts: tuple[str, ...]
+    problems: Callable[..., Problems]
+
+
+def table_spec(table: TableConfig) -> EmbeddingBagConfig:
+    """One entry of a job's list as a spec."""
+    fields: dict[str, Any] = {name: getattr(table, name) for name in type(table).model_fields}
+    return EmbeddingBagConfig(**fields)
+
+
+def table_specs(tables: tuple[TableConfig, ...] | TablesPreset) -> list[EmbeddingBagConfig]:
+    """The tables of a job as specs."""
+    if isinstance(tables, TablesPreset):
+        return criteo_kaggle_tables(
+            tables.embedding_dim, tables.max_rows, storage=parse_storage(tables.storage, "tables"),
+            sharding=tables.sharding, exchange=tables.exchange, bounds=tables.bounds)
+    return [table_spec(table) for table in tables]
+
+
+def _table_problems(valid: tuple[tuple[int, TableConfig], ...]) -> Problems:
+    specs = []
+    for index, table in valid:
+        try:
+            spec = table_spec(table)
+        except ConfigError as error:
+            yield from (f"tables[{index}]: {line}" for line in error.problems)
+            continue
+        specs.append(spec)
+        low, high = spec.init_range
+        if low > high:
+            yield f"tables[{index}].weight_init_min: {low} lies above weight_init_max, {high}"
+    try:
+        check_tables(specs)
+    except ConfigError as error:
+        yield from (f"tables: {line}" for line in error.problems)
+
+
+def _dims_problems(kind: str, tables: tuple[TableConfig, ...] | TablesPreset) -> Problems:
+    dims: dict[int, str] = {}
+    if not isinstance(tables, TablesPreset):
+        for table in tables:
+            dims.setdefault(table.embedding_dim, table.name)
+    if kind in ("dlrm", "deepfm") and len(dims) > 1:
+        found = ", ".join(f"{name!r} has {dim}" for dim, name in dims.items())
+        yield (f"model.kind: {kind} needs one embedding_dim for all tables, but {found}; "
+               "make them equal or use kind dcn")
+
+
+def _kind_problems(place: str, default: Any, takes: dict[str, set[str]], kind: str,
+                   value: Any) -> Problems:
+    """A field that was given although the section's kind does not take it."""
+    field = place.rpartition(".")[2]
+    if field not in takes[kind] and value != default:
+        own = f"; it takes {', '.join(sorted(takes[kind]))}" if takes[kind] else ""
+        yield f"{place}: kind {kind} does not take it{own}"
+
+
+def _kind_checks() -> Iterator[Check]:
+    """One check for every field that only some kinds take."""
+    for place, section, takes in _KINDS:
+        for field in sorted(set[str]().union(*takes.values())):
+            problems = partial(_kind_problems, f"{place}.{field}",
+                               section.model_fields[field].default, takes)
+            yield Check((f"{place}.kind", f"{place}.{field}"), problems)
+
+
+def _missing_problems(kind: str, path: tuple[str, ...], columns: Any) -> Problems:
+    if kind == "parquet" and columns is None:
+        yield "data.columns: kind parquet needs to know which column is what; none is given"
+    if kind != "synthetic_criteo" and not path:
+        yield f"data.path: kind {kind} needs a file, none is given"
+
+
+def _path_problems(path: tuple[str, ...]) -> Problems:
+    for index, pattern in enumerate(path):
+        place = f"data.path[{index}]" if len(path) > 1 else "data.path"
+        files = glob.glob(pattern)
+        if not files:
+            yield f"{place}: no file matches {pattern!r} (looked in {os.getcwd()})"
+        for file in files:
+            if not os.path.isfile(file) or not os.access(file, os.R_OK):
+                yield f"{place}: {file!r} is not a file that can be read"
+
+
+def _rows_problems(name: str, kind: str, rows: RowRange | None) -> Problems:
+    endless = kind == "synthetic_criteo"
+    if endless and (rows[1] if rows else name != "train_rows") is None:
+        yield f"data.{name}: the generated data has no end of its own; give [start, stop]"
+    if rows and rows[1] is not None and rows[1] <= rows[0]:
+        yield f"data.{name}: [{rows[0]}, {rows[1]}) holds no row"
+
+
+def _split_problems(kind: str, train: RowRange | None, validation: RowRange | None,
+                    fraction: float | None) -> Problems:
+    if fraction is not None and kind == "synthetic_criteo":
+        yield "data.validation_fraction: the generated data has no end; give validation_rows"
+    elif fraction is not None and validation is not None:
+        yield "data.validation_fraction: validation_rows is given too; keep one of them"
+    if train and validation and \
+            (train[1] is None or validation[0] < train[1]) and \
+            (validation[1] is None or train[0] < validation[1]):
+        yield (f"data.validation_rows: {list(validation)} overlaps train_rows {list(train)}; "
+               "a row may train or validate, not both")
+
+
+def _columns_problems(kind: str, columns: Any,
+                      tables: tuple[TableConfig, ...] | TablesPreset) -> Problems:
+    """Every feature needs a column, and every mapped column a feature."""
+    try:
+        features = [feature for spec in table_specs(tables) for feature in spec.feature_names]
+    except ConfigError:
+        return  # listed by the tables' own check
+    if kind == "parquet":
+        for feature in columns.sparse if columns else ():
+            if feature not in features:
+                yield (f"data.columns.sparse.{feature}: no table has this feature"
+                       f"{nearest_name(feature, features)}")
+    else:
+        for feature in features:
+            if feature not in CRITEO_SPARSE_NAMES:
+                yield (f"tables: feature {feature!r} is not in the data: kind {kind} has C1 to "
+                       f"C26{nearest_name(feature, list(CRITEO_SPARSE_NAMES))}")
+
+
+def _schedule_problems(kind: str, warmup_steps: int, steps: int | None) -> Problems:
+    if kind == "linear_warmup" and warmup_steps == 0:
+        yield "optimizer.schedule.warmup_steps: kind linear_warmup needs at least 1 step"
+    if kind not in ("cosine", "linear_decay"):
+        return
+    if steps is None:
+        yield f"optimizer.schedule.steps: kind {kind} needs the step at which it ends"
+    elif steps <= warmup_steps:
+        yield (f"optimizer.schedule.steps: {steps} does not lie after the "
+               f"{warmup_steps} warmup_steps")
+
+
+def _resume_problems(resume: str) -> Problems:
+    if resume not in ("auto", "never") and not os.path.exists(resume):
+        yield (f"train.resume: no checkpoint at {resume!r}"
+               f"{nearest_name(resume, ['auto', 'never'])}; give auto, never or a path")
+
+
+def _plan_problems(plan: str | None) -> Problems:
+    if plan is not None and not os.path.isfile(plan):
+        yield f"plan: no file {plan!r} (looked in {os.getcwd()})"
+
+
+CHECKS: tuple[Check, ...] = (
+    *_kind_checks(),
+    Check((VALID_TABLES,), _table_problems),
+    Check(("model.kind", "tables"), _dims_problems),
+    Check(("data.kind", "data.path", "data.columns"), _missing_problems),
+    Check(("data.path",), _path_problems),
+    Check(("data.kind", "data.train_rows"), partial(_rows_problems, "train_rows")),
+    Check(("data.kind", "data.validation_rows"), partial(_rows_problems, "validation_rows")),
+    Check(("data.kind", "data.train_rows", "data.validation_rows", "data.validation_fraction"),
+          _split_problems),
+    Check(("data.kind", "data.columns", "tables"), _columns_problems),
+    Check(("optimizer.schedule.kind", "optimizer.schedule.warmup_steps",
+           "optimizer.schedule.steps"), _schedule_problems),
+    Check(("train.resume",), _resume_problems),
+    Check(("plan",), _plan_problems),
+)
+
+
+def run_checks(parts: dict[str, Any]) -> list[str]:
+    """Runs every check whose parts are all there.
+
+    Args:
+        parts: valid values of a job by place, such as ``optimizer.sparse.kind``.
+    """
+    return [problem for check in CHECKS if all(part in parts for part in check.parts)
+            for problem in check.problems(*(parts[part] for part in check.parts))]

@@ -1,0 +1,1 @@
+"""Ops: one signature each, several faces (reference, native, triton); see `registry`."""

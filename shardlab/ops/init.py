@@ -1,0 +1,80 @@
+"""Initial weights that depend on (seed, table, row, column) alone. Source: own; generator
+splitmix64 (Steele et al. 2014) on a counter."""
+
+from __future__ import annotations
+
+import zlib
+
+import torch
+from torch import Tensor
+
+from shardlab.ops.registry import address, face_of, native
+from shardlab.plan import Shard
+from shardlab.specs import EmbeddingBagConfig
+
+_WORD = 1 << 64
+
+
+def table_seed(seed: int, table: str) -> int:
+    """First counter of a table's stream: tables of any name start far apart."""
+    return _splitmix((seed * 0x100000001 + zlib.crc32(table.encode())) % _WORD)
+
+
+def _splitmix(x: int) -> int:
+    x = (x + 0x9E3779B97F4A7C15) % _WORD
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) % _WORD
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) % _WORD
+    return x ^ (x >> 31)
+
+
+def init_uniform(records: Tensor, table: EmbeddingBagConfig, shard: Shard, seed: int) -> None:
+    """Writes a shard's part of the table's initial weights, and zeroes the state.
+
+    Args:
+        records: fp32 [shard.rows, record elements]; payload first. Written in place.
+        table: the table; its `init_range` bounds the weights.
+        shard: which rectangle of the table this is.
+        seed: of the run.
+    """
+    low, high = table.init_range
+    start = table_seed(seed, table.name)
+    if face_of("init_uniform", records.device.type) == "native":
+        native().init_uniform(  # type: ignore[union-attr]
+            address(records), records.stride(0) * records.element_size(), shard.rows,
+            shard.columns, start, shard.row_start, shard.col_start, table.embedding_dim, low, high,
+            torch.get_num_threads())
+        return
+    init_uniform_reference(records, table, shard, seed)
+
+
+def init_uniform_reference(records: Tensor, table: EmbeddingBagConfig, shard: Shard,
+                           seed: int) -> None:
+    """Plain-torch face of `init_uniform`, a million elements at a time."""
+    low, high = (torch.tensor(x, dtype=torch.float32) for x in table.init_range)
+    start = _signed(table_seed(seed, table.name))
+    columns = shard.col_start + torch.arange(shard.columns)
+    step = max(1, 1_000_000 // shard.columns)
+    for first in range(0, shard.rows, step):
+        rows = torch.arange(first, min(first + step, shard.rows)) + shard.row_start
+        counter = start + rows[:, None] * table.embedding_dim + columns
+        bits = _splitmix_tensor(counter)
+        unit = _shift(bits, 40).float() * 2.0**-24
+        part = records[first:first + rows.numel()]
+        part[:, :shard.columns] = (low + (high - low) * unit).to(part.device)
+        part[:, shard.columns:] = 0
+
+
+def _signed(x: int) -> int:
+    return x - _WORD if x >= _WORD // 2 else x
+
+
+def _shift(x: Tensor, bits: int) -> Tensor:
+    """Logical right shift of int64."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _splitmix_tensor(x: Tensor) -> Tensor:
+    x = x + _signed(0x9E3779B97F4A7C15)
+    x = (x ^ _shift(x, 30)) * _signed(0xBF58476D1CE4E5B9)
+    x = (x ^ _shift(x, 27)) * _signed(0x94D049BB133111EB)
+    return x ^ _shift(x, 31)

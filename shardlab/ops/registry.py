@@ -1,0 +1,117 @@
+"""Which face of an op runs where: the one table that chooses, and that `shardlab doctor` prints.
+
+Faces: ``reference`` (plain torch, always there, judges the others), ``native`` (C++, CPU tensors),
+``triton`` (CUDA tensors; CPU tensors when Triton's interpreter is on). SHARDLAB_FACE forces one.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from functools import cache
+from types import ModuleType
+
+import torch
+
+from shardlab.errors import ConfigError
+
+FACES = ("reference", "native", "triton")
+
+#: op -> faces it has beside the reference. Index arithmetic has no Triton face: on CUDA its plain
+#: torch form is already a handful of device-wide sorts and scans.
+OPS: dict[str, tuple[str, ...]] = {
+    "unique_segments": ("native",),
+    "route_bags": ("native",),
+    "split_sorted": ("native",),
+    "pack_ids": ("native",),
+    "fill_affine": ("native",),
+    "init_uniform": ("native",),
+    "gather_rows": ("native", "triton"),
+    "pool_rows": ("native", "triton"),
+    "sum_rows": ("native", "triton"),
+    "update_rows": ("native", "triton"),
+    "dot_interaction": ("native", "triton"),
+    "linear_relu": ("native",),
+}
+
+
+@cache
+def native() -> ModuleType | None:
+    """The compiled module, or None when this installation has none.
+
+    torch is imported first (above), so that its OpenMP runtime is the one both share: two thread
+    pools on the same cores would spin against each other.
+    """
+    if importlib.util.find_spec("shardlab._native") is None:
+        return None
+    from shardlab import _native
+
+    return _native
+
+
+@cache
+def has_triton() -> bool:
+    """Whether Triton can be imported."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def face_of(op: str, device_type: str) -> str:
+    """The face that runs ``op`` on tensors of this device type.
+
+    Raises:
+        ConfigError: SHARDLAB_FACE names no face.
+    """
+    forced = os.environ.get("SHARDLAB_FACE")
+    if forced is not None and forced not in FACES:
+        raise ConfigError(f"SHARDLAB_FACE={forced!r} is not a face; known: {', '.join(FACES)}")
+    faces = OPS[op]
+    if forced in faces and _can_run(forced, device_type):
+        return forced
+    if forced == "reference":
+        return "reference"
+    if device_type == "cpu" and "native" in faces and native() is not None:
+        return "native"
+    if device_type == "cuda" and "triton" in faces and has_triton():
+        return "triton"
+    return "reference"
+
+
+def _can_run(face: str, device_type: str) -> bool:
+    if face == "native":
+        return device_type == "cpu" and native() is not None
+    if face == "triton":
+        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+        return has_triton() and (device_type == "cuda" or interpreted)
+    return True
+
+
+def describe_faces() -> list[tuple[str, str, str]]:
+    """(op, face, reason) for every op, on the device that training would use here."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    rows = []
+    for op, faces in OPS.items():
+        face = face_of(op, device)
+        reason = f"{device} tensors"
+        module = native()
+        if face == "native" and module is not None:
+            reason = f"CPU tensors, {module.isa()} of {', '.join(module.isas())}"
+        elif face == "reference" and "native" in faces and device == "cpu":
+            reason = "the native library is not built" if module is None else "SHARDLAB_FACE"
+        rows.append((op, face, reason))
+    return rows
+
+
+def address(tensor: torch.Tensor | None) -> int:
+    """Where a tensor's data starts, 0 for None: what the native face takes."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def check_tensor(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> None:
+    """Refuses a tensor that a kernel would misread.
+
+    Raises:
+        TypeError: other dtype, or not contiguous.
+    """
+    if tensor.dtype != dtype or not tensor.is_contiguous():
+        raise TypeError(f"{name}: expected a contiguous {dtype} tensor, found {tensor.dtype}, "
+                        f"shape {tuple(tensor.shape)}, strides {tensor.stride()}")

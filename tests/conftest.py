@@ -1,0 +1,68 @@
+"""What every test gets: seeds, quiet ranks at the end, the GPU marker, the shared data folder."""
+
+from __future__ import annotations
+
+import os
+import random
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import hypothesis
+import numpy as np
+import pytest
+import torch
+
+from tests.harness import shutdown_ranks
+
+HAS_GPU = torch.cuda.is_available()
+if not HAS_GPU:
+    # Read when triton is first imported: its kernels then run on CPU tensors.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# Examples follow from the test's source alone, so that a failure comes back on the next run.
+hypothesis.settings.register_profile(
+    "shardlab", deadline=None, derandomize=True,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.data_too_large])
+hypothesis.settings.load_profile("shardlab")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if HAS_GPU:
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+def pytest_sessionfinish() -> None:
+    shutdown_ranks()
+
+
+@pytest.fixture(autouse=True)
+def seed(request: pytest.FixtureRequest) -> int:
+    """This test's seed, from its name; pytest shows the line when the test fails."""
+    value = zlib.crc32(request.node.nodeid.encode())
+    random.seed(value)
+    np.random.seed(value)
+    torch.manual_seed(value)
+    print(f"seed of {request.node.nodeid}: {value}")
+    return value
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Runs the test with one torch thread and puts the former count back."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Folder of real click data beside the checkout; tests that need it skip without it."""
+    folder = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(f"no real click data: {folder} does not exist")
+    return folder
