@@ -8,40 +8,21 @@
 #include <omp.h>
 
 #include <algorithm>
-#include <memory>
-#include <new>
+#include <cstring>
 
 #include "tile.h"
 
 namespace shardlab::SHARDLAB_ISA {
 namespace {
 
-// A strip of the left operand is kTileRows x kDepth x 4 = 16 KiB, half a first-level cache; the
-// packed right operand is at most kDepth x kBreadth x 4 = 1 MiB.
+// Steps k and columns of the right operand that are packed at a time: a strip of the left operand
+// is kTileRows x kDepth x 4 = 16 KiB, half a first-level cache; the packed panels are at most
+// kDepth x kBreadth x 4 = 1 MiB. Half the depth for dw, whose left operand is packed as well.
 constexpr int64_t kDepth = 512, kBreadth = 512;
 // Columns of the gradient packed together for dw: four cache lines of every row that is touched.
 constexpr int64_t kWideBlock = 8 * kTileRows;
-
-int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
-
-// Aligned scratch that a thread keeps from call to call.
-class Scratch {
- public:
-  float* at_least(int64_t count) {
-    if (count > size_) {
-      data_.reset(new (std::align_val_t{64}) float[count]);
-      size_ = count;
-    }
-    return data_.get();
-  }
-
- private:
-  struct Free {
-    void operator()(float* p) const { ::operator delete[](p, std::align_val_t{64}); }
-  };
-  std::unique_ptr<float[], Free> data_;
-  int64_t size_ = 0;
-};
+// Rows of the gradient to prefetch ahead there; flat between 4 and 16.
+constexpr int64_t kAhead = 8;
 
 struct Range {
   int64_t begin, count;
@@ -54,22 +35,26 @@ struct Right {
   int64_t row_stride, column_stride;
 };
 
-// panel[k][j] = right(ks.begin + k, ns.begin + j), zero beyond ns.count columns.
-void pack_panel(const Right& right, Range ks, Range ns, float* panel) {
+// Panel p holds columns [p * kPanel, (p + 1) * kPanel) of `ns`: panel[k][j], zero beyond `ns`. The
+// panels of a group are filled row by row, so that a page of the source is visited once.
+constexpr int64_t kPanel = kTileColumns, kGroup = 8 * kPanel;
+
+void pack_group(const Right& right, Range ks, Range ns, float* panels) {
   const float* from = right.data + ks.begin * right.row_stride + ns.begin * right.column_stride;
-  if (ns.count < kTileColumns) std::fill_n(panel, ks.count * kTileColumns, 0.f);
+  const int64_t whole = ns.count / kPanel * kPanel, rest = ns.count - whole;
+  if (rest) std::fill_n(panels + whole * ks.count, ks.count * kPanel, 0.f);
   if (right.column_stride == 1) {
-    for (int64_t k = 0; k < ks.count; ++k, from += right.row_stride)
-      std::memcpy(panel + k * kTileColumns, from, ns.count * sizeof(float));
+    for (int64_t k = 0; k < ks.count; ++k, from += right.row_stride) {
+      float* to = panels + k * kPanel;
+      for (int64_t c = 0; c < whole; c += kPanel)
+        std::memcpy(to + c * ks.count, from + c, kPanel * sizeof(float));
+      if (rest) std::memcpy(to + whole * ks.count, from + whole, rest * sizeof(float));
+    }
     return;
   }
-  constexpr int64_t kLine = 16;  // elements of a cache line: read each line once, whole
-  for (int64_t line = 0; line < ks.count; line += kLine) {
-    const int64_t end = std::min(line + kLine, ks.count);
-    for (int64_t j = 0; j < ns.count; ++j)
-      for (int64_t k = line; k < end; ++k)
-        panel[k * kTileColumns + j] = from[j * right.column_stride + k];
-  }
+  for (int64_t c = 0; c < ns.count; c += kPanel)
+    transpose(from + c * right.column_stride, right.column_stride, std::min(kPanel, ns.count - c),
+              ks.count, panels + c * ks.count, kPanel);
 }
 
 // ---------------------------------------------------------------- left operand: strips
@@ -82,7 +67,7 @@ struct Strips {
 
 // Rows of x as they are; a last, shorter strip is copied and filled up with zeros.
 struct PlainRows {
-  static constexpr int64_t kBlock = kTileRows;
+  static constexpr int64_t kBlock = kTileRows, kSteps = kDepth;
   const float* data;
   int64_t stride;
 
@@ -104,7 +89,7 @@ inline Wide masked(const float* grad, const float* out, int64_t n) {
 
 // Rows of the masked gradient [B, N].
 struct MaskedRows {
-  static constexpr int64_t kBlock = kTileRows;
+  static constexpr int64_t kBlock = kTileRows, kSteps = kDepth;
   const float *grad, *out;
   int64_t stride;
 
@@ -124,7 +109,7 @@ struct MaskedRows {
 
 // Columns of the masked gradient as rows, with their sums over the batch on the way.
 struct MaskedColumns {
-  static constexpr int64_t kBlock = kWideBlock;
+  static constexpr int64_t kBlock = kWideBlock, kSteps = kDepth / 2;
   const float *grad, *out;
   int64_t stride;
   float* sums;  // or null
@@ -136,6 +121,8 @@ struct MaskedColumns {
       const int64_t start = (ks.begin + k) * stride + rows.begin;
       for (int64_t c = 0; c < rows.count; c += kWidth) {
         const int64_t n = std::min<int64_t>(kWidth, rows.count - c), at = start + c;
+        __builtin_prefetch(grad + at + kAhead * stride);
+        if (out) __builtin_prefetch(out + at + kAhead * stride);
         const Wide g = masked(grad + at, out ? out + at : nullptr, n);
         wide_store(line + c, g);
         wide_store(total + c, wide_load(total + c) + g);
@@ -205,7 +192,7 @@ template <class Left>
 void product(const Left& left, const Right& right, const Target& target, Extent extent,
              int threads) {
   static thread_local Scratch shared_panels;
-  const int64_t depth = std::min(extent.depth, kDepth);
+  const int64_t depth = std::min(extent.depth, Left::kSteps);
   float* panels =
       shared_panels.at_least(depth * round_up(std::min(extent.columns, kBreadth), kTileColumns));
   const int64_t blocks = (extent.rows + Left::kBlock - 1) / Left::kBlock;
@@ -214,12 +201,12 @@ void product(const Left& left, const Right& right, const Target& target, Extent 
     static thread_local Scratch own_strips;
     float* strips = own_strips.at_least(Left::kBlock * round_up(depth, kWidth));
     for (int64_t n = 0; n < extent.columns; n += kBreadth)
-      for (int64_t k = 0; k < extent.depth; k += kDepth) {
+      for (int64_t k = 0; k < extent.depth; k += Left::kSteps) {
         const Range columns{n, std::min(kBreadth, extent.columns - n)};
-        const Range ks{k, std::min(kDepth, extent.depth - k)};
+        const Range ks{k, std::min(Left::kSteps, extent.depth - k)};
 #pragma omp for schedule(static)
-        for (int64_t c = 0; c < columns.count; c += kTileColumns)
-          pack_panel(right, ks, {n + c, std::min<int64_t>(kTileColumns, columns.count - c)},
+        for (int64_t c = 0; c < columns.count; c += kGroup)
+          pack_group(right, ks, {n + c, std::min(kGroup, columns.count - c)},
                      panels + c * ks.count);
 #pragma omp for schedule(static)
         for (int64_t b = 0; b < blocks; ++b)

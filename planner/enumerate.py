@@ -28,6 +28,11 @@ Bools = NDArray[np.bool_]
 #: Narrowest column block that is cut without being asked for: one 64-byte cache line of fp32.
 MIN_COLUMNS = 16
 
+#: Largest table, in fp32 bytes, that is copied to every rank without being asked for: a copy that
+#: stays in a core's second-level cache. The times of larger copies are close to those of other
+#: cuts in the model, closer than it is accurate, and they would multiply memory.
+MAX_COPIED_BYTES = 2 << 20
+
 
 @dataclass(frozen=True)
 class Cut:
@@ -79,30 +84,30 @@ class Options:
         return slice(int(self.start[option]), int(self.start[option + 1]))
 
 
-def _powers(limit: int) -> list[int]:
-    """2, 4, 8, ... up to ``limit``, and ``limit`` itself; nothing below 2."""
+def _parts(limit: int) -> list[int]:
+    """Numbers of blocks to try: 2 to 8, powers of two, and ``limit`` itself."""
     powers = [1 << bit for bit in range(1, max(limit, 1).bit_length())]
-    return sorted({part for part in [*powers, limit] if 2 <= part <= limit})
+    return sorted({part for part in [*range(2, 9), *powers, limit] if 2 <= part <= limit})
 
 
 def _row_cuts(table: EmbeddingBagConfig, topology: Topology) -> Iterator[Cut]:
     most = min(topology.world_size, table.num_embeddings)
-    for parts in _powers(most):
+    for parts in _parts(most):
         yield Cut(ShardingType.ROW_WISE, parts, 1)
 
 
-def _column_cuts(table: EmbeddingBagConfig, topology: Topology, narrowest: int) -> Iterator[Cut]:
-    most = min(topology.world_size, table.embedding_dim // narrowest)
-    for parts in _powers(most):
-        yield Cut(ShardingType.COLUMN_WISE, 1, parts)
+def _column_cuts(table: EmbeddingBagConfig, most: int, narrowest: int) -> list[int]:
+    """Column blocks: equal ones only, unless there is no such way."""
+    parts = _parts(min(most, table.embedding_dim // narrowest))
+    return [part for part in parts if table.embedding_dim % part == 0] or parts
 
 
 def _grid_cuts(table: EmbeddingBagConfig, topology: Topology) -> Iterator[Cut]:
     """Column blocks, each cut by rows over ranks of one host; finest row cut first."""
     size = min(topology.ranks_per_host, table.num_embeddings)
-    for row_parts in [1, *_powers(size)]:
+    for row_parts in [1, *_parts(size)]:
         groups = topology.hosts * (topology.ranks_per_host // row_parts)
-        for col_parts in [1, *_powers(min(groups, table.embedding_dim))]:
+        for col_parts in [1, *_column_cuts(table, groups, 1)]:
             yield Cut(ShardingType.GRID_SHARD, row_parts, col_parts, group=row_parts)
 
 
@@ -113,13 +118,14 @@ def _asked_cuts(table: EmbeddingBagConfig, topology: Topology) -> list[Cut]:
     if kind is ShardingType.ROW_WISE:
         cuts = list(_row_cuts(table, topology))
     elif kind is ShardingType.COLUMN_WISE:
-        cuts = list(_column_cuts(table, topology, 1))
+        cuts = [Cut(kind, 1, parts)
+                for parts in _column_cuts(table, topology.world_size, 1)]
     elif kind is ShardingType.TABLE_ROW_WISE:
         parts = min(host, table.num_embeddings)
         cuts = [Cut(kind, parts, 1, group=parts)]
     elif kind is ShardingType.TABLE_COLUMN_WISE:
         cuts = [Cut(kind, 1, parts, group=parts)
-                for parts in _powers(min(host, table.embedding_dim))]
+                for parts in _column_cuts(table, host, 1)]
     elif kind is ShardingType.GRID_SHARD:
         every = list(_grid_cuts(table, topology))
         cuts = [cut for cut in every if cut.row_parts > 1 and cut.col_parts > 1] or every
@@ -136,8 +142,10 @@ def table_cuts(table: EmbeddingBagConfig, topology: Topology) -> list[Cut]:
     cuts = [Cut(ShardingType.TABLE_WISE, 1, 1)]
     if topology.world_size > 1:
         cuts += _row_cuts(table, topology)
-        cuts += _column_cuts(table, topology, MIN_COLUMNS)
-        cuts.append(Cut(ShardingType.DATA_PARALLEL, 1, 1))
+        cuts += [Cut(ShardingType.COLUMN_WISE, 1, parts)
+                 for parts in _column_cuts(table, topology.world_size, MIN_COLUMNS)]
+        if table.num_embeddings * table.embedding_dim * 4 <= MAX_COPIED_BYTES:
+            cuts.append(Cut(ShardingType.DATA_PARALLEL, 1, 1))
     return cuts
 
 
@@ -149,6 +157,9 @@ def _pooled(tables: Sequence[EmbeddingBagConfig], work: Workload, cuts: Sequence
 
         rows:   8 u c + 2 * 4 u D                 ids; rows there and gradients back
         pooled: c (8 n + 8 B k) + 2 * 4 B k D     ids and bag lengths; bags from every row block
+
+    A data_parallel table sends nothing but gradients of unique rows. On one rank nothing is
+    sent, and pooling at the owner saves the copy.
     """
     asked = [tables[index].exchange for index in table]
     row_parts = np.array([cut.row_parts for cut in cuts])
@@ -157,7 +168,8 @@ def _pooled(tables: Sequence[EmbeddingBagConfig], work: Workload, cuts: Sequence
                                   (work.unique, work.ids, work.bags, work.columns))
     by_rows = 8 * unique * col_parts + 8 * unique * columns
     by_bags = col_parts * (8 * ids + 8 * bags * row_parts) + 8 * bags * row_parts * columns
-    fewer = (by_bags < by_rows) | (world_size == 1)
+    copied = np.array([cut.sharding is ShardingType.DATA_PARALLEL for cut in cuts])
+    fewer = ((by_bags < by_rows) & ~copied) | (world_size == 1)
     wanted = np.array([kind is ExchangeKind.POOLED for kind in asked])
     return np.where([kind is ExchangeKind.AUTO for kind in asked], fewer, wanted)
 

@@ -4,21 +4,23 @@ The step is "ids out, rows back" (see `PHASES`). With W ranks and, per table: F 
 and n ids of one feature on one rank, u different ids among them, g different ids of all features
 and ranks; and, per piece: a share s of the table's rows, d of its D columns. A rank is charged
 what it does and receives as *owner* of a piece; every rank also pays, as *source*, what its own
-samples cost. Bytes between a piece's owner and one source:
+samples cost. Bytes between a piece's owner and one source (+ 1: each shard's count of ids):
 
-    phase       unique rows      pooled bags             data_parallel
-    ids         8 F (u s + 1)    8 F (n s + B)           8 F u
-    rows        4 F u s d        4 F B d                 0
-    gradients   4 F u s d        4 F B d                 4 F u D     to every other rank
+    phase       unique rows      pooled bags      data_parallel (to every other rank)
+    ids         8 F (u s + 1)    8 F (n s + B)    8 F (u + 1)
+    rows        4 F u s d        4 F B d          0
+    gradients   4 F u s d        4 F B d          4 F u D
 
-(+ 1: each shard's count of ids). Times, with row(b) = 1 / rows_per_s + b / row_bytes_per_s for a
-random row of b bytes, stream(b) = b / stream_bytes_per_s, x = u s or n s + B:
+Times, with row(b) = 1 / rows_per_s + b / row_bytes_per_s for a random row of b bytes,
+stream(b) = b / stream_bytes_per_s, x = u s (unique rows) or n s + B (pooled bags):
 
-    wire        bytes x max((ranks_per_host - 1) / intra, (W - ranks_per_host) / inter)
-    read        s g row(4 d) + stream(4 d W F x)      gather once, copy or pool for every source
-    update      1.1 s g row(record) + stream(4 d W F x)    merge gradients, one fused update
-    pool        rows: stream(8 F D (n + B + u)); pooled: stream(8 F D B (k - 1)), k row blocks
-    de-duplication, in ids: rows and data_parallel: F n row(8); pooled: stream(16 F n)
+    wire      bytes x max((ranks_per_host - 1) / intra, (W - ranks_per_host) / inter)
+    read      s g row(4 d) + stream(4 d W F x): gather once, then copy or pool for every source
+              (data_parallel: F u row(4 D) + stream(4 D F (n + B)))
+    update    1.1 s g row(record) + stream(4 d W F x): merge gradients, one fused update
+              (data_parallel: stream(4 D F ((W + 1) u + n)) instead)
+    pool      rows: stream(4 F D (2 n + B + u)); pooled: stream(8 F D B (k - 1)), k row blocks
+    ids also  de-duplicates: F n row(8); pooled: copies ids, stream(16 F n)
 
 Every exchange also takes a message to each other rank; ids need two (counts first). Not in the
 model yet: ids more frequent in one row block than in another, overlap of phases, the dense
@@ -29,7 +31,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,6 +43,7 @@ from shardlab.specs import EmbeddingBagConfig, ShardingType, Tier, tier_bytes
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
+Bools = NDArray[np.bool_]
 
 #: Phases of a step, in order: de-duplicate and send ids; owners read rows; rows travel; sources
 #: expand and pool (and undo that for gradients); gradients travel; owners update.
@@ -65,10 +68,6 @@ class Costs:
         common_phase_ms: [O, 6] milliseconds on every rank as a source.
         common_bytes: [O] buffers on every rank as a source.
         fixed_phase_ms: [6] milliseconds of a step whatever the plan: message latency.
-        ms: [P] sum over phases.
-        bytes: [P] table and buffers.
-        common_ms: [O] sum over phases.
-        fixed_ms: sum over phases.
     """
 
     phase_ms: Floats
@@ -78,23 +77,27 @@ class Costs:
     common_bytes: Ints
     fixed_phase_ms: Floats
 
-    def __post_init__(self) -> None:
-        for name, value in (("ms", self.phase_ms.sum(axis=1)),
-                            ("bytes", self.table_bytes + self.buffer_bytes),
-                            ("common_ms", self.common_phase_ms.sum(axis=1)),
-                            ("fixed_ms", float(self.fixed_phase_ms.sum()))):
-            object.__setattr__(self, name, value)
+    @cached_property
+    def ms(self) -> Floats:
+        """[P] a piece's milliseconds on its owner."""
+        total: Floats = self.phase_ms.sum(axis=1)
+        return total
 
-    ms: Floats = None  # type: ignore[assignment]
-    bytes: Ints = None  # type: ignore[assignment]
-    common_ms: Floats = None  # type: ignore[assignment]
-    fixed_ms: float = 0.0
+    @cached_property
+    def bytes(self) -> Ints:
+        """[P] a piece's bytes on its owner."""
+        return self.table_bytes + self.buffer_bytes
 
+    @cached_property
+    def common_ms(self) -> Floats:
+        """[O] milliseconds on every rank."""
+        total: Floats = self.common_phase_ms.sum(axis=1)
+        return total
 
-@lru_cache(maxsize=None)
-def _record_bytes(storage: object, columns: int, optimizer: str) -> int:
-    """Bytes of one row of a shard: `tier_bytes` of a ``rows`` storage is linear in rows."""
-    return tier_bytes(storage, Tier.HBM, 1, columns, optimizer).total  # type: ignore[arg-type]
+    @property
+    def fixed_ms(self) -> float:
+        """Milliseconds of a step whatever the plan."""
+        return float(self.fixed_phase_ms.sum())
 
 
 class Speeds:
@@ -105,7 +108,7 @@ class Speeds:
         near = topology.ranks_per_host - 1
         far = topology.world_size - topology.ranks_per_host
         intra, inter = topology.intra_host, topology.inter_host
-        self.peers = near + far
+        self.world = topology.world_size
         self.access = _MS / memory.rows_per_s
         self.row_byte = _MS / memory.row_bytes_per_s
         self.stream_byte = _MS / memory.stream_bytes_per_s
@@ -121,7 +124,7 @@ class Speeds:
 
 @dataclass(frozen=True)
 class _View:
-    """The workload as seen by pieces or by options: every array indexed alike."""
+    """Workload and choices, every array indexed alike: by piece or by option."""
 
     features: Floats
     bags: Floats
@@ -129,11 +132,16 @@ class _View:
     unique: Floats
     step_unique: Floats
     columns: Floats
+    pooled: Bools
+    copied: Bools
 
     @staticmethod
-    def of(work: Workload, table: Ints) -> _View:
+    def of(work: Workload, options: Options, option: Ints) -> _View:
+        table = options.table[option]
+        copied = np.array([cut.sharding is ShardingType.DATA_PARALLEL for cut in options.cuts])
         return _View(work.features[table], work.bags[table], work.ids[table],
-                     work.unique[table], work.step_unique[table], work.columns[table])
+                     work.unique[table], work.step_unique[table], work.columns[table],
+                     options.pooled[option] & ~copied[option], copied[option])
 
 
 def estimate(tables: Sequence[EmbeddingBagConfig], options: Options, work: Workload,
@@ -148,85 +156,74 @@ def estimate(tables: Sequence[EmbeddingBagConfig], options: Options, work: Workl
         optimizer: a name of `shardlab.specs.OPTIMIZER_STATE`.
     """
     speeds = Speeds(topology)
-    copied = np.array([cut.sharding is ShardingType.DATA_PARALLEL for cut in options.cuts])
-    record = np.array([_record_bytes(tables[table].storage, int(columns), optimizer)
-                       for table, columns in _distinct(options)])[_distinct_index(options)]
-    phase_ms, buffers = _owner(options, work, speeds, record, copied)
-    common_ms, common_bytes = _source(options, work, speeds, copied)
+    record = _record_bytes(tables, options, optimizer)
+    view = _View.of(work, options, options.option)
+    share = options.rows / work.rows[options.table[options.option]]
+    wire = _wire_bytes(view, share, options.columns)
+    phase_ms = _memory_ms(view, share, options.columns, record, speeds)
+    phase_ms[:, [_IDS, _ROWS, _GRADIENTS]] = speeds.wire_byte * wire
+    common_ms, common_bytes = _source(options, work, speeds)
     fixed = np.zeros(len(PHASES))
     fixed[[_IDS, _ROWS, _GRADIENTS]] = speeds.message * np.array([2, 1, 1])
-    return Costs(phase_ms, options.rows * record, buffers, common_ms, common_bytes, fixed)
+    return Costs(phase_ms, options.rows * record,
+                 (speeds.world * wire.sum(axis=1)).astype(np.int64),
+                 common_ms, common_bytes, fixed)
 
 
-def _keys(options: Options) -> Ints:
-    table = options.table[options.option]
-    return table * (int(options.columns.max()) + 1) + options.columns
+def _record_bytes(tables: Sequence[EmbeddingBagConfig], options: Options,
+                  optimizer: str) -> Ints:
+    """[P] bytes of one row of each piece; `tier_bytes` of a ``rows`` storage is linear in rows."""
+    base = int(options.columns.max()) + 1
+    keys, index = np.unique(options.table[options.option] * base + options.columns,
+                            return_inverse=True)
+    sizes = [tier_bytes(tables[key // base].storage, Tier.HBM, 1, key % base, optimizer).total
+             for key in keys.tolist()]
+    return np.array(sizes, dtype=np.int64)[index]
 
 
-def _distinct(options: Options) -> list[tuple[int, int]]:
-    keys, base = np.unique(_keys(options)), int(options.columns.max()) + 1
-    return [(int(key) // base, int(key) % base) for key in keys]
+def _wire_bytes(view: _View, share: Floats, columns: Ints) -> Floats:
+    """[P, 3] bytes of ids, rows and gradients between a piece's owner and one source."""
+    ids = np.where(view.pooled, view.ids * share + view.bags, view.unique * share + 1)
+    vectors = np.where(view.pooled, view.bags, view.unique * share) * columns
+    rows = np.where(view.copied, 0.0, vectors)
+    return view.features[:, None] * np.stack(
+        [_ID_BYTES * ids, _ELEMENT_BYTES * rows, _ELEMENT_BYTES * vectors], axis=1)
 
 
-def _distinct_index(options: Options) -> Ints:
-    return np.unique(_keys(options), return_inverse=True)[1]
-
-
-def _owner(options: Options, work: Workload, speeds: Speeds, record: Ints,
-           copied: NDArray[np.bool_]) -> tuple[Floats, Ints]:
-    """What pieces cost the ranks that hold them: ([P, 6] ms, [P] buffer bytes)."""
-    table = options.table[options.option]
-    view = _View.of(work, table)
-    pooled, copied = options.pooled[options.option], copied[options.option]
-    share, columns = options.rows / work.rows[table], options.columns.astype(np.float64)
-    world, element = speeds.peers + 1, _ELEMENT_BYTES
-    lookups = view.features * np.where(pooled, view.ids, view.unique) * share
-    answers = view.features * np.where(pooled, view.bags, view.unique * share)
-    extra = np.where(pooled, view.features * view.bags, view.features)
+def _memory_ms(view: _View, share: Floats, columns: Ints, record: Ints,
+               speeds: Speeds) -> Floats:
+    """[P, 6] read and update of the pieces; the other phases are left at zero."""
+    row_bytes = (_ELEMENT_BYTES * columns).astype(np.float64)
+    stream = speeds.stream_byte * row_bytes * view.features
     touched = share * view.step_unique
-    wire = np.zeros((len(table), 3))
-    wire[:, 0] = _ID_BYTES * (lookups + extra)
-    wire[:, 1] = element * answers * columns
-    wire[:, 2] = wire[:, 1]
-    wire[copied, 0] = (_ID_BYTES * view.features * (view.unique + 1))[copied]
-    wire[copied, 1] = 0
-    wire[copied, 2] = (element * view.features * view.unique * columns)[copied]
-    moved = element * columns * world * np.where(pooled, lookups + answers, lookups)
-    phase = np.zeros((len(table), len(PHASES)))
-    phase[:, [_IDS, _ROWS, _GRADIENTS]] = speeds.wire_byte * wire
-    phase[:, _READ] = speeds.shard + touched * speeds.row(element * columns) + \
-        speeds.stream_byte * moved
+    answers = np.where(view.pooled, view.ids * share + view.bags, view.unique * share)
+    served = touched * speeds.row(row_bytes) + stream * speeds.world * answers
+    alone = view.features * view.unique * speeds.row(row_bytes) + stream * (view.ids + view.bags)
+    merged = np.where(view.copied, (speeds.world + 1) * view.unique + view.ids,
+                      speeds.world * answers)
+    phase = np.zeros((len(share), len(PHASES)))
+    phase[:, _READ] = speeds.shard + np.where(view.copied, alone, served)
     phase[:, _UPDATE] = _REWRITE * touched * speeds.row(record.astype(np.float64)) + \
-        speeds.stream_byte * moved
-    # A copy reads for its own rank only, but merges the gradients of all.
-    own = view.features * view.unique * speeds.row(element * columns) + speeds.stream_byte * \
-        element * columns * view.features * (view.ids + view.bags)
-    merged = element * columns * view.features * (world * view.unique + view.ids)
-    phase[copied, _READ] = (speeds.shard + own)[copied]
-    phase[copied, _UPDATE] = (_REWRITE * touched * speeds.row(record.astype(np.float64))
-                              + speeds.stream_byte * merged)[copied]
-    buffers = (world * wire.sum(axis=1)).astype(np.int64)
-    return phase, buffers
+        stream * merged
+    return phase
 
 
-def _source(options: Options, work: Workload, speeds: Speeds,
-            copied: NDArray[np.bool_]) -> tuple[Floats, Ints]:
+def _source(options: Options, work: Workload, speeds: Speeds) -> tuple[Floats, Ints]:
     """What options cost every rank for its own samples: ([O, 6] ms, [O] buffer bytes)."""
-    view = _View.of(work, options.table)
+    view = _View.of(work, options, np.arange(len(options.table)))
     row_parts = np.array([cut.row_parts for cut in options.cuts], dtype=np.float64)
     col_parts = np.array([cut.col_parts for cut in options.cuts], dtype=np.float64)
-    pooled = options.pooled & ~copied
     width = _ELEMENT_BYTES * view.features * view.columns
     phase = np.zeros((len(options.table), len(PHASES)))
-    phase[:, _IDS] = np.where(
-        pooled, speeds.stream_byte * 2 * _ID_BYTES * view.features * view.ids,
-        view.features * view.ids * speeds.row(float(_ID_BYTES)))
-    # Forward and backward each pass over the same elements once.
-    passed = np.where(pooled, view.bags * (row_parts - 1), view.ids + view.bags + view.unique)
-    phase[:, _POOL] = np.where(copied, 0.0, speeds.stream_byte * 2 * width * passed)
-    inverse = _ID_BYTES * view.features * view.ids
-    ids = _ID_BYTES * view.features * col_parts * np.where(
-        pooled, view.ids + view.bags * row_parts, view.unique)
-    rows = 2 * width * np.where(pooled, view.bags * row_parts, view.unique)
+    phase[:, _IDS] = view.features * view.ids * np.where(
+        view.pooled, speeds.stream_byte * 2 * _ID_BYTES, speeds.row(float(_ID_BYTES)))
+    # Forward reads a row per id and writes bags; backward reads a gradient per id and writes one
+    # per unique id. Bags that come in parts are added up, and their gradients sent several times.
+    passed = np.where(view.pooled, 2 * view.bags * (row_parts - 1),
+                      2 * view.ids + view.bags + view.unique)
+    phase[:, _POOL] = np.where(view.copied, 0.0, speeds.stream_byte * width * passed)
+    ids = view.features * _ID_BYTES * (view.ids + col_parts * np.where(
+        view.pooled, view.ids + view.bags * row_parts, view.unique))
+    rows = 2 * width * np.where(view.pooled, view.bags * row_parts, view.unique)
     bags = 2 * width * view.bags
-    return phase, (inverse + ids + rows + bags).astype(np.int64)
+    return phase, (ids + rows + bags).astype(np.int64)

@@ -81,6 +81,7 @@ def run_ranks(world_size: int, fn: Callable[..., Any], *args: Any,
     Raises:
         RankError: the first rank that failed, or those that died or did not answer in time.
     """
+    __tracebackhide__ = True  # a failure shows the rank's traceback, not the pool's
     if not 1 <= world_size <= MAX_RANKS:
         raise ValueError(f"run_ranks: world_size {world_size} is not in 1..{MAX_RANKS}")
     if "<" in fn.__qualname__:
@@ -104,6 +105,7 @@ class _Pool:
 
     def run(self, world_size: int, fn: Callable[..., Any], args: tuple[Any, ...],
             timeout: float) -> list[Any]:
+        __tracebackhide__ = True
         self._start(world_size)
         self.calls += 1
         file = sys.modules[fn.__module__].__file__

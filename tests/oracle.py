@@ -89,7 +89,7 @@ class Oracle:
             with torch.no_grad():
                 bag.weight.copy_(self.weights[table.name])
             self.bags[table.name] = bag
-            self.state[table.name] = _empty_state(self.optimizer.kind, bag.weight)
+            self.state[table.name] = empty_state(self.optimizer.kind, bag.weight)
 
     def rows(self, table: str) -> Tensor:
         """The table's current rows, [num_embeddings, embedding_dim]."""
@@ -141,7 +141,8 @@ class Oracle:
             weight[rows] -= opt.lr * m_hat / (root[:, None] if row_wise else root)
 
 
-def _empty_state(kind: str, weight: Tensor) -> dict[str, Tensor]:
+def empty_state(kind: str, weight: Tensor) -> dict[str, Tensor]:
+    """State of an optimiser kind before the first step, for rows [n, D]."""
     whole, per_row = torch.zeros_like(weight).detach(), torch.zeros_like(weight[:, 0]).detach()
     return {
         "sgd": {},

@@ -5,7 +5,6 @@ Precedence: ``--set key=value`` overrides the file, the file overrides the defau
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Literal
 
@@ -40,25 +39,27 @@ DEMO_JOB = Path(__file__).with_name("demo.yaml")
 class JobConfig(Section):
     """Everything a run needs to know; the same file serves plan, train and launch."""
 
-    batch_size: Count = Field(2048, description="samples per rank and step")
+    batch_size: Count = Field(default=2048, description="samples per rank and step")
     ranks: Count = Field(
-        1, description="processes to start on this machine where torchrun or srun started none; "
-        "for plan: the world size where no topology is given")
+        default=1,
+        description="processes to start on this machine where torchrun or srun started none; for "
+        "plan: the world size where no topology is given")
     tables: Tables = Field(description="list of tables, or {preset: criteo_kaggle, ...}")
-    model: ModelConfig = Field(ModelConfig(), description="dense model over the embeddings")
+    model: ModelConfig = Field(default=ModelConfig(), description="dense model over the embeddings")
     data: DataConfig = Field(
-        DataConfig(train_rows=(0, 2_000_000), validation_rows=(2_000_000, 2_100_000)),
+        default=DataConfig(train_rows=(0, 2_000_000), validation_rows=(2_000_000, 2_100_000)),
         description="where samples come from; absent: generated Criteo-like data")
     optimizer: OptimizerConfig = Field(
-        OptimizerConfig(), description="optimisers and learning-rate schedule")
+        default=OptimizerConfig(), description="optimisers and learning-rate schedule")
     dense_dtype: Literal["fp32", "bf16"] = Field(
-        "fp32", description="compute dtype of the dense layers; bf16: by autocast")
-    wire: WireConfig = Field(WireConfig(), description="dtypes of what ranks exchange")
+        default="fp32", description="compute dtype of the dense layers; bf16: by autocast")
+    wire: WireConfig = Field(default=WireConfig(), description="dtypes of what ranks exchange")
     topology: Name | None = Field(
-        None, description="machine to plan for: a name or a file; absent: this one")
+        default=None, description="machine to plan for: a name or a file; absent: this one")
     plan: Name | None = Field(
-        None, description="path of a plan as JSON to execute; absent: plan here, now")
-    train: TrainConfig = Field(TrainConfig(), description="how long to train, what to write")
+        default=None, description="path of a plan as JSON to execute; absent: plan here, now")
+    train: TrainConfig = Field(
+        default=TrainConfig(), description="how long to train, what to write")
 
     @model_validator(mode="after")
     def _check_together(self) -> JobConfig:
@@ -89,7 +90,6 @@ def load_job(path: str | Path | None, overrides: list[str] | None = None) -> Job
         ConfigError: lists every problem found, each line starting with its YAML path.
     """
     data, problems = read_source(Path(path) if path is not None else DEMO_JOB)
-    data = copy.deepcopy(data)  # YAML aliases share objects; an override must change only one
     problems += apply_overrides(data, overrides or [])
     job = None
     try:

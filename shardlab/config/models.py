@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -70,36 +69,39 @@ class TableConfig(Section):
     num_embeddings: Count = Field(description="rows of the table")
     embedding_dim: Count = Field(description="columns, fp32 elements as the model sees them")
     feature_names: Annotated[tuple[Name, ...], BeforeValidator(_one_or_many)] = Field(
-        (), description="features that read this table; empty: one, named like the table")
-    pooling: PoolingType = Field(PoolingType.SUM, description="how a bag becomes one vector")
-    pooling_factor: Positive = Field(1.0, description="ids per bag that the planner assumes")
+        default=(), description="features that read this table; empty: one, named like the table")
+    pooling: PoolingType = Field(
+        default=PoolingType.SUM, description="how a bag becomes one vector")
+    pooling_factor: Positive = Field(
+        default=1.0, description="ids per bag that the planner assumes")
     storage: Storage = "fp32"
     sharding: Sharding = Field(
-        None, description="wanted sharding type; auto lets the planner choose")
+        default=None, description="wanted sharding type; auto lets the planner choose")
     exchange: ExchangeKind = Field(
-        ExchangeKind.AUTO, description="what crosses the wire: unique rows or pooled bags")
+        default=ExchangeKind.AUTO, description="what crosses the wire: unique rows or pooled bags")
     bounds: BoundsMode = Field(
-        BoundsMode.ERROR, description="what happens to an id outside the table")
+        default=BoundsMode.ERROR, description="what happens to an id outside the table")
     weight_init_min: float | None = Field(
-        None, description="lower end of the uniform initial weights; absent: -1/sqrt(rows)")
+        default=None, description="lower end of the uniform initial weights; absent: -1/sqrt(rows)")
     weight_init_max: float | None = Field(
-        None, description="upper end of the uniform initial weights; absent: +1/sqrt(rows)")
+        default=None, description="upper end of the uniform initial weights; absent: +1/sqrt(rows)")
 
 
 class TablesPreset(Section):
     """A known set of tables instead of a list."""
 
     preset: Literal["criteo_kaggle"] = Field(description="name of the set of tables")
-    embedding_dim: Count = Field(16, description="columns of every table, fp32 elements")
+    embedding_dim: Count = Field(default=16, description="columns of every table, fp32 elements")
     max_rows: Count | None = Field(
-        None, description="rows that no table may exceed; absent: the full cardinalities")
+        default=None, description="rows that no table may exceed; absent: the full cardinalities")
     storage: Storage = "fp32"
     sharding: Sharding = Field(
-        None, description="wanted sharding type of every table; auto lets the planner choose")
+        default=None,
+        description="wanted sharding type of every table; auto lets the planner choose")
     exchange: ExchangeKind = Field(
-        ExchangeKind.AUTO, description="what crosses the wire, for every table")
+        default=ExchangeKind.AUTO, description="what crosses the wire, for every table")
     bounds: BoundsMode = Field(
-        BoundsMode.ERROR, description="what happens to an id outside its table")
+        default=BoundsMode.ERROR, description="what happens to an id outside its table")
 
 
 def _kind_of_tables(value: Any) -> str:
@@ -117,51 +119,61 @@ Tables = Annotated[
 class ModelConfig(Section):
     """The dense model over the embeddings."""
 
-    kind: Literal["dlrm", "deepfm", "dcn"] = Field("dlrm", description="architecture")
+    kind: Literal["dlrm", "deepfm", "dcn"] = Field(default="dlrm", description="architecture")
     bottom_mlp: tuple[Count, ...] = Field(
-        (512, 256), description="dlrm: widths of the layers over the dense features; the "
-        "embedding dimension is appended where the last width differs from it")
+        default=(512, 256),
+        description="dlrm: widths of the layers over the dense features; the embedding dimension "
+        "is appended where the last width differs from it")
     top_mlp: tuple[Count, ...] = Field(
-        (512, 256), description="widths of the hidden layers before the logit (deepfm, dcn: of "
-        "the deep network)")
-    cross_layers: Count = Field(3, description="dcn: number of cross layers")
+        default=(512, 256),
+        description="widths of the hidden layers before the logit (deepfm, dcn: of the deep "
+        "network)")
+    cross_layers: Count = Field(default=3, description="dcn: number of cross layers")
     cross_rank: Count | None = Field(
-        None, description="dcn: rank of the cross layers' weights; absent: full rank")
+        default=None, description="dcn: rank of the cross layers' weights; absent: full rank")
 
 
 class ColumnsConfig(Section):
     """Which column of a Parquet file is what."""
 
-    label: Name = Field("label", description="column of the label, 0 or 1")
-    dense: tuple[Name, ...] = Field((), description="columns of the dense features, in order")
+    label: Name = Field(default="label", description="column of the label, 0 or 1")
+    dense: tuple[Name, ...] = Field(
+        default=(), description="columns of the dense features, in order")
     sparse: dict[str, Name] = Field(
-        {}, description="feature name -> column of its ids; a feature that is not listed reads "
-        "the column of its own name")
+        default={},
+        description="feature name -> column of its ids; a feature that is not listed reads the "
+        "column of its own name")
+    log_dense: bool = Field(
+        default=False, description="dense values x become log(max(x, 0) + 1), as for counts")
+    raw_integers: bool = Field(
+        default=False,
+        description="integer columns hold row numbers of the tables, and are not hashed")
 
 
 class DataConfig(Section):
     """Where samples come from, and which of them train and which validate."""
 
     kind: Literal["synthetic_criteo", "criteo_tsv", "criteo_parquet", "parquet"] = Field(
-        "synthetic_criteo", description="format of the data; synthetic_criteo needs no file")
+        default="synthetic_criteo",
+        description="format of the data; synthetic_criteo needs no file")
     path: Annotated[tuple[Name, ...], BeforeValidator(_one_or_many)] = Field(
-        (), description="file, glob pattern, or list of them, read in the order given; relative "
-        "to the working directory")
+        default=(),
+        description="file, glob pattern, or list of them, read in the order given; relative to the "
+        "working directory")
     train_rows: RowRange | None = Field(
-        None, description="rows [start, stop) to train on, counted over all files; stop null: "
-        "to the end; absent: every row that does not validate")
+        default=None,
+        description="rows [start, stop) to train on, counted over all files; stop null: to the "
+        "end; absent: every row that does not validate")
     validation_rows: RowRange | None = Field(
-        None, description="rows [start, stop) to validate on; absent: see validation_fraction")
+        default=None,
+        description="rows [start, stop) to validate on; absent: see validation_fraction")
     validation_fraction: Share | None = Field(
-        None, description="share of all rows, taken from the end, to validate on")
-    columns: ColumnsConfig | None = Field(None, description="parquet: which column is what")
+        default=None, description="share of all rows, taken from the end, to validate on")
+    columns: ColumnsConfig | None = Field(default=None, description="parquet: which column is what")
     on_bad_row: Literal["error", "skip"] = Field(
-        "error", description="a row that cannot be read: stop and name it, or count and skip it")
-    seed: Index = Field(0, description="synthetic_criteo: seed of the generator")
-
-    def files(self) -> tuple[str, ...]:
-        """The files that ``path`` names, patterns expanded, each pattern's matches sorted."""
-        return tuple(file for pattern in self.path for file in sorted(glob.glob(pattern)))
+        default="error",
+        description="a row that cannot be read: stop and name it, or count and skip it")
+    seed: Index = Field(default=0, description="synthetic_criteo: seed of the generator")
 
     @property
     def num_dense(self) -> int:
@@ -175,81 +187,90 @@ class SparseOptimizerConfig(Section):
     """The optimiser fused into the tables' update."""
 
     kind: Literal["sgd", "adagrad", "row_wise_adagrad", "adam", "row_wise_adam"] = Field(
-        "row_wise_adagrad", description="update rule")
-    lr: NotNegative = Field(0.05, description="learning rate")
+        default="row_wise_adagrad", description="update rule")
+    lr: NotNegative = Field(default=0.05, description="learning rate")
     eps: Positive | None = Field(
-        None, description="adagrad, adam: added to the denominator; absent: the rule's own")
+        default=None, description="adagrad, adam: added to the denominator; absent: the rule's own")
     betas: tuple[Share, Share] | None = Field(
-        None, description="adam: decay of the first and second moment; absent: the rule's own")
+        default=None,
+        description="adam: decay of the first and second moment; absent: the rule's own")
     weight_decay: NotNegative | None = Field(
-        None, description="sgd: L2 penalty; absent: none")
+        default=None, description="sgd: L2 penalty; absent: none")
     clip_value: Positive | None = Field(
-        None, description="limit of each element of a row's gradient; absent: no limit")
+        default=None, description="limit of each element of a row's gradient; absent: no limit")
     clip_norm: Positive | None = Field(
-        None, description="limit of the norm of a row's gradient; absent: no limit")
+        default=None, description="limit of the norm of a row's gradient; absent: no limit")
 
 
 class DenseOptimizerConfig(Section):
     """The optimiser of the dense layers."""
 
-    kind: Literal["sgd", "adagrad", "adam", "adamw"] = Field("adam", description="update rule")
-    lr: NotNegative = Field(0.001, description="learning rate")
+    kind: Literal["sgd", "adagrad", "adam", "adamw"] = Field(
+        default="adam", description="update rule")
+    lr: NotNegative = Field(default=0.001, description="learning rate")
     eps: Positive | None = Field(
-        None, description="adagrad, adam, adamw: added to the denominator; absent: torch's own")
+        default=None,
+        description="adagrad, adam, adamw: added to the denominator; absent: torch's own")
     betas: tuple[Share, Share] | None = Field(
-        None, description="adam, adamw: decay of the moments; absent: torch's own")
-    momentum: Share | None = Field(None, description="sgd: momentum; absent: none")
+        default=None, description="adam, adamw: decay of the moments; absent: torch's own")
+    momentum: Share | None = Field(default=None, description="sgd: momentum; absent: none")
     weight_decay: NotNegative | None = Field(
-        None, description="L2 penalty (adamw: decoupled); absent: torch's own")
+        default=None, description="L2 penalty (adamw: decoupled); absent: torch's own")
 
 
 class ScheduleConfig(Section):
     """Factor on both learning rates over the steps."""
 
     kind: Literal["constant", "linear_warmup", "cosine", "linear_decay"] = Field(
-        "constant", description="shape of the factor")
+        default="constant", description="shape of the factor")
     warmup_steps: Index = Field(
-        0, description="steps over which the factor rises linearly from near 0 to 1")
+        default=0, description="steps over which the factor rises linearly from near 0 to 1")
     steps: Count | None = Field(
-        None, description="cosine, linear_decay: step at which the factor reaches final_factor")
+        default=None,
+        description="cosine, linear_decay: step at which the factor reaches final_factor")
     final_factor: Annotated[float, Field(ge=0, le=1)] = Field(
-        0.0, description="cosine, linear_decay: factor from then on")
+        default=0.0, description="cosine, linear_decay: factor from then on")
 
 
 class OptimizerConfig(Section):
     """Optimisers of tables and dense layers, and the schedule of both."""
 
     sparse: SparseOptimizerConfig = Field(
-        SparseOptimizerConfig(), description="optimiser of the tables")
+        default=SparseOptimizerConfig(), description="optimiser of the tables")
     dense: DenseOptimizerConfig = Field(
-        DenseOptimizerConfig(), description="optimiser of the dense layers")
-    schedule: ScheduleConfig = Field(ScheduleConfig(), description="learning-rate schedule")
+        default=DenseOptimizerConfig(), description="optimiser of the dense layers")
+    schedule: ScheduleConfig = Field(default=ScheduleConfig(), description="learning-rate schedule")
 
 
 class WireConfig(Section):
     """Dtypes of what ranks exchange."""
 
-    forward: Literal["fp32"] = Field("fp32", description="dtype of rows on the wire")
-    backward: Literal["fp32"] = Field("fp32", description="dtype of gradients on the wire")
+    forward: Literal["fp32"] = Field(default="fp32", description="dtype of rows on the wire")
+    backward: Literal["fp32"] = Field(default="fp32", description="dtype of gradients on the wire")
 
 
 class TrainConfig(Section):
     """How long to train, and what to write down on the way."""
 
-    epochs: Count = Field(1, description="passes over the training rows")
-    max_steps: Count | None = Field(None, description="steps to stop after; absent: no limit")
-    log_every: Count = Field(50, description="steps between two lines of metrics")
+    epochs: Count = Field(default=1, description="passes over the training rows")
+    max_steps: Count | None = Field(
+        default=None, description="steps to stop after; absent: no limit")
+    log_every: Count = Field(default=50, description="steps between two lines of metrics")
     validate_every: Count | None = Field(
-        None, description="steps between two validations; absent: only at the end")
+        default=None, description="steps between two validations; absent: only at the end")
     checkpoint_every: Count | None = Field(
-        None, description="steps between two checkpoints; absent: only at the end")
-    checkpoint_keep: Count = Field(2, description="newest checkpoints that are kept")
+        default=None, description="steps between two checkpoints; absent: only at the end")
+    checkpoint_keep: Count = Field(default=2, description="newest checkpoints that are kept")
     run_dir: Name | None = Field(
-        None, description="folder of metrics, plan and checkpoints; absent: runs/<date-time>")
-    seed: Index = Field(0, description="seed of the initial weights")
-    tensorboard: bool = Field(False, description="write TensorBoard events into the run folder")
+        default=None,
+        description="folder of metrics, plan and checkpoints; absent: runs/<date-time>")
+    seed: Index = Field(default=0, description="seed of the initial weights")
+    tensorboard: bool = Field(
+        default=False, description="write TensorBoard events into the run folder")
     resume: Name = Field(
-        "auto", description="auto: continue from the newest checkpoint of the run folder, if "
-        "any; never: start anew; else the path of a checkpoint to continue from")
+        default="auto",
+        description="auto: continue from the newest checkpoint of the run folder, if any; never: "
+        "start anew; else the path of a checkpoint to continue from")
     deterministic: bool = Field(
-        True, description="use torch's deterministic algorithms, so that a run repeats bit by bit")
+        default=True,
+        description="use torch's deterministic algorithms, so that a run repeats bit by bit")

@@ -31,15 +31,23 @@ def read_source(path: Path) -> tuple[dict[str, Any], list[str]]:
         raise ConfigError(f"{path}: cannot read the job file: {error}") from None
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
-        data = yaml.safe_load(text)
+        data = _unshared(yaml.safe_load(text))
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not YAML: {_yaml_reason(error)}") from None
     except RecursionError:
-        raise ConfigError(f"{path}: the YAML is nested too deep") from None
+        raise ConfigError(f"{path}: the YAML is nested too deep, or an alias "
+                          "contains itself") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: expected a mapping of keys such as tables and model, "
                           f"found {type(data).__name__}")
     return data, _repeated_keys(node, "", set())
+
+
+def _unshared(value: Any) -> Any:
+    """A copy in which aliases are copies too, so that an override changes one place only."""
+    if isinstance(value, dict):
+        return {key: _unshared(inner) for key, inner in value.items()}
+    return [_unshared(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _yaml_reason(error: yaml.YAMLError) -> str:

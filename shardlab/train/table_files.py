@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shardlab.errors import CheckpointError
+from shardlab.storage import TableChunk
 from shardlab.train.manifest import ChunkEntry, Manifest
 from shardlab.train.tensor_file import FileEntry, read_tensors, write_tensors
 
@@ -104,4 +105,4 @@ def _build_chunk(folder: Path, entry: ChunkEntry, tensors: Mapping[str, Tensor])
         raise CheckpointError(f"{folder / entry.file} lacks tensor {error}, which the manifest "
                               "lists; the checkpoint is foreign") from None
     return TableChunk(table=entry.table, row_start=entry.row_start, col_start=entry.col_start,
-                      weights=weights, state=state, replicated=False)
+                      weights=weights, state=state)

@@ -52,7 +52,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> FileEntry:
         if tensor.dtype not in _DTYPE_NAMES:
             raise CheckpointError(f"{path.name}: tensor {name!r} has dtype {tensor.dtype}, which "
                                   "safetensors files do not hold")
-        view = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+        # as_strided, because a contiguous tensor of one element may carry any stride
+        view = tensor.detach().contiguous().as_strided((tensor.numel(),), (1,)).view(torch.uint8)
         header[name] = {"dtype": _DTYPE_NAMES[tensor.dtype], "shape": [*tensor.shape],
                         "data_offsets": [end, end + view.numel()]}
         end += view.numel()

@@ -1,0 +1,117 @@
+"""Starts the ranks of a job on this machine through torchrun's machinery, and ends them together.
+
+The first failing rank ends the job: its message is what the user sees, the others are stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+import tempfile
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from shardlab.errors import LaunchError
+from shardlab.launch.environment import available_cores
+from shardlab.launch.rank import LOCAL_RANK_MARK, SIGNAL_EXIT
+
+#: Only this host: no name look-up, no firewall, no network card.
+_LOOPBACK = "127.0.0.1"
+
+
+def start_local_ranks(ranks: int, command: Sequence[str]) -> None:
+    """Runs ``command`` once per rank, with torchrun's variables, and waits for all to end.
+
+    Args:
+        ranks: processes to start.
+        command: program and arguments; the program reports failures by `rank.guarded`.
+
+    Raises:
+        LaunchError: a rank failed; carries the first failing rank's message. No rank is left.
+        KeyboardInterrupt: the job was interrupted. No rank is left.
+    """
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    with tempfile.TemporaryDirectory(prefix="shardlab-") as folder, _variables(ranks), _quiet():
+        config = LaunchConfig(
+            min_nodes=1, max_nodes=1, nproc_per_node=ranks, run_id=uuid.uuid4().hex,
+            rdzv_backend="c10d", rdzv_endpoint=f"{_LOOPBACK}:0", local_addr=_LOOPBACK,
+            max_restarts=0, logs_specs=DefaultLogsSpecs(log_dir=folder))
+        try:
+            elastic_launch(config, command[0])(*command[1:])
+        except ChildFailedError as error:
+            raise _first_failure(Path(folder), error.failures) from None
+        except SignalException as error:
+            raise KeyboardInterrupt(f"stopped by {error.sigval.name}") from None
+
+
+@contextmanager
+def _variables(ranks: int) -> Iterator[None]:
+    """Sets what the ranks inherit, and puts the former values back."""
+    wanted = {LOCAL_RANK_MARK: "1"}
+    if "OMP_NUM_THREADS" not in os.environ:
+        wanted["OMP_NUM_THREADS"] = str(max(1, available_cores() // ranks))
+    if "GLOO_SOCKET_IFNAME" not in os.environ and \
+            "lo" in (name for _, name in socket.if_nameindex()):
+        wanted["GLOO_SOCKET_IFNAME"] = "lo"
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silences the agent: it says in thirty lines what the LaunchError says in one."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+def _first_failure(folder: Path, failures: dict[int, Any]) -> LaunchError:
+    """The cause, among ranks that failed within the same moment.
+
+    A rank that died without reporting an exception did not die of another rank's failure (unless
+    by the SIGTERM that stops the others); else the earliest exception is the cause. The agent's
+    own timestamps count whole seconds, too coarse for that.
+    """
+    reports = [json.loads(file.read_text())["message"] for file in folder.glob("**/error.json")]
+    reported = {report["extraInfo"]["rank"] for report in reports}
+    silent = {rank: failure for rank, failure in failures.items()
+              if str(rank) not in reported and failure.exitcode != -signal.SIGTERM}
+    if silent or not reports:
+        rank, failure = next(iter((silent or failures).items()))
+        if failure.exitcode > SIGNAL_EXIT:  # it noted the signal and stopped in order
+            name = signal.Signals(failure.exitcode - SIGNAL_EXIT).name
+            return LaunchError(f"rank {rank} (process {failure.pid}) was stopped by {name}")
+        if failure.exitcode >= 0:
+            return LaunchError(f"rank {rank} (process {failure.pid}) ended with exit code "
+                               f"{failure.exitcode} and no message")
+        hint = "; the machine may be out of memory" if failure.exitcode == -signal.SIGKILL else ""
+        return LaunchError(f"rank {rank} (process {failure.pid}) was killed by "
+                           f"{failure.signal_name()}{hint}")
+    first = min(reports, key=lambda report: int(report["extraInfo"]["time_ns"]))
+    return LaunchError(f"rank {first['extraInfo']['rank']} failed: {first['message'].rstrip()}")
+
+
+def rank_command(*arguments: str) -> list[str]:
+    """The command that runs ``shardlab`` with these arguments in this interpreter."""
+    return [sys.executable, "-m", "shardlab.cli", *arguments]

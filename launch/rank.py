@@ -1,0 +1,79 @@
+"""What a rank does beside its work: it ends with its launcher and reports why it failed."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from shardlab.errors import ShardLabError
+
+#: Set for ranks that `local.start_local_ranks` started: that parent prints the failure.
+LOCAL_RANK_MARK = "SHARDLAB_LOCAL_RANK"
+#: Exit codes: a mistake in what the user gave, and everything else.
+USER_ERROR, FAILURE = 2, 1
+#: Shells report a process that signal n ended as this + n; `Summary.exit_code` does too.
+SIGNAL_EXIT = 128
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def guarded(work: Callable[[], int]) -> int:
+    """Runs ``work`` in a rank that torchrun, srun or the local launcher started.
+
+    A failing rank reports its exception in torchrun's error file and ends at once, without the
+    usual clean-up: that could wait forever for ranks that wait for this one.
+
+    Args:
+        work: what the rank does.
+
+    Returns:
+        The exit code that ``work`` returned.
+    """
+    local = os.environ.get(LOCAL_RANK_MARK) == "1"
+    if local:
+        _end_with_parent()
+    try:
+        return work()
+    except Exception as error:
+        _report(error)
+        if not local:
+            _print(error)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(USER_ERROR if isinstance(error, ShardLabError) else FAILURE)
+
+
+def _end_with_parent() -> None:
+    """Ctrl-C ends this process at once; so does the death of the launcher (Linux)."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    parent = os.getppid()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before the kernel was asked
+        os._exit(FAILURE)
+
+
+def _report(error: Exception) -> None:
+    """Writes torchrun's error file; it keeps whole seconds only, so a finer time goes beside."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path is None:
+        return
+    text = "".join(traceback.format_exception(error))
+    now = time.time_ns()
+    message = str(error) if isinstance(error, ShardLabError) else text
+    extra = {"py_callstack": text, "timestamp": str(now // 1_000_000_000), "time_ns": str(now),
+             "rank": os.environ.get("RANK", "?")}
+    Path(path).write_text(json.dumps({"message": {"message": message, "extraInfo": extra}}))
+
+
+def _print(error: Exception) -> None:
+    text = f"error: {error}" if isinstance(error, ShardLabError) \
+        else "".join(traceback.format_exception(error)).rstrip()
+    lines = "\n".join(f"rank {os.environ.get('RANK', '?')}: {line}" for line in text.split("\n"))
+    print(lines, file=sys.stderr)

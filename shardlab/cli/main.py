@@ -1,0 +1,64 @@
+"""The ``shardlab`` command. A user's mistake ends in a message and exit code 2, no traceback."""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+from shardlab.cli.doctor import doctor
+from shardlab.cli.plan import plan
+from shardlab.cli.train import train
+from shardlab.errors import ShardLabError, nearest_name
+from shardlab.launch.rank import USER_ERROR
+
+INTERRUPTED = 130  # what shells report for a program that Ctrl-C ended
+_SHOW_CURSOR = "\x1b[?25h"
+
+
+class _Commands(click.Group):
+    """A group that suggests the nearest command for a misspelt one."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str],
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args[0] not in self.commands and not args[0].startswith("-"):
+            known = list(self.commands)
+            ctx.fail(f"no command {args[0]!r}{nearest_name(args[0], known)}; "
+                     f"known: {', '.join(known)}")
+        return super().resolve_command(ctx, args)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="shardlab")
+def app() -> None:
+    """Train recommendation models whose embedding tables outgrow a device."""
+
+
+for _command in (train, plan, doctor):
+    app.add_command(_command)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs ``shardlab`` and exits.
+
+    Args:
+        arguments: what follows the program's name; None takes this process's.
+    """
+    sys.exit(_run(arguments))
+
+
+def _run(arguments: list[str] | None) -> int:
+    try:
+        return int(app.main(arguments, prog_name="shardlab", standalone_mode=False) or 0)
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt) as stop:
+        if sys.stderr.isatty():  # a progress bar that was cut off leaves the cursor hidden
+            click.echo(_SHOW_CURSOR, nl=False, err=True)
+        click.echo(f"interrupted{f': {stop}' if str(stop) else ''}", err=True)
+        return INTERRUPTED
+    except ShardLabError as error:
+        click.echo(f"error: {error}", err=True)
+        return USER_ERROR

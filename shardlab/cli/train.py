@@ -1,0 +1,69 @@
+"""``shardlab train``: runs a job on ranks that it starts here, or joins ranks that exist."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from shardlab.cli.job import job_arguments, read_job
+from shardlab.errors import LaunchError
+
+if TYPE_CHECKING:
+    from shardlab.config import JobConfig
+    from shardlab.launch.environment import RankInfo
+
+
+@click.command()
+@job_arguments
+@click.option("--plan", metavar="FILE", help="Execute this plan (JSON of `shardlab plan --json`).")
+@click.option("--resume", metavar="auto|never|PATH",
+              help="Continue from the run folder's newest checkpoint, never, or from this one.")
+def train(job: str | None, demo: bool, ranks: int | None, overrides: tuple[str, ...],
+          plan: str | None, resume: str | None) -> int:
+    """Train a job.
+
+    Started by torchrun or srun, this process joins as one rank. Else it starts the job's ranks
+    on this machine and waits for them.
+    """
+    config = read_job(job, demo, overrides, ranks=ranks, plan=plan, train__resume=resume)
+    from shardlab.launch.environment import find_rank
+
+    place = find_rank(os.environ)
+    if place is not None:
+        return _join(config, place, ranks)
+    if config.ranks > 1:
+        return _start(config)
+    from shardlab.launch.train import run_job
+
+    return run_job(config)
+
+
+def _join(config: JobConfig, place: RankInfo, asked: int | None) -> int:
+    """Works as one rank of a job that another program started; returns its exit code."""
+    if asked not in (None, place.world_size):
+        raise LaunchError(f"--ranks {asked} asked, but {place.starter} started "
+                          f"{place.world_size} ranks; leave --ranks out")
+    os.environ.update(place.variables())
+    from shardlab.launch.rank import guarded
+
+    def work() -> int:
+        from shardlab.launch.train import run_job
+
+        return run_job(config)
+
+    return guarded(work)
+
+
+def _start(config: JobConfig) -> int:
+    """Starts the ranks; each reads the job as this process resolved it."""
+    from shardlab.launch.local import rank_command, start_local_ranks
+
+    with tempfile.TemporaryDirectory(prefix="shardlab-job-") as folder:
+        resolved = Path(folder) / "job.yaml"
+        resolved.write_text(config.resolved_yaml(), encoding="utf-8")
+        start_local_ranks(config.ranks, rank_command("train", str(resolved)))
+    return 0

@@ -1,0 +1,15 @@
+"""Ranks, process groups, collectives and the count of bytes they move."""
+
+from shardlab.comm.collectives import (
+    WireBytes,
+    Work,
+    all_reduce_,
+    all_to_all,
+    barrier,
+    broadcast_text,
+    gather_objects_json,
+)
+from shardlab.comm.groups import Groups, build_groups, init, shutdown
+
+__all__ = ["Groups", "WireBytes", "Work", "all_reduce_", "all_to_all", "barrier",
+           "broadcast_text", "build_groups", "gather_objects_json", "init", "shutdown"]

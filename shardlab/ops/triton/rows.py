@@ -1,0 +1,257 @@
+"""Triton faces of gather, pool, sum and update of row records; contracts in `shardlab.ops.rows`.
+
+One launch for the jobs of all tables: a program is a tile of R rows x C columns of one job. Rows
+are found with int64 offsets; sums run in entry order, and no product is contracted into a fused
+multiply-add, so that a result depends on its inputs alone. Source: own.
+"""
+# ruff: noqa: PLR0913, PLR0917 - a kernel's arguments are flat
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from shardlab.ops.rows import RULES, Blocks, StepParameters
+from shardlab.ops.triton.sums import (
+    CHUNK,
+    COLUMNS,
+    COUNT,
+    START,
+    Chunks,
+    sum_chunks,
+    sum_entries,
+)
+from shardlab.ops.triton.tiles import Jobs, alignment, build_jobs, find_tile
+from shardlab.ops.unique import Uniques
+
+_FP32_BYTES = 4
+#: Elements of a tile: 16 a thread where rows are only copied, 8 where sums are held.
+_COPY_ELEMENTS, _SUM_ELEMENTS = 2048, 1024
+#: Numbers of a pool job that reach pointers: base, step, columns, out start, out step.
+_POOL_POINTERS = (0, 1, 2, 8, 9)
+
+SGD, ADAGRAD, ROW_WISE_ADAGRAD, ADAM, ROW_WISE_ADAM = (
+    tl.constexpr(RULES[kind])
+    for kind in ("sgd", "adagrad", "row_wise_adagrad", "adam", "row_wise_adam"))
+
+
+def _as_fp32(arena: Tensor) -> Tensor:
+    """The arena as fp32; offsets and records are multiples of 4 bytes."""
+    return arena[:arena.numel() // _FP32_BYTES * _FP32_BYTES].view(torch.float32)
+
+
+def _records(blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(offset, record length, columns) of blocks [K, 4], in fp32 elements."""
+    return blocks[:, 0] // _FP32_BYTES, blocks[:, 1] // _FP32_BYTES, blocks[:, 2]
+
+
+# ---------------------------------------------------------------- gather
+def gather_rows(arena: Tensor, blocks: Blocks, segments: Tensor, ids: Tensor, out: Tensor) -> None:
+    """out[out start + i * columns + c] = arena[offset + ids[start + i] * record + c]."""
+    if len(segments) == 0:
+        return
+    offset, record, columns = _records(blocks.table[segments[:, 0]])
+    start, count, out_start = segments[:, 1], segments[:, 2], segments[:, 3]
+    fields = torch.stack([start, count, columns, offset, record, out_start], 1)
+    jobs = build_jobs(fields, count, columns, _COPY_ELEMENTS, out.device)
+    if jobs.tiles:
+        _gather_kernel[(jobs.tiles,)](_as_fp32(arena), jobs.table, ids, out, *jobs.search, R=jobs.R,
+                                      C=jobs.C, ALIGN=alignment(fields[:, 2:]))
+
+
+@triton.jit(do_not_specialize=["num_jobs", "job_steps"])
+def _gather_kernel(arena, table, ids, out, num_jobs, job_steps, R: tl.constexpr, C: tl.constexpr,
+                   ALIGN: tl.constexpr):
+    """Job: (first tile, start, count, columns, offset, record, out start)."""
+    number, row = find_tile(table, 7, num_jobs, job_steps, R)
+    job = table + number * 7
+    columns = tl.multiple_of(tl.load(job + 3), ALIGN)
+    offset = tl.multiple_of(tl.load(job + 4), ALIGN)
+    record = tl.multiple_of(tl.load(job + 5), ALIGN)
+    target = tl.multiple_of(tl.load(job + 6), ALIGN) + row * columns
+    live = row < tl.load(job + 2)
+    at = offset + tl.load(ids + tl.load(job + 1) + row, mask=live, other=0) * record
+    c = tl.arange(0, C)[None, :]
+    inside = live[:, None] & (c < columns)
+    tl.store(out + target[:, None] + c, tl.load(arena + at[:, None] + c, mask=inside), mask=inside)
+
+
+# ---------------------------------------------------------------- pool
+def pool_rows(source: Tensor, jobs: Tensor, index: Tensor, offsets: Tensor | None,
+              weights: Tensor | None, out: Tensor) -> None:
+    """out[bag] (+)= sum over p of the bag of weights[p] * source[base + index[p] * step + c]."""
+    if len(jobs) == 0:
+        return
+    cut = build_jobs(jobs, jobs[:, 3], jobs[:, 2], _SUM_ELEMENTS, out.device)
+    if cut.tiles:
+        _pool_kernel[(cut.tiles,)](source, cut.table, index, index if offsets is None else offsets,
+                                   source if weights is None else weights, out, *cut.search,
+                                   WEIGHTED=weights is not None, R=cut.R, C=cut.C,
+                                   ALIGN=alignment(jobs[:, _POOL_POINTERS]),
+                                   enable_fp_fusion=False)
+
+
+@triton.jit(do_not_specialize=["num_jobs", "job_steps"])
+def _pool_kernel(source, table, index, offsets, weights, out, num_jobs, job_steps,
+                 WEIGHTED: tl.constexpr, R: tl.constexpr, C: tl.constexpr, ALIGN: tl.constexpr):
+    """Job: (first tile, then the eleven numbers of a job of `pool_rows`)."""
+    number, bag = find_tile(table, 12, num_jobs, job_steps, R)
+    job = table + number * 12
+    base = tl.multiple_of(tl.load(job + 1), ALIGN)
+    step = tl.multiple_of(tl.load(job + 2), ALIGN)
+    columns = tl.multiple_of(tl.load(job + 3), ALIGN)
+    live = bag < tl.load(job + 4)
+    length = tl.load(job + 7)
+    ragged = live & (length < 0)
+    edge = offsets + tl.load(job + 6) + bag
+    fixed = tl.load(job + 5) + bag * length
+    begin = tl.where(ragged, tl.load(edge, mask=ragged, other=0), fixed)
+    end = tl.where(ragged, tl.load(edge + 1, mask=ragged, other=0), fixed + length)
+    size = tl.where(live, end - begin, 0)
+    c = tl.arange(0, C)[None, :]
+    total = tl.zeros([R, C], dtype=tl.float32)
+    for k in tl.range(0, tl.max(size), loop_unroll_factor=4):
+        row = tl.load(index + begin + k, mask=k < size, other=-1)
+        value = tl.load(source + (base + row * step)[:, None] + c,
+                        mask=(row >= 0)[:, None] & (c < columns), other=0.0)
+        if WEIGHTED:
+            value = value * tl.load(weights + begin + k, mask=row >= 0, other=0.0)[:, None]
+        total += value
+    divisor = tl.where(tl.load(job + 8) != 0, tl.maximum(size, 1), 1).to(tl.float32)
+    total = tl.div_rn(total, divisor[:, None])
+    target = out + (tl.multiple_of(tl.load(job + 9), ALIGN)
+                    + bag * tl.multiple_of(tl.load(job + 10), ALIGN))[:, None] + c
+    inside = live[:, None] & (c < columns)
+    add = inside & (tl.load(job + 11) != 0)
+    tl.store(target, tl.load(target, mask=add, other=0.0) + total, mask=inside)
+
+
+# ---------------------------------------------------------------- sums per unique id
+def sum_rows(source: Tensor, uniques: Uniques, weights: Tensor | None, pieces: Tensor,
+             scale: float, out: Tensor) -> None:
+    """out[out start + i * out step + c] = scale * sum of the entries of unique start + i."""
+    if len(pieces) == 0:
+        return
+    jobs = build_jobs(pieces, pieces[:, 1], pieces[:, 2], _SUM_ELEMENTS, out.device)
+    if jobs.tiles == 0:
+        return
+    chunks = sum_chunks(source, uniques, weights, pieces, jobs)
+    _sum_kernel[(jobs.tiles,)](*_entries(source, uniques, weights, chunks), jobs.table, out,
+                               scale, *jobs.search, **_constants(jobs, chunks, weights))
+
+
+def _entries(source: Tensor, uniques: Uniques, weights: Tensor | None,
+             chunks: Chunks | None) -> tuple[Tensor, ...]:
+    """(source, starts, sources, weights, slots, sums): what `sum_entries` reads."""
+    return (source, uniques.starts, uniques.sources, source if weights is None else weights,
+            uniques.starts if chunks is None else chunks.slots,
+            source if chunks is None else chunks.sums)
+
+
+def _constants(jobs: Jobs, chunks: Chunks | None, weights: Tensor | None) -> dict[str, int | bool]:
+    return {"CHUNKED": chunks is not None, "WIDTH": 1 if chunks is None else chunks.sums.shape[1],
+            "CHUNK": CHUNK, "WEIGHTED": weights is not None, "R": jobs.R, "C": jobs.C,
+            "enable_fp_fusion": False}
+
+
+@triton.jit(do_not_specialize=["num_jobs", "job_steps"])
+def _sum_kernel(source, starts, sources, weights, slots, sums, table, out, scale, num_jobs,
+                job_steps, CHUNKED: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr,
+                WEIGHTED: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
+    """Job: (first tile, start, count, columns, shift, out start, out step)."""
+    number, row = find_tile(table, 7, num_jobs, job_steps, R)
+    job = table + number * 7
+    live = row < tl.load(job + COUNT)
+    c = tl.arange(0, C)[None, :]
+    inside = c < tl.load(job + COLUMNS)
+    total = sum_entries(source, starts, sources, weights, slots, sums, job, number,
+                        tl.load(job + START) + row, live, c, inside, CHUNKED, WIDTH, CHUNK,
+                        WEIGHTED, R, C)
+    at = tl.load(job + 5) + row * tl.load(job + 6)
+    tl.store(out + at[:, None] + c, total * scale, mask=live[:, None] & inside)
+
+
+# ---------------------------------------------------------------- update
+def update_rows(arena: Tensor, blocks: Blocks, uniques: Uniques, weights: Tensor | None,
+                grads: Tensor, step: StepParameters) -> None:
+    """g = clip(scale * sum of the row's entries); one step of the rule on row and state, in place.
+
+    Formulas of the rules: `_step_records` of `shardlab.ops.rows`.
+    """
+    start = uniques.splits[:-1]
+    if len(start) == 0:
+        return
+    count = uniques.splits[1:] - start
+    offset, record, columns = _records(blocks.table)
+    fields = torch.stack([start, count, columns, torch.zeros_like(start), offset, record], 1)
+    jobs = build_jobs(fields, count, columns, _SUM_ELEMENTS, grads.device)
+    if jobs.tiles == 0:
+        return
+    chunks = sum_chunks(grads, uniques, weights, fields, jobs)
+    clip = step.clip_value if step.clip_value > 0 else math.inf
+    # 1 - beta is taken in fp64 here, as torch's optimisers do: in fp32 0.999 loses 1.3e-5 of it.
+    numbers = (step.lr, step.eps, step.beta1, 1 - step.beta1, step.beta2, 1 - step.beta2,
+               step.weight_decay, step.scale, clip, step.bias1, step.bias2)
+    _update_kernel[(jobs.tiles,)](*_entries(grads, uniques, weights, chunks), jobs.table,
+                                  uniques.ids, _as_fp32(arena), *numbers, *jobs.search,
+                                  RULE=RULES[step.kind], **_constants(jobs, chunks, weights))
+
+
+@triton.jit(do_not_specialize=["num_jobs", "job_steps"])
+def _update_kernel(source, starts, sources, weights, slots, sums, table, ids, arena, lr, eps,
+                   beta1, rest1, beta2, rest2, weight_decay, scale, clip, bias1, bias2, num_jobs,
+                   job_steps, RULE: tl.constexpr, CHUNKED: tl.constexpr, WIDTH: tl.constexpr,
+                   CHUNK: tl.constexpr, WEIGHTED: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
+    """Job: (first tile, start, count, columns, 0, offset, record)."""
+    number, row = find_tile(table, 7, num_jobs, job_steps, R)
+    job = table + number * 7
+    live = row < tl.load(job + COUNT)
+    columns = tl.load(job + COLUMNS)
+    c = tl.arange(0, C)[None, :]
+    unique = tl.load(job + START) + row
+    grad = sum_entries(source, starts, sources, weights, slots, sums, job, number, unique, live, c,
+                       c < columns, CHUNKED, WIDTH, CHUNK, WEIGHTED, R, C) * scale
+    # Written as comparisons, which keep a NaN; a minimum would turn it into the bound.
+    grad = tl.where(grad > clip, clip, tl.where(grad < -clip, -clip, grad))
+    record = tl.load(ids + unique, mask=live, other=0) * tl.load(job + 6) + tl.load(job + 5)
+    payload = arena + record[:, None] + c
+    inside = live[:, None] & (c < columns)
+    weight = tl.load(payload, mask=inside, other=0.0)
+    if RULE == SGD:
+        step = lr * (grad + weight_decay * weight)
+    elif RULE == ADAGRAD:
+        state = payload + columns
+        square = tl.load(state, mask=inside, other=0.0) + grad * grad
+        tl.store(state, square, mask=inside)
+        step = tl.div_rn(lr * grad, tl.sqrt_rn(square) + eps)
+    elif RULE == ROW_WISE_ADAGRAD:
+        state = arena + record + columns
+        square = tl.load(state, mask=live, other=0.0) + mean_square(grad, columns)
+        tl.store(state, square, mask=live)
+        step = tl.div_rn(lr, tl.sqrt_rn(square) + eps)[:, None] * grad
+    else:
+        first = tl.load(payload + columns, mask=inside, other=0.0) * beta1 + grad * rest1
+        tl.store(payload + columns, first, mask=inside)
+        if RULE == ADAM:
+            state = payload + 2 * columns
+            second = tl.load(state, mask=inside, other=0.0) * beta2 + grad * grad * rest2
+            tl.store(state, second, mask=inside)
+            root = tl.sqrt_rn(tl.div_rn(second, bias2)) + eps
+        else:
+            state = arena + record + 2 * columns
+            second = (tl.load(state, mask=live, other=0.0) * beta2
+                      + mean_square(grad, columns) * rest2)
+            tl.store(state, second, mask=live)
+            root = (tl.sqrt_rn(tl.div_rn(second, bias2)) + eps)[:, None]
+        step = tl.div_rn(lr * tl.div_rn(first, bias1), root)
+    tl.store(payload, weight - step, mask=inside)
+
+
+@triton.jit
+def mean_square(grad, columns):
+    """Mean of grad^2 over the columns, [R]; grad is 0 beyond them."""
+    return tl.div_rn(tl.sum(grad * grad, axis=1), columns.to(tl.float32))

@@ -1,0 +1,8 @@
+"""The sharded lookup: ids out, rows back."""
+
+from shardlab.sharded.collection import EmbeddingBagCollection, ShardedEmbeddingBagCollection
+from shardlab.sharded.optimizer import ShardedOptimizer
+from shardlab.sharded.shard import ShardedModel, shard, simple_plan
+
+__all__ = ["EmbeddingBagCollection", "ShardedEmbeddingBagCollection", "ShardedModel",
+           "ShardedOptimizer", "shard", "simple_plan"]

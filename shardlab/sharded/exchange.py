@@ -1,0 +1,266 @@
+"""Ids out, rows back: one all-to-all of ids, one of rows, one of gradients, for all tables.
+
+The steps carry the numbers of docs/architecture.md: 1 de-duplicate and 2 route (`routes`), 3 read,
+5 expand and pool, 6 sum gradients per unique id, 7 merge ranks' gradients and 8 update
+(`gradients`). Rows travel as fp32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from shardlab.comm import Groups, WireBytes, Work, all_to_all
+from shardlab.ops.rows import pool_rows, sum_rows
+from shardlab.ops.unique import fill_affine
+from shardlab.sharded.cells import Buffer, CellIndex
+from shardlab.sharded.gradients import (
+    PendingGradients,
+    bag_offsets,
+    entry_bags,
+    entry_weights,
+    owner_chunks,
+)
+from shardlab.sharded.inputs import Batch, InputReader
+from shardlab.sharded.layout import Layout, Slot, column
+from shardlab.sharded.messages import IdExchange, Incoming
+from shardlab.sharded.routes import Outgoing, Router
+from shardlab.specs import PoolingType
+from shardlab.storage import Storage
+
+_FP32_BYTES = 4
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """What a forward leaves for its backward."""
+
+    outgoing: Outgoing
+    incoming: Incoming
+
+
+class Exchange:
+    """The sharded lookup and its gradient for all tables of a collection.
+
+    Args:
+        layout: the compiled plan.
+        storage: this rank's shards.
+        groups: the ranks.
+        reader: names for errors.
+    """
+
+    def __init__(self, layout: Layout, storage: Storage, groups: Groups,
+                 reader: InputReader) -> None:
+        self.layout, self.storage, self.groups = layout, storage, groups
+        self.wire = WireBytes()
+        self._router = Router(layout, reader)
+        self._ids = IdExchange(layout, groups, self.wire)
+        self._cells = CellIndex(layout)
+        pooled = any(slot.feature >= 0 for slot in layout.slots)
+        rows = any(slot.feature < 0 for slot in layout.slots)
+        # Everything at home and pooled: bags go from the records to the output, nothing between.
+        self._direct = layout.world_size == 1 and not rows
+        self._has_rows, self._has_pooled = rows, pooled
+        self._set_up_reads()
+        self._set_up_rows_output()
+        self._set_up_bags_output()
+
+    # ------------------------------------------------------------------ set-up
+    def _set_up_reads(self) -> None:
+        mine = self._cells.mine
+        ranks = range(len(self._cells.peers))
+        gather = [(rank, i) for rank in ranks for i, slot in enumerate(mine)
+                  if slot.feature < 0 and bool(self._cells.my_read[rank, i])]
+        bags = [(rank, i) for rank in ranks for i, slot in enumerate(mine) if slot.feature >= 0]
+        self._gather_cells = column([rank * len(mine) + i for rank, i in gather])
+        self._gather_blocks = column([mine[i].block for _, i in gather])
+        self._bag_cells = column([rank * len(mine) + i for rank, i in bags])
+        self._bag_ranks = column([rank for rank, _ in bags])
+        jobs = [[mine[i].block, 0, mine[i].shard.columns, 0, 0, 0, -1, 0, 0,
+                 mine[i].shard.columns, 0] for _, i in bags]
+        self._bag_jobs = column(jobs).reshape(-1, 11)
+        if self._direct:
+            for job, (_, i) in zip(self._bag_jobs, bags, strict=True):
+                job[8], job[9] = self._first_column(mine[i]), self.layout.total_columns
+                job[10] = self.layout.groups[mine[i].group].row_start > 0
+
+    def _first_column(self, slot: Slot) -> int:
+        """First output column of a pooled slot."""
+        return self.layout.feature_columns[slot.feature] + slot.shard.col_start
+
+    def _set_up_rows_output(self) -> None:
+        """Per column piece c of the ``rows`` tables: its slots, and the pooling jobs."""
+        layout = self.layout
+        self._passes = []
+        slots = [(i, slot) for i, slot in enumerate(layout.slots) if slot.feature < 0 and slot.read]
+        for chunk in sorted({slot.chunk for _, slot in slots}):
+            found = [(i, slot) for i, slot in slots if slot.chunk == chunk]
+            shards = {slot.table: slot.shard for _, slot in found}
+            jobs = [[0, 1, shards[t].columns, 0, 0, f, 0,
+                     layout.tables[t].pooling is PoolingType.MEAN,
+                     layout.feature_columns[f] + shards[t].col_start, layout.total_columns, 0]
+                    for t in shards for f in layout.features_of(t)]
+            self._passes.append((column([i for i, _ in found]), column(jobs)))
+        every = [i for i, slot in enumerate(layout.slots) if slot.feature < 0]
+        self._rows_slots = column(every)
+        self._rows_shift = column([layout.slots[i].shard.col_start for i in every])
+
+    def _set_up_bags_output(self) -> None:
+        """Pooled slots in the order of their rows, so that the first block of a bag overwrites."""
+        slots = [(i, slot) for i, slot in enumerate(self.layout.slots) if slot.feature >= 0]
+        slots.sort(key=lambda pair: (pair[1].feature, pair[1].shard.col_start,
+                                     self.layout.groups[pair[1].group].row_start))
+        self._bag_slots = column([i for i, _ in slots])
+        self._bag_columns = column([self._first_column(slot) for _, slot in slots])
+        self._bag_adds = column([self.layout.groups[slot.group].row_start > 0 for _, slot in slots])
+
+    # ------------------------------------------------------------------ forward
+    def forward(self, batch: Batch) -> tuple[Tensor, Lookup]:
+        """Looks a batch up.
+
+        Returns:
+            fp32 [size, total columns], and what the backward needs.
+
+        Raises:
+            BoundsError: an id outside its table.
+        """
+        outgoing = self._router.route(batch)
+        incoming = self._ids.exchange(outgoing)
+        out = torch.empty(batch.size, self.layout.total_columns, device=self.groups.device)
+        if self._direct:
+            self._read_bags(incoming, None, out)
+        else:
+            place = self._cells.forward(outgoing, incoming)
+            rows = torch.empty(place.total, device=self.groups.device)
+            self._read(incoming, place, rows)
+            self._send(rows, place, owner_sends=True).wait()
+            self._pool(outgoing, place, rows, out)
+        if self._has_pooled:
+            self._divide_means(batch, out, pooled_only=True)
+        return out, Lookup(outgoing, incoming)
+
+    def _send(self, buffer: Tensor, place: Buffer, *, owner_sends: bool) -> Work:
+        arrives = buffer[place.travels:place.travels + place.arrives]
+        splits = (place.slot_splits, place.cell_splits)
+        if not owner_sends:
+            splits = (place.cell_splits, place.slot_splits)
+            self.wire.gradients_bytes += place.travels * _FP32_BYTES
+        else:
+            self.wire.rows_bytes += place.travels * _FP32_BYTES
+        return all_to_all(arrives, buffer[:place.travels], *splits, self.groups)
+
+    def _read(self, incoming: Incoming, place: Buffer, rows: Tensor) -> None:
+        """Step 3: every asked row or bag, into the buffer."""
+        if self._has_rows:
+            counts = incoming.counts.view(-1)
+            starts = counts.cumsum(0) - counts
+            cells = self._gather_cells
+            segments = torch.stack([self._gather_blocks, starts[cells], counts[cells],
+                                    place.cell_offsets[cells]], 1)
+            self.storage.read(segments, incoming.ids, rows)
+        if self._has_pooled:
+            self._read_bags(incoming, place, rows)
+
+    def _read_bags(self, incoming: Incoming, place: Buffer | None, out: Tensor) -> None:
+        counts = incoming.counts.view(-1)
+        starts = (counts.cumsum(0) - counts)[self._bag_cells]
+        jobs = self._bag_jobs.clone()
+        sizes = column(incoming.sizes)[self._bag_ranks]
+        jobs[:, 3], jobs[:, 4] = sizes, starts
+        if place is not None:
+            jobs[:, 8] = place.cell_offsets[self._bag_cells]
+        offsets = None
+        if all(isinstance(length, int) for length in incoming.bag_lengths):
+            jobs[:, 6] = column(incoming.bag_lengths)[self._bag_ranks]  # type: ignore[arg-type]
+        else:
+            offsets = bag_offsets(incoming, starts, len(self._bag_cells) // len(incoming.sizes))
+            first = sizes + 1
+            jobs[:, 5] = first.cumsum(0) - first
+        weights = entry_weights(incoming, self._cells)
+        self.storage.read_pooled(jobs, incoming.ids, offsets, weights, out.view(-1))
+
+    def _pool(self, outgoing: Outgoing, place: Buffer, rows: Tensor, out: Tensor) -> None:
+        """Step 5: what came back, into the output."""
+        batch, uniques = outgoing.batch, outgoing.uniques
+        if uniques is not None:
+            assert uniques.inverse is not None
+            for slots, jobs in self._passes:
+                pieces = torch.stack([outgoing.starts[slots], outgoing.counts[slots],
+                                      place.slot_offsets[slots], self._cells.columns[slots]], 1)
+                # One more element, -1, is what the inverse -1 of a dropped id points at.
+                at = fill_affine(pieces, uniques.ids.numel() + 1, rows.device)
+                at[-1] = -1
+                jobs = jobs.clone()
+                jobs[:, 4] = batch.feature_starts[jobs[:, 5]]
+                jobs[:, 3], jobs[:, 6] = batch.size, batch.length
+                jobs[:, 5] *= batch.size
+                pool_rows(rows, jobs, at[uniques.inverse], batch.offsets, batch.weights,
+                          out.view(-1))
+        if self._has_pooled:
+            slots = self._bag_slots
+            columns = self._cells.columns[slots]
+            jobs = self._copy_jobs(place.slot_offsets[slots], columns, columns, batch.size)
+            jobs[:, 8], jobs[:, 9] = self._bag_columns, self.layout.total_columns
+            jobs[:, 10] = self._bag_adds
+            self._copy_bags(rows, jobs, batch.size, out.view(-1))
+
+    @staticmethod
+    def _copy_jobs(start: Tensor, step: Tensor | int, columns: Tensor, size: int) -> Tensor:
+        """Pooling jobs that copy [size, columns] matrices: every bag is one row."""
+        jobs = torch.zeros(start.numel(), 11, dtype=torch.int64)
+        jobs[:, 0], jobs[:, 1], jobs[:, 2], jobs[:, 3], jobs[:, 6] = start, step, columns, size, 1
+        return jobs
+
+    @staticmethod
+    def _copy_bags(source: Tensor, jobs: Tensor, size: int, out: Tensor) -> None:
+        pool_rows(source, jobs, torch.arange(size, device=source.device), None, None, out)
+
+    def _divide_means(self, batch: Batch, out: Tensor, *, pooled_only: bool) -> None:
+        for feature, first, end, divisor in batch.mean_divisors:
+            pooled = self.layout.kinds[self.layout.feature_table[feature]].value == "pooled"
+            if pooled or not pooled_only:
+                out[:, first:end] /= divisor
+
+    # ------------------------------------------------------------------ backward
+    def backward(self, lookup: Lookup, grad: Tensor) -> PendingGradients:
+        """Step 6: sums this rank's gradients per slot and starts sending them.
+
+        Args:
+            lookup: of the forward.
+            grad: fp32 [size, total columns], gradient of the output.
+        """
+        outgoing, incoming = lookup.outgoing, lookup.incoming
+        batch = outgoing.batch
+        grad = grad.float().contiguous()
+        if batch.mean_divisors:
+            grad = grad.clone()
+            self._divide_means(batch, grad, pooled_only=False)
+        bags, weights = entry_bags(incoming, self._cells), entry_weights(incoming, self._cells)
+        if self._direct:
+            base = column([self._first_column(slot) for slot in self._cells.mine])
+            chunks = owner_chunks(self._cells, incoming, base, self.layout.total_columns)
+            return PendingGradients(incoming.ids, chunks, bags, weights, grad.view(-1), Work(None))
+        place = self._cells.backward(outgoing, incoming)
+        buffer = torch.empty(place.total, device=grad.device)
+        self._sum(outgoing, place, grad, buffer)
+        work = self._send(buffer, place, owner_sends=False)
+        chunks = owner_chunks(self._cells, incoming, place.cell_offsets, None)
+        return PendingGradients(incoming.ids, chunks, bags, weights, buffer, work)
+
+    def _sum(self, outgoing: Outgoing, place: Buffer, grad: Tensor, buffer: Tensor) -> None:
+        batch, uniques = outgoing.batch, outgoing.uniques
+        if uniques is not None:
+            weights = None if batch.weights is None else batch.weights[uniques.positions]
+            slots = self._rows_slots
+            columns = self._cells.columns[slots]
+            pieces = torch.stack([outgoing.starts[slots], outgoing.counts[slots], columns,
+                                  self._rows_shift, place.slot_offsets[slots], columns], 1)
+            sum_rows(grad.view(-1), uniques, weights, pieces, 1.0, buffer)
+        if self._has_pooled:
+            slots = self._bag_slots
+            columns = self._cells.columns[slots]
+            jobs = self._copy_jobs(self._bag_columns, grad.shape[1], columns, batch.size)
+            jobs[:, 8], jobs[:, 9] = place.slot_offsets[slots], columns
+            self._copy_bags(grad.view(-1), jobs, batch.size, buffer)

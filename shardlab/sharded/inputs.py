@@ -1,0 +1,147 @@
+"""Batches as the exchange wants them: features by name, ids checked, errors with names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shardlab.errors import BoundsError, InputError, nearest_name
+from shardlab.jagged import as_kjt
+from shardlab.sharded.layout import Layout
+from shardlab.specs import PoolingType
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A batch with its features in the layout's order.
+
+    Attributes:
+        values: int64 [n], feature-major.
+        offsets: int64 [features * size + 1], or None with a fixed length.
+        length: ids in every bag, or -1 when offsets tell.
+        weights: fp32 [n], or None.
+        size: samples.
+        layout: whose features these are.
+    """
+
+    values: Tensor
+    offsets: Tensor | None
+    length: int
+    weights: Tensor | None
+    size: int
+    layout: Layout
+
+    @cached_property
+    def feature_starts(self) -> Tensor:
+        """int64 [features + 1] on CPU: first position of every feature."""
+        count = len(self.layout.features)
+        if self.offsets is None:
+            return torch.arange(count + 1) * (self.size * self.length)
+        edges = self.offsets[:: self.size] if self.size else self.offsets.new_zeros(count + 1)
+        return edges.cpu()
+
+    @cached_property
+    def bags(self) -> Tensor | None:
+        """int64 [n]: sample of every position; None when position and sample are one."""
+        if self.length == 1:
+            return None
+        samples = torch.arange(self.size, device=self.values.device)
+        count = len(self.layout.features)
+        if self.offsets is None:
+            return samples.repeat_interleave(self.length).repeat(count)
+        return torch.repeat_interleave(samples.repeat(count), self.offsets.diff())
+
+    @cached_property
+    def mean_divisors(self) -> list[tuple[int, int, int, Tensor | float]]:
+        """(feature, first column, end column, bag lengths [size, 1]) of mean-pooled features."""
+        found: list[tuple[int, int, int, Tensor | float]] = []
+        for f, table in enumerate(self.layout.feature_table):
+            config = self.layout.tables[table]
+            if config.pooling is not PoolingType.MEAN or self.length == 1:
+                continue
+            first = self.layout.feature_columns[f]
+            divisor: Tensor | float = float(max(self.length, 1))
+            if self.offsets is not None:
+                edges = self.offsets[f * self.size:(f + 1) * self.size + 1]
+                divisor = edges.diff().clamp(min=1).float()[:, None]
+            found.append((f, first, first + config.embedding_dim, divisor))
+        return found
+
+
+class InputReader:
+    """Turns whatever a model passes into a `Batch`; features are matched by name every time.
+
+    Args:
+        layout: the features that must come, and their tables.
+        device: where ids are needed.
+    """
+
+    def __init__(self, layout: Layout, device: torch.device) -> None:
+        self.layout, self.device = layout, device
+        self._expected = list(layout.features)
+        self._orders: dict[tuple[str, ...], list[int]] = {}
+
+    def read(self, features: Any) -> Batch:
+        """Returns the batch in the layout's feature order.
+
+        Raises:
+            InputError: a feature is missing, unknown or malformed.
+        """
+        kjt = as_kjt(features, self._expected)
+        if kjt.keys() != self._expected:
+            kjt = kjt.permute(self._order_of(tuple(kjt.keys())))
+        weights = kjt.weights_or_none()
+        if weights is not None and weights.requires_grad:
+            raise InputError("per-sample weights require a gradient, which tables do not return; "
+                             "pass weights.detach()")
+        values = kjt.values()
+        if values.device != self.device:
+            kjt = kjt.to(self.device)
+            values, weights = kjt.values(), kjt.weights_or_none()
+        length = -1 if kjt.fixed_length is None else kjt.fixed_length
+        offsets = kjt.offsets().long() if length < 0 else None
+        return Batch(values.contiguous(), offsets, length,
+                     None if weights is None else weights.float().contiguous(), kjt.stride(),
+                     self.layout)
+
+    def _order_of(self, keys: tuple[str, ...]) -> list[int]:
+        order = self._orders.get(keys)
+        if order is None:
+            problems = [f"feature {key!r} is unknown{nearest_name(key, self._expected)}"
+                        for key in keys if key not in self._expected]
+            problems += [f"feature {key!r} of table {self._table_of(f)!r} is missing"
+                         for f, key in enumerate(self._expected) if key not in keys]
+            if problems:
+                raise InputError("\n".join([*problems, f"the batch has {_few(keys)}, the tables "
+                                            f"need {_few(self._expected)}"]))
+            order = [keys.index(key) for key in self._expected]
+            self._orders[keys] = order
+        return order
+
+    def _table_of(self, feature: int) -> str:
+        return self.layout.tables[self.layout.feature_table[feature]].name
+
+    def bounds_error(self, batch: Batch, position: int) -> BoundsError:
+        """Names what is wrong with the id at a position of ``batch.values``."""
+        feature = int(torch.searchsorted(batch.feature_starts, position, right=True)) - 1
+        table = self.layout.tables[self.layout.feature_table[feature]]
+        if batch.offsets is None:
+            row = position // batch.length - feature * batch.size
+        else:
+            row = int(torch.searchsorted(batch.offsets, position, right=True)) - 1
+            row -= feature * batch.size
+        return BoundsError(
+            f"feature {self.layout.features[feature]!r}, table {table.name!r}, rank "
+            f"{self.layout.rank}, row {row} of the batch: id {int(batch.values[position])} is "
+            f"outside [0, {table.num_embeddings}); fix the data, raise num_embeddings, or set the "
+            "table's bounds to clamp_to_zero or ignore")
+
+
+def _few(names: Any) -> str:
+    names = list(names)
+    text = ", ".join(map(repr, names[:8]))
+    return text if len(names) <= 8 else f"{text} and {len(names) - 8} more"

@@ -1,0 +1,192 @@
+"""A plan compiled for one rank: which slot of which rank serves which ids, and where output goes.
+
+A *slot* is one stream of ids to one shard: for a table exchanged as ``rows`` the unique ids of all
+its features that fall into the shard's rows, for ``pooled`` the bags of one feature. A *group* is
+what several slots share: column shards of the same rows get the same ids.
+
+On every rank slots are ordered: all ranks but this one ascending, then this one. What stays here
+then lies behind what travels, in every buffer, and is never copied by a collective.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from shardlab.errors import PlanError
+from shardlab.plan import Shard, ShardingPlan, TablePlan
+from shardlab.specs import EmbeddingBagConfig, ExchangeKind
+from shardlab.storage import LocalShard
+
+#: Local ids below this travel as int32.
+_INT32_ROWS = 1 << 31
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One stream of ids from this rank to one shard.
+
+    Attributes:
+        rank: owner.
+        block: number of the shard among the owner's shards.
+        table: number of the table.
+        feature: number of the feature, -1 for all features of the table (``rows`` exchange).
+        shard: the rectangle.
+        group: number of the group whose ids it gets.
+        chunk: which column piece of the table this is, counted among the group's slots.
+        read: whether rows come back (replicas elsewhere only get gradients).
+    """
+
+    rank: int
+    block: int
+    table: int
+    feature: int
+    shard: Shard
+    group: int
+    chunk: int
+    read: bool
+
+
+@dataclass(frozen=True)
+class Group:
+    """Ids of one row block of a table (``rows``) or of a feature (``pooled``)."""
+
+    table: int
+    feature: int
+    row_start: int
+    row_end: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Everything about a plan that does not change from step to step, seen from one rank."""
+
+    rank: int
+    world_size: int
+    tables: tuple[EmbeddingBagConfig, ...]
+    features: tuple[str, ...]
+    feature_table: tuple[int, ...]
+    feature_columns: tuple[int, ...]  # first output column of every feature
+    total_columns: int
+    kinds: tuple[ExchangeKind, ...]  # per table: rows or pooled
+    local_shards: tuple[LocalShard, ...]
+    groups: tuple[Group, ...]  # first all of the rows exchange, then all of the pooled
+    slots: tuple[Slot, ...]  # over all ranks, this one last
+    wire_dtype: torch.dtype
+
+    @property
+    def peers(self) -> list[int]:
+        """All ranks in slot order."""
+        return [r for r in range(self.world_size) if r != self.rank] + [self.rank]
+
+    def slots_of(self, rank: int) -> list[Slot]:
+        """A rank's slots, in order."""
+        return [slot for slot in self.slots if slot.rank == rank]
+
+    def tables_of(self, kind: ExchangeKind) -> list[int]:
+        """Numbers of the tables exchanged this way."""
+        return [t for t, found in enumerate(self.kinds) if found is kind]
+
+    def features_of(self, table: int) -> list[int]:
+        """Numbers of the features that read a table; they are consecutive."""
+        return [f for f, owner in enumerate(self.feature_table) if owner == table]
+
+
+def compile_layout(tables: tuple[EmbeddingBagConfig, ...], plan: ShardingPlan,
+                   rank: int) -> Layout:
+    """Compiles a plan for one rank.
+
+    Raises:
+        PlanError: the plan does not cover the tables on its world size.
+    """
+    plan.check(tables, plan.world_size)
+    placed = {entry.table: entry for entry in plan.tables}
+    plans = [placed[table.name] for table in tables]
+    features = [(name, t) for t, table in enumerate(tables) for name in table.feature_names]
+    widths = [tables[t].embedding_dim for _, t in features]
+    columns = torch.tensor([0, *widths]).cumsum(0).tolist()
+    kinds = tuple(_kind(entry, plan.world_size) for entry in plans)
+    groups = _build_groups(kinds, plans, [t for _, t in features])
+    owned = {r: _owned(plans, r) for r in range(plan.world_size)}
+    order = [r for r in range(plan.world_size) if r != rank] + [rank]
+    slots = [slot for r in order for slot in _slots(r, rank, owned[r], groups, plans)]
+    rows = max((shard.rows for found in owned.values() for _, shard in found), default=0)
+    # In a world of one nothing travels: ids keep the width that the kernels read.
+    narrow = plan.world_size > 1 and rows < _INT32_ROWS
+    return Layout(
+        rank=rank, world_size=plan.world_size, tables=tables,
+        features=tuple(name for name, _ in features),
+        feature_table=tuple(t for _, t in features), feature_columns=tuple(columns[:-1]),
+        total_columns=columns[-1], kinds=kinds,
+        local_shards=tuple(LocalShard(tables[t], shard, plans[t].replicated)
+                           for t, shard in owned[rank]),
+        groups=groups, slots=tuple(slots),
+        wire_dtype=torch.int32 if narrow else torch.int64)
+
+
+def _kind(plan: TablePlan, world_size: int) -> ExchangeKind:
+    """What crosses the wire for a table, where the plan leaves it open or it has no choice."""
+    if plan.replicated and world_size > 1:
+        return ExchangeKind.ROWS  # replicas need every gradient row, bags would be more
+    if plan.exchange is not ExchangeKind.AUTO:
+        return plan.exchange
+    return ExchangeKind.POOLED if world_size == 1 else ExchangeKind.ROWS
+
+
+def _owned(plans: list[TablePlan], rank: int) -> list[tuple[int, Shard]]:
+    """(table, shard) on a rank, in the order of its blocks."""
+    found = [(t, shard) for t, plan in enumerate(plans) for shard in plan.shards
+             if shard.rank == rank]
+    return sorted(found, key=lambda pair: (pair[0], pair[1].row_start, pair[1].col_start))
+
+
+def _row_blocks(plan: TablePlan) -> list[tuple[int, int]]:
+    """Distinct row ranges at a finest common cut, ascending.
+
+    Column blocks of a grid may cut rows differently: the union of all cuts serves them all.
+
+    Raises:
+        PlanError: row blocks whose columns are cut differently, which would need a pooling pass
+            per row block.
+    """
+    columns: dict[tuple[int, int], set[tuple[int, int]]] = {}
+    for shard in plan.shards:
+        columns.setdefault((shard.row_start, shard.row_end), set()).add(
+            (shard.col_start, shard.col_end))
+    if len({frozenset(cut) for cut in columns.values()}) > 1:
+        raise PlanError(f"table {plan.table!r}: every row block must be cut at the same columns; "
+                        f"found {sorted(columns.items())}")
+    cuts = sorted({edge for shard in plan.shards for edge in (shard.row_start, shard.row_end)})
+    return list(pairwise(cuts))
+
+
+def _build_groups(kinds: tuple[ExchangeKind, ...], plans: list[TablePlan],
+                  feature_table: list[int]) -> tuple[Group, ...]:
+    rows = [Group(t, -1, *block) for t, plan in enumerate(plans)
+            if kinds[t] is ExchangeKind.ROWS for block in _row_blocks(plan)]
+    pooled = [Group(t, f, *block) for f, t in enumerate(feature_table)
+              if kinds[t] is ExchangeKind.POOLED for block in _row_blocks(plans[t])]
+    return (*rows, *pooled)
+
+
+def _slots(rank: int, me: int, owned: list[tuple[int, Shard]], groups: tuple[Group, ...],
+           plans: list[TablePlan]) -> list[Slot]:
+    slots = []
+    for block, (table, shard) in enumerate(owned):
+        plan = plans[table]
+        lefts = sorted({other.col_start for other in plan.shards})
+        for number, group in enumerate(groups):
+            inside = shard.row_start <= group.row_start and group.row_end <= shard.row_end
+            if group.table == table and inside:
+                slots.append(Slot(rank, block, table, group.feature, shard, number,
+                                  lefts.index(shard.col_start),
+                                  read=not plan.replicated or rank == me))
+    return slots
+
+
+def column(values: list[int]) -> Tensor:
+    """int64 tensor of a list, also when it is empty."""
+    return torch.tensor(values, dtype=torch.int64)

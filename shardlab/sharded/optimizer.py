@@ -1,0 +1,90 @@
+"""One optimiser for tables and dense layers, usable with torch.optim.lr_scheduler."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shardlab.comm import Groups
+from shardlab.optim.rules import RowOptimizer, step_parameters
+from shardlab.sharded.collection import ShardedEmbeddingBagCollection
+
+#: Keeps a zero norm from dividing; torch.nn.utils.clip_grad_norm_ uses the same.
+_NORM_EPS = 1e-6
+
+
+class ShardedOptimizer(torch.optim.Optimizer):
+    """Steps table rows with fused kernels and the dense parameters with a torch optimiser.
+
+    The gradient of a table row is the mean over ranks of what their local losses give, as DDP does
+    for dense parameters. ``param_groups[0]`` holds the tables' hyper-parameters, the dense
+    optimiser's groups follow; a scheduler moves them all.
+
+    Args:
+        collections: the sharded tables.
+        rows: optimiser of the rows.
+        dense: optimiser of the other parameters, or None when there are none.
+        groups: the ranks.
+    """
+
+    def __init__(self, collections: Sequence[ShardedEmbeddingBagCollection], rows: RowOptimizer,
+                 dense: torch.optim.Optimizer | None, groups: Groups) -> None:
+        self._collections, self.dense, self._groups = list(collections), dense, groups
+        self.steps_taken = 0
+        placeholder = torch.nn.Parameter(torch.empty(0), requires_grad=False)
+        super().__init__([{"params": [placeholder], **rows.group()}], {})
+        self._link_dense_groups()
+
+    def _link_dense_groups(self) -> None:
+        """The dense groups here are the dense optimiser's own dicts, so that a schedule acts."""
+        dense = [] if self.dense is None else self.dense.param_groups
+        self.param_groups = [self.param_groups[0], *dense]
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forgets all gradients, of rows and of dense parameters."""
+        for collection in self._collections:
+            for pending in collection.pending:
+                pending.work.wait()
+            collection.pending.clear()
+        if self.dense is not None:
+            self.dense.zero_grad(set_to_none)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
+        """One step on every row that got a gradient, and on the dense parameters."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self.dense is not None:
+            self.dense.step()
+        self.steps_taken += 1
+        group, scale = self.param_groups[0], 1.0 / self._groups.world_size
+        merged = [(c, c.updater.merge_rows(c.pending)) for c in self._collections if c.pending]
+        step = step_parameters(group, self.steps_taken, scale)
+        if group["clip_norm"] is not None and merged:
+            squares = [c.updater.squared_norm(rows, scale) for c, rows in merged]
+            norm = float(torch.stack(squares).sum().sqrt())
+            step = replace(step, scale=scale * min(1.0, group["clip_norm"] / (norm + _NORM_EPS)))
+        for collection, rows in merged:
+            collection.updater.update(rows, step)
+            collection.pending.clear()
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
+        """Hyper-parameters, step count and dense state; rows' state is in the tables' chunks."""
+        group = {key: value for key, value in self.param_groups[0].items() if key != "params"}
+        return {"rows": group, "steps_taken": self.steps_taken,
+                "dense": None if self.dense is None else self.dense.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # type: ignore[override]
+        """Takes over what `state_dict` gave."""
+        self.param_groups[0].update(state_dict["rows"])
+        self.steps_taken = state_dict["steps_taken"]
+        if self.dense is not None:
+            self.dense.load_state_dict(state_dict["dense"])
+        self._link_dense_groups()

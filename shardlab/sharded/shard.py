@@ -1,0 +1,166 @@
+"""`shard`: a user's model, its tables in shards over all ranks, its dense part under DDP."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from shardlab.comm import Groups, build_groups
+from shardlab.errors import PlanError, ShardLabError
+from shardlab.optim import RowOptimizer, RowWiseAdagrad
+from shardlab.plan import ShardingPlan, build_table_plan
+from shardlab.sharded.collection import EmbeddingBagCollection, ShardedEmbeddingBagCollection
+from shardlab.sharded.optimizer import ShardedOptimizer
+from shardlab.specs import EmbeddingBagConfig, ShardingType
+
+DenseOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+
+
+def adam(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """The default of dense parameters: torch.optim.Adam with a learning rate of 1e-3."""
+    return torch.optim.Adam(parameters, lr=1e-3)
+
+
+class ShardedModel(nn.Module):
+    """A model whose collections are sharded; call it as you called the model.
+
+    Args:
+        module: the user's model, its collections already replaced.
+        groups: the ranks.
+    """
+
+    def __init__(self, module: nn.Module, groups: Groups) -> None:
+        super().__init__()
+        self.module = module
+        self.groups = groups
+        dense = any(parameter.requires_grad for parameter in module.parameters())
+        runner: nn.Module = module
+        if groups.process_group is not None and dense:
+            runner = DistributedDataParallel(module, process_group=groups.process_group,
+                                             gradient_as_bucket_view=True,
+                                             broadcast_buffers=False)
+        # Not registered as a child: its parameters are the module's.
+        object.__setattr__(self, "_runner", runner)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the user's model."""
+        return self._runner(*args, **kwargs)
+
+    def train(self, mode: bool = True) -> ShardedModel:
+        """Sets training mode everywhere, also of the DDP wrapper."""
+        super().train(mode)
+        self._runner.train(mode)
+        return self
+
+    def collections(self) -> dict[str, ShardedEmbeddingBagCollection]:
+        """The sharded collections by their path in the user's model."""
+        return {name: child for name, child in self.module.named_modules()
+                if isinstance(child, ShardedEmbeddingBagCollection)}
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Dense parameters and buffers under the user's names; tables are streamed in chunks."""
+        return self.module.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Loads what `state_dict` gave."""
+        return self.module.load_state_dict(*args, **kwargs)
+
+
+def shard(model: nn.Module, plan: ShardingPlan | None = None, *,
+          optimizer: RowOptimizer | None = None, dense_optimizer: DenseOptimizer = adam,
+          groups: Groups | None = None, seed: int = 0) -> tuple[ShardedModel, ShardedOptimizer]:
+    """Shards every `EmbeddingBagCollection` of a model and makes its optimiser.
+
+    Args:
+        model: any nn.Module; its collections are replaced in place.
+        plan: where tables go; None lays them out here by `simple_plan`.
+        optimizer: of the tables; None: `RowWiseAdagrad(lr=0.05)`.
+        dense_optimizer: makes the optimiser of all other parameters.
+        groups: the ranks; None takes the initialised process group, or a world of one.
+        seed: of the tables' initial weights; the same on all ranks.
+
+    Returns:
+        The model to call, and the one optimiser to step.
+
+    Raises:
+        ShardLabError: the model holds no collection.
+        PlanError: the plan does not fit the tables or the world size.
+    """
+    rows = optimizer or RowWiseAdagrad(lr=0.05)
+    groups = groups or build_groups()
+    found = {name: child for name, child in model.named_modules()
+             if isinstance(child, EmbeddingBagCollection)}
+    if not found:
+        raise ShardLabError("shard: the model holds no EmbeddingBagCollection; "
+                            "build one with shardlab.EmbeddingBagCollection(tables)")
+    everything = [table for child in found.values() for table in child.tables]
+    if plan is None:
+        plan = simple_plan(everything, groups)
+    else:
+        plan.check(everything, groups.world_size)
+    collections = []
+    for name, child in found.items():
+        names = {table.name for table in child.tables}
+        part = ShardingPlan(plan.world_size, tuple(t for t in plan.tables if t.table in names))
+        sharded = ShardedEmbeddingBagCollection(child.tables, part, groups, rows.kind, seed)
+        collections.append(sharded)
+        model = _replace(model, name, sharded)
+    model.to(groups.device)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    dense = dense_optimizer(parameters) if parameters else None
+    return ShardedModel(model, groups), ShardedOptimizer(collections, rows, dense, groups)
+
+
+def _replace(model: nn.Module, name: str, child: nn.Module) -> nn.Module:
+    """Puts ``child`` at the path ``name``; returns the root, which is the child at path ""."""
+    if not name:
+        return child
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, child)
+    return model
+
+
+#: A table below this many fp32 elements is replicated by `simple_plan`: 64 KiB.
+_TINY_ELEMENTS = 1 << 14
+
+
+def simple_plan(tables: list[EmbeddingBagConfig], groups: Groups) -> ShardingPlan:
+    """A plan without a planner: tiny tables everywhere, large ones by row, others balanced.
+
+    A table with more elements than a rank's fair share is cut by rows; the rest go whole to the
+    rank that holds least, largest first. ``table.sharding`` overrules. `shardlab.planner` knows
+    machines and costs; this knows only sizes.
+
+    Raises:
+        PlanError: two tables share a name, in different collections.
+    """
+    if len({table.name for table in tables}) != len(tables):
+        raise PlanError("tables of different collections share a name; plans need unique names")
+    world = groups.world_size
+    ranks = list(range(world))
+    fair = sum(t.num_embeddings * t.embedding_dim for t in tables) / world
+    load = [0] * world
+    plans = {}
+    for table in sorted(tables, key=lambda t: (-t.num_embeddings * t.embedding_dim, t.name)):
+        size = table.num_embeddings * table.embedding_dim
+        kind = table.sharding or _simple_kind(size, fair, world)
+        least = min(ranks, key=lambda r: load[r])
+        first = least // groups.local_world_size * groups.local_world_size
+        host = [r for r in range(first, first + groups.local_world_size) if r < world]
+        where = {ShardingType.TABLE_WISE: [least], ShardingType.TABLE_ROW_WISE: host,
+                 ShardingType.TABLE_COLUMN_WISE: host[:table.embedding_dim],
+                 ShardingType.COLUMN_WISE: ranks[:table.embedding_dim]}.get(kind, ranks)
+        plans[table.name] = build_table_plan(table, kind, where)
+        for entry in plans[table.name].shards:
+            load[entry.rank] += entry.rows * entry.columns
+    return ShardingPlan(world, tuple(plans[table.name] for table in tables))
+
+
+def _simple_kind(size: int, fair: float, world: int) -> ShardingType:
+    if size <= _TINY_ELEMENTS:
+        return ShardingType.DATA_PARALLEL
+    return ShardingType.ROW_WISE if world > 1 and size > fair else ShardingType.TABLE_WISE

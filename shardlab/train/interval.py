@@ -1,0 +1,100 @@
+"""The steps since the last log line: collected step by step, summed over ranks at a flush."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from shardlab.comm.collectives import all_reduce_
+from shardlab.comm.groups import Groups
+from shardlab.errors import ShardLabError
+from shardlab.train.meters import Pace, SentBytes, StepTimer, WireMeter
+from shardlab.train.metrics import BinaryMetrics, WindowMetrics
+from shardlab.train.stop_signal import STOP_SIGNALS, StopSignal
+
+if TYPE_CHECKING:
+    from shardlab.sharded import ShardedModel
+
+
+@dataclass(frozen=True)
+class Interval:
+    """What all ranks did between two log lines.
+
+    Attributes:
+        metrics: of the interval's predictions; AUC of the running window.
+        pace: this rank's speed, over the rows of all ranks.
+        wire: bytes all ranks sent.
+        stop: the signal that some rank received; None: none did.
+    """
+
+    metrics: BinaryMetrics
+    pace: Pace
+    wire: SentBytes
+    stop: int | None
+
+
+class IntervalLog:
+    """Collects steps without waiting for the device; `flush` looks at them on every rank alike.
+
+    Args:
+        model: the sharded model, for the bytes on the wire.
+        groups: the ranks of the job.
+        signal: this rank's wish to stop.
+    """
+
+    def __init__(self, model: ShardedModel, groups: Groups, signal: StopSignal) -> None:
+        self._groups, self._signal = groups, signal
+        self._losses: list[Tensor] = []
+        self._wire = WireMeter(model, groups.world_size)
+        self.timer = StepTimer()
+        self.window = WindowMetrics(groups.device, lambda tensor: all_reduce_(tensor, groups))
+
+    def restart(self) -> None:
+        """Leaves out what was done and sent since the last flush, such as a validation."""
+        self.timer.restart()
+        self._wire.restart()
+
+    def add(self, logits: Tensor, labels: Tensor, loss: Tensor, global_rows: int) -> None:
+        """Takes a finished step: this rank's logits [b], labels [b] and part of the loss []."""
+        self._losses.append(loss)
+        self.window.add(logits, labels)
+        self.timer.end_step(global_rows)
+
+    def flush(self, step: int) -> Interval | None:
+        """Sums the interval over all ranks; None when no step was added since the last flush.
+
+        Args:
+            step: number of the last step added.
+
+        Raises:
+            ShardLabError: on every rank, when a loss of any rank is not finite.
+        """
+        if not self._losses:
+            return None
+        finite = torch.stack(self._losses).isfinite().tolist()
+        self._losses.clear()
+        wire = self._wire.take(len(finite))
+        stops = [float(number in self._signal.received) for number in STOP_SIGNALS]
+        sums = torch.tensor([finite.count(False), *stops, *astuple(wire)], dtype=torch.float64,
+                            device=self._groups.device)
+        all_reduce_(sums, self._groups)
+        bad, *counts = sums.tolist()
+        if bad:
+            self._refuse(step, finite)
+        stops, sent = counts[:len(STOP_SIGNALS)], counts[len(STOP_SIGNALS):]
+        stop = next((int(number) for number, count in zip(STOP_SIGNALS, stops, strict=True)
+                     if count), None)
+        return Interval(self.window.flush(), self.timer.take_interval(), SentBytes(*sent), stop)
+
+    def _refuse(self, step: int, finite: Sequence[bool]) -> None:
+        """Names the first step of any rank whose loss is not finite."""
+        first = step + 1 - len(finite) + (finite.index(False) if False in finite else len(finite))
+        earliest = torch.tensor([first], dtype=torch.int64, device=self._groups.device)
+        all_reduce_(earliest, self._groups, op="min")
+        raise ShardLabError(f"the loss is not finite at step {int(earliest)}; lower the learning "
+                            "rates, clip gradients, or check the data for extreme values, and "
+                            "resume from the last checkpoint")

@@ -1,0 +1,52 @@
+"""What a training run may be told, as plain values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from shardlab.errors import ConfigError
+
+DENSE_DTYPES = ("fp32", "bf16")
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """How long to train, and what to do on the way.
+
+    Attributes:
+        epochs: passes over the training reader.
+        max_steps: steps to stop after, over all epochs; None: no limit.
+        log_every: steps between two lines of metrics; also how often ranks look at each other's
+            stop signals, and the loss is checked to be finite.
+        validate_every: steps between two validations, besides the one at each epoch's end.
+        checkpoint_every: steps between two checkpoints, besides the one at the end.
+        checkpoint_keep: newest checkpoints that are kept.
+        dense_dtype: ``bf16`` runs the dense layers under autocast; parameters stay fp32.
+        tensorboard: write TensorBoard events into the run folder.
+        seed: seed of what is random in a step, such as dropout; each rank adds its number.
+    """
+
+    epochs: int = 1
+    max_steps: int | None = None
+    log_every: int = 50
+    validate_every: int | None = None
+    checkpoint_every: int | None = None
+    checkpoint_keep: int = 2
+    dense_dtype: str = "fp32"
+    tensorboard: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        problems = []
+        for name in ("epochs", "log_every", "checkpoint_keep"):
+            if getattr(self, name) < 1:
+                problems.append(f"train.{name} must be at least 1, found {getattr(self, name)}")
+        for name in ("max_steps", "validate_every", "checkpoint_every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                problems.append(f"train.{name} must be absent or at least 1, found {value}")
+        if self.dense_dtype not in DENSE_DTYPES:
+            problems.append(f"train.dense_dtype must be one of {', '.join(DENSE_DTYPES)}, found "
+                            f"{self.dense_dtype!r}")
+        if problems:
+            raise ConfigError(problems)

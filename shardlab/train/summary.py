@@ -1,0 +1,127 @@
+"""What a run came to, as plain data and as a table."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.table import Table
+
+from shardlab.specs import TierBytes
+from shardlab.train.meters import Pace, SentBytes
+from shardlab.train.metrics import BinaryMetrics
+from shardlab.train.units import format_bytes, format_count, format_metric, format_seconds
+
+_SIGNAL_EXIT = 128  # shells report a process that died of signal n as 128 + n
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The outcome of `Trainer.run`, equal on every rank.
+
+    Attributes:
+        run: the run folder.
+        steps: training steps since the very start, earlier starts of a resumed run included.
+        epochs: epochs completed.
+        resumed_at: step this start continued from; 0 for a fresh run.
+        stopped_by: the signal that ended the run early; None: it ran to its end.
+        pace: speed of this start's training steps, validation and checkpoints left out.
+        train: metrics of the last log interval (AUC: of the running window).
+        validation: metrics of the last validation; None: there was none.
+        wire_per_step: mean bytes that all ranks sent per training step.
+        tables: bytes of the tables by tier, one entry a rank.
+        peak_rss_bytes: peak resident memory, one entry a rank.
+        checkpoint: the last checkpoint.
+    """
+
+    run: str
+    steps: int
+    epochs: int
+    resumed_at: int
+    stopped_by: int | None
+    pace: Pace
+    train: BinaryMetrics | None
+    validation: BinaryMetrics | None
+    wire_per_step: SentBytes
+    tables: Sequence[TierBytes]
+    peak_rss_bytes: Sequence[int]
+    checkpoint: str | None
+
+    @property
+    def exit_code(self) -> int:
+        """What the process should exit with: 0, 143 after SIGTERM, 130 after SIGINT."""
+        return 0 if self.stopped_by is None else _SIGNAL_EXIT + self.stopped_by
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, as in ``summary.json``."""
+        return {**asdict(self), "exit_code": self.exit_code,
+                "wire_per_step": {**asdict(self.wire_per_step), "total": self.wire_per_step.total}}
+
+    def table(self) -> Table:
+        """The summary as a table for `rich.console.Console.print`."""
+        table = Table(title=f"run {self.run}", show_header=False, title_justify="left")
+        table.add_column("what", style="bold")
+        table.add_column("value")
+        for section in (self._run_rows(), self._quality_rows(), self._speed_rows(),
+                        self._memory_rows()):
+            for name, value in section.items():
+                table.add_row(name, value)
+            table.add_section()
+        return table
+
+    def _run_rows(self) -> Mapping[str, str]:
+        rows = {"steps": f"{self.steps:,}" + (f" ({self.resumed_at:,} before this start)"
+                                              if self.resumed_at else ""),
+                "epochs completed": str(self.epochs)}
+        if self.stopped_by is not None:
+            rows["stopped by"] = signal.Signals(self.stopped_by).name
+        if self.checkpoint is not None:
+            rows["checkpoint"] = self.checkpoint
+        return rows
+
+    def _quality_rows(self) -> Mapping[str, str]:
+        rows = {}
+        if self.train is not None:
+            rows["train, last interval"] = (f"logloss {format_metric(self.train.logloss)}  "
+                                            f"AUC {format_metric(self.train.auc)}")
+        if self.validation is not None:
+            rows |= {"validation rows": f"{self.validation.rows:,}",
+                     "validation AUC": format_metric(self.validation.auc),
+                     "validation logloss": format_metric(self.validation.logloss),
+                     "validation NE": format_metric(self.validation.ne),
+                     "validation calibration": format_metric(self.validation.calibration)}
+        return rows
+
+    def _speed_rows(self) -> Mapping[str, str]:
+        pace, wire = self.pace, self.wire_per_step
+        if not pace.steps:
+            return {}
+        kinds = (f"ids {format_bytes(wire.ids)}, rows {format_bytes(wire.rows)}, gradients "
+                 f"{format_bytes(wire.gradients)}, dense all-reduce "
+                 f"{format_bytes(wire.dense_all_reduce)}")
+        return {"training time": format_seconds(pace.seconds),
+                "throughput, median": f"{format_count(pace.samples_per_s_median)} samples/s",
+                "throughput, mean": f"{format_count(pace.samples_per_s_mean)} samples/s",
+                "step p50 / p90": f"{pace.step_ms_p50:.2f} / {pace.step_ms_p90:.2f} ms",
+                "waiting for data": f"{pace.wait_share:.1%} of the time",
+                "wire per step": f"{format_bytes(wire.total)}, all ranks: {kinds}"}
+
+    def _memory_rows(self) -> Mapping[str, str]:
+        rows = {}
+        for tier in ("hbm", "ddr", "ssd"):
+            held = [getattr(rank, tier) for rank in self.tables]
+            if sum(held):
+                rows[f"tables on {tier}"] = f"{format_bytes(sum(held))} ({_by_rank(held)})"
+        rows["peak RSS by rank"] = _by_rank(self.peak_rss_bytes)
+        return rows
+
+
+_SHOWN_RANKS = 8  # ranks listed one by one; with more, the range says enough
+
+
+def _by_rank(sizes: Sequence[int]) -> str:
+    if len(sizes) <= _SHOWN_RANKS:
+        return ", ".join(format_bytes(size) for size in sizes)
+    return f"{format_bytes(min(sizes))} to {format_bytes(max(sizes))} over {len(sizes)} ranks"

@@ -1,0 +1,278 @@
+"""The training loop: steps, metrics, validation, checkpoints, and an orderly end.
+
+    restore -> for each epoch: for each batch: step; then log, validate, save where due -> finish
+
+Everything between two checkpoints follows from the checkpoint and the data alone: a run that was
+killed and resumed ends with the same bits as one that was not.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+from torch.optim.lr_scheduler import LRScheduler
+
+from shardlab.comm.collectives import all_reduce_, gather_objects_json
+from shardlab.comm.groups import Groups
+from shardlab.errors import CheckpointError
+from shardlab.specs import TierBytes
+from shardlab.train.checkpoint import load, prune, save
+from shardlab.train.events import EventWriter
+from shardlab.train.interval import Interval, IntervalLog
+from shardlab.train.meters import SentBytes, model_tier_bytes, peak_rss_bytes
+from shardlab.train.metrics import BinaryMetrics, ValidationMetrics
+from shardlab.train.options import TrainOptions
+from shardlab.train.progress import ProgressLine, ProgressView
+from shardlab.train.reader import Reader
+from shardlab.train.run_folder import RunFolder
+from shardlab.train.step import StepRunner
+from shardlab.train.stop_signal import StopSignal
+from shardlab.train.summary import Summary
+from shardlab.train.units import format_metric
+
+if TYPE_CHECKING:
+    from shardlab.data.batch import Batch
+    from shardlab.sharded import ShardedModel
+
+
+@dataclass
+class Position:
+    """Where a run is; saved with every checkpoint.
+
+    Attributes:
+        step: training steps done, over all epochs.
+        epoch: epochs completed.
+        data: the training reader's position within the epoch.
+        records: records in ``metrics.jsonl``.
+        validated_at: step of the last validation.
+    """
+
+    step: int = 0
+    epoch: int = 0
+    data: int = 0
+    records: int = 0
+    validated_at: int = 0
+
+
+@dataclass
+class Trainer:
+    """Trains a sharded model on clicks; every rank makes one and calls `run`.
+
+    Attributes:
+        model: the model that `shardlab.shard` returned; maps (dense, features) to logits.
+        optimizer: the optimiser that came with it.
+        groups: the ranks of the job.
+        train_reader: this rank's part of the training rows.
+        validation_reader: this rank's part of the validation rows; None: no validation.
+        run_folder: from `open_run_folder`.
+        options: how long to train, and what to do on the way.
+        scheduler: from `build_schedule`, or any torch scheduler that is stepped once a step.
+        console: where rank 0 shows progress; None: the standard output.
+    """
+
+    model: ShardedModel
+    optimizer: torch.optim.Optimizer
+    groups: Groups
+    train_reader: Reader
+    validation_reader: Reader | None
+    run_folder: RunFolder
+    options: TrainOptions
+    scheduler: LRScheduler | None = None
+    console: Console | None = None
+
+    def __post_init__(self) -> None:
+        self._first = self.groups.rank == 0
+        self._at = Position()
+        self._step = StepRunner(self.model, self.optimizer, self.scheduler, self.groups.device,
+                                self.options.dense_dtype, self.groups.world_size)
+        self._signal = StopSignal()
+        self._log = IntervalLog(self.model, self.groups, self._signal)
+        self._interval: Interval | None = None
+        self._sent = SentBytes()
+        self._validation: BinaryMetrics | None = None
+        self._checkpoint: Path | None = None
+        self._stopped_by: int | None = None
+
+    def run(self) -> Summary:
+        """Trains to the end, or until a stop signal; returns what it came to.
+
+        SIGTERM and SIGINT end the run at the next log interval, where ranks agree on it, with a
+        checkpoint; the process should then exit with `Summary.exit_code`.
+
+        Raises:
+            ShardLabError: the loss is not finite; names the step.
+            CheckpointError: a checkpoint could not be read or written.
+        """
+        self._restore()
+        resumed_at = self._at.step
+        self._view = ProgressView(self.console or Console(), self._first, self._steps_planned(),
+                                  resumed_at)
+        self._events = EventWriter(self.run_folder.tensorboard, resumed_at,
+                                   enabled=self.options.tensorboard and self._first)
+        with self._signal, self._view, self._events:
+            if self._at.step and self._due(self.options.validate_every):
+                self._validate()  # a run that was asked to stop left it out
+            while not self._done():
+                self._run_epoch()
+            self._finish()
+        return self._summarise(resumed_at)
+
+    def _restore(self) -> None:
+        torch.manual_seed(self.options.seed + self.groups.rank)
+        source = self.run_folder.resume_from
+        if source is not None:
+            extra = load(source, self.model, self.optimizer, self.groups)
+            self._at = Position(**extra["position"])
+            self._log.window.load_state_dict(extra["window"])
+            self._restore_schedule(source, extra["scheduler"])
+            if source.parent.resolve() != self.run_folder.checkpoints.resolve():
+                self._at.records = 0
+            self._checkpoint = source
+        if self._first:
+            self.run_folder.keep_metrics(self._at.records)
+
+    def _restore_schedule(self, source: Path, state: dict[str, Any] | None) -> None:
+        if (state is None) != (self.scheduler is None):
+            has, lacks = ("the job", source) if state is None else (source, "the job")
+            raise CheckpointError(f"{has} has a learning-rate schedule, {lacks} has none; resume "
+                                  "with the job that the run was started with")
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(state)
+
+    def _steps_planned(self) -> int:
+        steps = self.options.epochs * len(self.train_reader)
+        return min(steps, self.options.max_steps or steps)
+
+    def _done(self) -> bool:
+        at, options = self._at, self.options
+        return self._stopped_by is not None or at.epoch >= options.epochs or \
+            (options.max_steps is not None and at.step >= options.max_steps)
+
+    def _run_epoch(self) -> None:
+        self.model.train()
+        self.train_reader.seek(self._at.data)
+        self._log.restart()
+        for batch in self.train_reader:
+            self._train(batch)
+            self._after_step()
+            if self._done():
+                return
+        self._flush()
+        if self._stopped_by is None:
+            self._validate()
+            self._at.epoch, self._at.data = self._at.epoch + 1, 0
+
+    def _train(self, batch: Batch) -> None:
+        self._log.timer.got_batch()
+        batch = batch.to(self.groups.device)
+        rows = self.train_reader.global_rows(batch.position)
+        logits, loss = self._step.train(batch, rows)
+        self._log.add(logits, batch.labels, loss, rows)
+        self._at.step += 1
+        self._at.data = batch.position
+
+    def _after_step(self) -> None:
+        """Logs, validates and saves where that is due, in this order."""
+        self._view.step(self._at.step)
+        validate, save_now = self._due(self.options.validate_every), \
+            self._due(self.options.checkpoint_every)
+        if not (validate or save_now or self._due(self.options.log_every)):
+            return
+        self._flush()
+        if validate and self._stopped_by is None:
+            self._validate()
+        if save_now:
+            self._save()
+        self._log.restart()
+
+    def _due(self, every: int | None) -> bool:
+        return every is not None and self._at.step % every == 0
+
+    def _flush(self) -> None:
+        """Closes the log interval on all ranks: metrics, progress, stop signals."""
+        interval = self._log.flush(self._at.step)
+        if interval is None:
+            return
+        metrics, pace, wire = interval.metrics, interval.pace, interval.wire / interval.pace.steps
+        self._interval, self._sent = interval, self._sent + interval.wire
+        self._stopped_by = interval.stop
+        self._record("train", {
+            "loss": metrics.logloss, "auc": metrics.auc, "ne": metrics.ne,
+            "calibration": metrics.calibration, "label_rate": metrics.label_rate,
+            "lr": float(self.optimizer.param_groups[0]["lr"]),
+            "samples_per_s": pace.samples_per_s_mean, "step_ms": pace.step_ms_p50,
+            "wait_share": pace.wait_share, "wire_bytes_per_step": wire.total})
+        self._view.show(ProgressLine(self._at.step, self._at.epoch, metrics.logloss, metrics.auc,
+                                     pace.samples_per_s_mean, wire.total))
+
+    def _record(self, kind: str, values: dict[str, Any]) -> None:
+        self._at.records += 1
+        if self._first:
+            record = {"kind": kind, "step": self._at.step, "epoch": self._at.epoch, **values}
+            self.run_folder.append_metrics(record)
+            self._events.write(record)
+
+    def _validate(self) -> None:
+        """Runs the validation reader once, unless that was done at this step already."""
+        if self.validation_reader is None or self._at.validated_at == self._at.step:
+            return
+        started = time.perf_counter()
+        metrics = ValidationMetrics(self.groups.device, self._reduce, self.groups.rank,
+                                    self.groups.world_size)
+        self.model.eval()
+        self.validation_reader.seek(0)
+        for batch in self.validation_reader:
+            moved = batch.to(self.groups.device)
+            metrics.add(self._step.predict(moved), moved.labels)
+        self.model.train()
+        found = self._validation = metrics.result()
+        self._at.validated_at = self._at.step
+        self._record("validation", {**asdict(found), "seconds": time.perf_counter() - started})
+        self._view.say(f"step {self._at.step}  validation on {found.rows:,} rows  "
+                       f"AUC {format_metric(found.auc)}  logloss {format_metric(found.logloss)}  "
+                       f"NE {format_metric(found.ne)}  "
+                       f"calibration {format_metric(found.calibration)}")
+
+    def _reduce(self, tensor: Tensor) -> None:
+        all_reduce_(tensor, self.groups)
+
+    def _save(self) -> None:
+        path = self.run_folder.checkpoints / f"step-{self._at.step}"
+        if self._checkpoint is not None and self._checkpoint.name == path.name:
+            return
+        if self._first:
+            self.run_folder.sync_metrics()
+        extra = {"position": asdict(self._at), "window": self._log.window.state_dict(),
+                 "scheduler": self.scheduler.state_dict() if self.scheduler else None}
+        self._checkpoint = save(path, self.model, self.optimizer, self.groups, extra)
+        if self._first:
+            prune(self.run_folder.checkpoints, self.options.checkpoint_keep)
+
+    def _finish(self) -> None:
+        """Closes the last interval; validates unless the run was asked to stop; saves."""
+        self._flush()
+        if self._stopped_by is None:
+            self._validate()
+        self._save()
+
+    def _summarise(self, resumed_at: int) -> Summary:
+        steps = self._at.step - resumed_at
+        ranks = gather_objects_json(
+            {"tables": asdict(model_tier_bytes(self.model)), "rss": peak_rss_bytes()}, self.groups)
+        summary = Summary(
+            run=str(self.run_folder.path), steps=self._at.step, epochs=self._at.epoch,
+            resumed_at=resumed_at, stopped_by=self._stopped_by, pace=self._log.timer.total(),
+            train=self._interval.metrics if self._interval else None,
+            validation=self._validation, wire_per_step=self._sent / max(1, steps),
+            tables=[TierBytes(**rank["tables"]) for rank in ranks],
+            peak_rss_bytes=[rank["rss"] for rank in ranks],
+            checkpoint=None if self._checkpoint is None else str(self._checkpoint))
+        if self._first:
+            self.run_folder.write_summary(summary.to_dict())
+        return summary
