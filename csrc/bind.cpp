@@ -53,11 +53,11 @@ void bind_rows(nb::module_& m) {
     active_kernels().update(at<char>(arena), at<Block>(blocks), num_blocks, at<int64_t>(ids),
                             at<int64_t>(splits), csr, at<float>(grads), (Rule)rule, s, threads);
   });
-  m.def("init_uniform", [](Address rows, int64_t record_bytes, int64_t num_rows, int64_t columns,
+  m.def("init_uniform", [](Address rows, int64_t row_bytes, int64_t num_rows, int64_t columns,
                            uint64_t seed, int64_t first_row, int64_t first_column,
                            int64_t table_columns, float low, float high, int threads) {
     nb::gil_scoped_release release;
-    init_uniform(at<char>(rows), record_bytes, num_rows, columns, seed, first_row, first_column,
+    init_uniform(at<char>(rows), row_bytes, num_rows, columns, seed, first_row, first_column,
                  table_columns, low, high, threads);
   });
 }

@@ -24,8 +24,8 @@ void gather_part(const char* rows, const Block& block, const int64_t* ids, int64
                  int64_t end, float* out) {
   const int64_t columns = block.columns, bytes = columns * (int64_t)sizeof(float);
   for (int64_t i = begin; i < end; ++i) {
-    if (i + kAhead < end) prefetch_read(rows + ids[i + kAhead] * block.record_bytes, bytes);
-    const float* row = (const float*)(rows + ids[i] * block.record_bytes);
+    if (i + kAhead < end) prefetch_read(rows + ids[i + kAhead] * block.row_bytes, bytes);
+    const float* row = (const float*)(rows + ids[i] * block.row_bytes);
     float* target = out + i * columns;
     int64_t c = 0;
     for (; c + kLanes <= columns; c += kLanes) store(target + c, load(row + c));
@@ -41,7 +41,7 @@ void gather(const char* arena, const Block* blocks, const GatherSegment* segment
     for (int64_t s = 0; s < num_segments; ++s) {
       const GatherSegment& segment = segments[s];
       const Block& block = blocks[segment.block];
-      gather_part(arena + block.offset, block, ids + segment.start, segment.count * me / parts,
+      gather_part(arena + block.row_offset, block, ids + segment.start, segment.count * me / parts,
                   segment.count * (me + 1) / parts, out + segment.out_start);
     }
   }
@@ -297,19 +297,22 @@ struct RowWiseAdam {
 
 // ---------------------------------------------------------------- update
 template <class Rule, class Weight>
-void update_block(char* rows, const Block& block, const int64_t* ids, const Csr& csr,
+void update_block(char* arena, const Block& block, const int64_t* ids, const Csr& csr,
                   int64_t begin, int64_t end, const Weight& weight, const float* grads,
                   const Step& s, float* buffer) {
+  char *rows = arena + block.row_offset, *states = arena + block.state_offset;
   const int64_t columns = block.columns, bytes = columns * (int64_t)sizeof(float);
   const bool plain = Weight::kUnit && s.scale == 1.0f && s.clip_value <= 0.0f;
   auto row = [&](int64_t k) { return grads + csr.sources[k]; };
   int64_t ahead = csr.starts[begin];
   const int64_t last = csr.starts[end];
-  for (int64_t u = begin; u < std::min(begin + kAhead, end); ++u)
-    prefetch_write(rows + ids[u] * block.record_bytes, block.record_bytes);
+  auto prefetch = [&](int64_t u) {
+    prefetch_write(rows + ids[u] * block.row_bytes, block.row_bytes);
+    prefetch_write(states + ids[u] * block.state_bytes, block.state_bytes);
+  };
+  for (int64_t u = begin; u < std::min(begin + kAhead, end); ++u) prefetch(u);
   for (int64_t u = begin; u < end; ++u) {
-    if (u + kAhead < end)
-      prefetch_write(rows + ids[u + kAhead] * block.record_bytes, block.record_bytes);
+    if (u + kAhead < end) prefetch(u + kAhead);
     const int64_t from = csr.starts[u], to = csr.starts[u + 1];
     for (; ahead < std::min(to + kAhead, last); ++ahead)
       prefetch_read(grads + csr.sources[ahead], bytes);
@@ -321,8 +324,8 @@ void update_block(char* rows, const Block& block, const int64_t* ids, const Csr&
         value = value * s.scale;
         write_lanes(buffer + c, s.clip_value > 0.0f ? clamp(value, s.clip_value) : value, lanes);
       });
-    float* payload = (float*)(rows + ids[u] * block.record_bytes);
-    Rule::step(payload, payload + columns, grad, columns, s);
+    Rule::step((float*)(rows + ids[u] * block.row_bytes),
+               (float*)(states + ids[u] * block.state_bytes), grad, columns, s);
   }
 }
 
@@ -342,12 +345,11 @@ void update_with(char* arena, const Block* blocks, int64_t num_blocks, const int
     for (int64_t b = 0; b < num_blocks; ++b) {
       const int64_t from = std::max(begin, splits[b]), to = std::min(end, splits[b + 1]);
       if (from >= to) continue;
-      char* rows = arena + blocks[b].offset;
       if (csr.weights)
-        update_block<Rule>(rows, blocks[b], ids, csr, from, to, ArrayWeight{csr.weights}, grads, s,
+        update_block<Rule>(arena, blocks[b], ids, csr, from, to, ArrayWeight{csr.weights}, grads, s,
                            buffer.data());
       else
-        update_block<Rule>(rows, blocks[b], ids, csr, from, to, UnitWeight{}, grads, s,
+        update_block<Rule>(arena, blocks[b], ids, csr, from, to, UnitWeight{}, grads, s,
                            buffer.data());
     }
   }

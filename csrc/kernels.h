@@ -1,15 +1,15 @@
 // Kernels over row records, compiled once per instruction set (see dispatch.cpp).
 //
-// An arena is one span of bytes that holds the blocks of all shards of a rank. Block s is
-// {byte offset, record bytes, columns, rows}: row i of it starts at offset + i * record bytes, its
-// first `columns` fp32 are the payload, the optimiser state follows. All sizes are int64.
+// An arena is one span of bytes that holds the blocks of all shards of a rank. A block keeps the
+// payloads of its rows together and their optimiser states together behind: row i's payload starts
+// at row_offset + i * row_bytes, its state at state_offset + i * state_bytes. All sizes are int64.
 #pragma once
 #include <cstdint>
 
 namespace shardlab {
 
 struct Block {
-  int64_t offset, record_bytes, columns, rows;
+  int64_t row_offset, row_bytes, state_offset, state_bytes, columns, rows;
 };
 
 // Copy rows ids[start .. start+count) of `block` to out + out_start (in elements), densely.

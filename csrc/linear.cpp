@@ -201,7 +201,7 @@ void product(const Left& left, const Right& right, const Target& target, Extent 
     static thread_local Scratch own_strips;
     float* strips = own_strips.at_least(Left::kBlock * round_up(depth, kWidth));
     for (int64_t n = 0; n < extent.columns; n += kBreadth)
-      for (int64_t k = 0; k < extent.depth; k += Left::kSteps) {
+      for (int64_t k = 0; k == 0 || k < extent.depth; k += Left::kSteps) {  // depth 0: zeros
         const Range columns{n, std::min(kBreadth, extent.columns - n)};
         const Range ks{k, std::min(Left::kSteps, extent.depth - k)};
 #pragma omp for schedule(static)

@@ -15,7 +15,7 @@
 namespace shardlab {
 
 struct LinearShape {
-  int64_t batch, inputs, outputs;  // B, K, N
+  int64_t batch, inputs, outputs;  // B, K >= 1, N
 };
 
 struct LinearForward {

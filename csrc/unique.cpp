@@ -296,17 +296,16 @@ uint64_t splitmix(uint64_t x) {
 }
 }  // namespace
 
-void init_uniform(char* rows, int64_t record_bytes, int64_t num_rows, int64_t columns,
+void init_uniform(char* rows, int64_t row_bytes, int64_t num_rows, int64_t columns,
                   uint64_t seed, int64_t first_row, int64_t first_column, int64_t table_columns,
                   float low, float high, int threads) {
   const float width = high - low;
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t i = 0; i < num_rows; ++i) {
-    float* row = (float*)(rows + i * record_bytes);
+    float* row = (float*)(rows + i * row_bytes);
     const uint64_t counter = seed + (uint64_t)((first_row + i) * table_columns + first_column);
     for (int64_t c = 0; c < columns; ++c)  // the top 24 bits fill a float's fraction
       row[c] = low + width * ((float)(splitmix(counter + c) >> 40) * 0x1p-24f);
-    std::memset(row + columns, 0, record_bytes - columns * sizeof(float));
   }
 }
 

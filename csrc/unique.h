@@ -53,7 +53,7 @@ void fill_affine(const int64_t* pieces, int64_t num_pieces, int64_t* out);
 
 // Uniform fp32 initial weights of a block of a table: value(row, column) depends on the seed, the
 // row and the column alone, so that every sharding starts from the same table.
-void init_uniform(char* rows, int64_t record_bytes, int64_t num_rows, int64_t columns,
+void init_uniform(char* rows, int64_t row_bytes, int64_t num_rows, int64_t columns,
                   uint64_t seed, int64_t first_row, int64_t first_column, int64_t table_columns,
                   float low, float high, int threads);
 

@@ -24,18 +24,25 @@ from shardlab.launch.rank import LOCAL_RANK_MARK, SIGNAL_EXIT
 
 #: Only this host: no name look-up, no firewall, no network card.
 _LOOPBACK = "127.0.0.1"
+#: Exit codes of ranks that a signal stopped in order.
+_STOPPED = {SIGNAL_EXIT + signal.SIGINT, SIGNAL_EXIT + signal.SIGTERM}
 
 
-def start_local_ranks(ranks: int, command: Sequence[str]) -> None:
+def start_local_ranks(ranks: int, command: Sequence[str]) -> int:
     """Runs ``command`` once per rank, with torchrun's variables, and waits for all to end.
+
+    However it ends, no rank is left.
 
     Args:
         ranks: processes to start.
         command: program and arguments; the program reports failures by `rank.guarded`.
 
+    Returns:
+        0, or 128 + the signal that stopped the job: this process passes SIGINT and SIGTERM on to
+        the ranks, which end in order.
+
     Raises:
-        LaunchError: a rank failed; carries the first failing rank's message. No rank is left.
-        KeyboardInterrupt: the job was interrupted. No rank is left.
+        LaunchError: a rank failed; carries the first failing rank's message.
     """
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -49,9 +56,13 @@ def start_local_ranks(ranks: int, command: Sequence[str]) -> None:
         try:
             elastic_launch(config, command[0])(*command[1:])
         except ChildFailedError as error:
+            codes = {failure.exitcode for failure in error.failures.values()}
+            if codes <= _STOPPED:  # they noted the signal themselves, and ended in order
+                return int(max(codes))
             raise _first_failure(Path(folder), error.failures) from None
         except SignalException as error:
-            raise KeyboardInterrupt(f"stopped by {error.sigval.name}") from None
+            return SIGNAL_EXIT + int(error.sigval)
+    return 0
 
 
 @contextmanager
@@ -99,9 +110,6 @@ def _first_failure(folder: Path, failures: dict[int, Any]) -> LaunchError:
               if str(rank) not in reported and failure.exitcode != -signal.SIGTERM}
     if silent or not reports:
         rank, failure = next(iter((silent or failures).items()))
-        if failure.exitcode > SIGNAL_EXIT:  # it noted the signal and stopped in order
-            name = signal.Signals(failure.exitcode - SIGNAL_EXIT).name
-            return LaunchError(f"rank {rank} (process {failure.pid}) was stopped by {name}")
         if failure.exitcode >= 0:
             return LaunchError(f"rank {rank} (process {failure.pid}) ended with exit code "
                                f"{failure.exitcode} and no message")

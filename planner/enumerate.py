@@ -96,18 +96,18 @@ def _row_cuts(table: EmbeddingBagConfig, topology: Topology) -> Iterator[Cut]:
         yield Cut(ShardingType.ROW_WISE, parts, 1)
 
 
-def _column_cuts(table: EmbeddingBagConfig, most: int, narrowest: int) -> list[int]:
-    """Column blocks: equal ones only, unless there is no such way."""
+def _column_parts(table: EmbeddingBagConfig, most: int, narrowest: int) -> list[int]:
+    """Numbers of column blocks: equal blocks only, unless there is no such way."""
     parts = _parts(min(most, table.embedding_dim // narrowest))
     return [part for part in parts if table.embedding_dim % part == 0] or parts
 
 
 def _grid_cuts(table: EmbeddingBagConfig, topology: Topology) -> Iterator[Cut]:
-    """Column blocks, each cut by rows over ranks of one host; finest row cut first."""
+    """Column blocks, each cut by rows over ranks of one host."""
     size = min(topology.ranks_per_host, table.num_embeddings)
     for row_parts in [1, *_parts(size)]:
         groups = topology.hosts * (topology.ranks_per_host // row_parts)
-        for col_parts in [1, *_column_cuts(table, groups, 1)]:
+        for col_parts in [1, *_column_parts(table, groups, 1)]:
             yield Cut(ShardingType.GRID_SHARD, row_parts, col_parts, group=row_parts)
 
 
@@ -119,13 +119,13 @@ def _asked_cuts(table: EmbeddingBagConfig, topology: Topology) -> list[Cut]:
         cuts = list(_row_cuts(table, topology))
     elif kind is ShardingType.COLUMN_WISE:
         cuts = [Cut(kind, 1, parts)
-                for parts in _column_cuts(table, topology.world_size, 1)]
+                for parts in _column_parts(table, topology.world_size, 1)]
     elif kind is ShardingType.TABLE_ROW_WISE:
         parts = min(host, table.num_embeddings)
         cuts = [Cut(kind, parts, 1, group=parts)]
     elif kind is ShardingType.TABLE_COLUMN_WISE:
         cuts = [Cut(kind, 1, parts, group=parts)
-                for parts in _column_cuts(table, host, 1)]
+                for parts in _column_parts(table, host, 1)]
     elif kind is ShardingType.GRID_SHARD:
         every = list(_grid_cuts(table, topology))
         cuts = [cut for cut in every if cut.row_parts > 1 and cut.col_parts > 1] or every
@@ -143,8 +143,9 @@ def table_cuts(table: EmbeddingBagConfig, topology: Topology) -> list[Cut]:
     if topology.world_size > 1:
         cuts += _row_cuts(table, topology)
         cuts += [Cut(ShardingType.COLUMN_WISE, 1, parts)
-                 for parts in _column_cuts(table, topology.world_size, MIN_COLUMNS)]
-        if table.num_embeddings * table.embedding_dim * 4 <= MAX_COPIED_BYTES:
+                 for parts in _column_parts(table, topology.world_size, MIN_COLUMNS)]
+        small = table.num_embeddings * table.embedding_dim * 4 <= MAX_COPIED_BYTES
+        if small and table.exchange is not ExchangeKind.POOLED:
             cuts.append(Cut(ShardingType.DATA_PARALLEL, 1, 1))
     return cuts
 
@@ -153,24 +154,27 @@ def _pooled(tables: Sequence[EmbeddingBagConfig], work: Workload, cuts: Sequence
             table: Ints, world_size: int) -> Bools:
     """[O] resolves ``exchange: auto``: the kind that puts fewer bytes on the wire.
 
-    Per feature and source, with u unique ids, n ids, B bags, c column and k row blocks, D columns:
+    Per source, with u unique ids of F features, n ids and B bags of a feature, c column and k row
+    blocks, D columns:
 
-        rows:   8 u c + 2 * 4 u D                 ids; rows there and gradients back
-        pooled: c (8 n + 8 B k) + 2 * 4 B k D     ids and bag lengths; bags from every row block
+        rows:   4 u c + 8 u D                      ids; rows there and gradients back
+        pooled: F (c (4 n + 4 B k) + 8 B k D)      ids and bag lengths; bags of every row block
 
-    A data_parallel table sends nothing but gradients of unique rows. On one rank nothing is
-    sent, and pooling at the owner saves the copy.
+    A data_parallel table sends nothing but gradients of unique rows, whatever it asks for. On one
+    rank nothing is sent, and pooling at the owner saves the copy.
     """
     asked = [tables[index].exchange for index in table]
     row_parts = np.array([cut.row_parts for cut in cuts])
     col_parts = np.array([cut.col_parts for cut in cuts])
     unique, ids, bags, columns = (array[table] for array in
                                   (work.unique, work.ids, work.bags, work.columns))
-    by_rows = 8 * unique * col_parts + 8 * unique * columns
-    by_bags = col_parts * (8 * ids + 8 * bags * row_parts) + 8 * bags * row_parts * columns
+    by_rows = 4 * unique * col_parts + 8 * unique * columns
+    by_bags = work.features[table] * (
+        4 * col_parts * (ids + bags * row_parts) + 8 * bags * row_parts * columns)
     copied = np.array([cut.sharding is ShardingType.DATA_PARALLEL for cut in cuts])
     fewer = ((by_bags < by_rows) & ~copied) | (world_size == 1)
-    wanted = np.array([kind is ExchangeKind.POOLED for kind in asked])
+    wanted = np.array([kind is ExchangeKind.POOLED for kind in asked]) & \
+        (~copied | (world_size == 1))
     return np.where([kind is ExchangeKind.AUTO for kind in asked], fewer, wanted)
 
 

@@ -1,30 +1,32 @@
 """Bytes and milliseconds of every piece of every option.
 
 The step is "ids out, rows back" (see `PHASES`). With W ranks and, per table: F features, B bags
-and n ids of one feature on one rank, u different ids among them, g different ids of all features
-and ranks; and, per piece: a share s of the table's rows, d of its D columns. A rank is charged
-what it does and receives as *owner* of a piece; every rank also pays, as *source*, what its own
-samples cost. Bytes between a piece's owner and one source (+ 1: each shard's count of ids):
+and n ids of one feature on one rank, u different ids of all features on one rank, g different ids
+of all features and ranks; and, per piece: a share s of the table's rows, d of its D columns. A
+rank is charged what it does and receives as *owner* of a piece; every rank also pays, as
+*source*, what its own samples cost. Bytes between a piece's owner and one source:
 
-    phase       unique rows      pooled bags      data_parallel (to every other rank)
-    ids         8 F (u s + 1)    8 F (n s + B)    8 F (u + 1)
-    rows        4 F u s d        4 F B d          0
-    gradients   4 F u s d        4 F B d          4 F u D
+    phase       unique rows    pooled bags              data_parallel (to every other rank)
+    ids         4 u s + 8      F (4 n s + 4 B + 8)      4 u + 8
+    rows        4 u s d        4 F B d                  0
+    grads       4 u s d        4 F B d                  4 u D
 
-Times, with row(b) = 1 / rows_per_s + b / row_bytes_per_s for a random row of b bytes,
-stream(b) = b / stream_bytes_per_s, x = u s (unique rows) or n s + B (pooled bags):
+(Ids take 4 bytes, 8 in a shard of 2^31 rows or more; bags of one id in one row block need no
+lengths; 8 bytes count the ids.) Times, with row(b) = 1 / rows_per_s + b / row_bytes_per_s for a
+random row of b bytes, stream(b) = b / stream_bytes_per_s, sort(i) = i / ids_per_s; entries
+e = u s (unique rows) or F n s (pooled bags), answers a = u s or F (n s + B):
 
     wire      bytes x max((ranks_per_host - 1) / intra, (W - ranks_per_host) / inter)
-    read      s g row(4 d) + stream(4 d W F x): gather once, then copy or pool for every source
-              (data_parallel: F u row(4 D) + stream(4 D F (n + B)))
-    update    1.1 s g row(record) + stream(4 d W F x): merge gradients, one fused update
-              (data_parallel: stream(4 D F ((W + 1) u + n)) instead)
-    pool      rows: stream(4 F D (2 n + B + u)); pooled: stream(8 F D B (k - 1)), k row blocks
-    ids also  de-duplicates: F n row(8); pooled: copies ids, stream(16 F n)
+    read      s g row(4 d) + stream(4 d W a): gather once, then copy or pool for every source
+              (data_parallel: u row(4 D) + stream(4 D u))
+    update    sort(W e) + 1.1 s g row(record) + stream(4 d W a): merge gradients, update once
+    pool      unique rows: stream(4 D (F (2 n + B) + u)); pooled: stream(8 F D B k), k row blocks
+    ids also  unique rows: sort(F n); pooled: stream(16 F n)
 
-Every exchange also takes a message to each other rank; ids need two (counts first). Not in the
-model yet: ids more frequent in one row block than in another, overlap of phases, the dense
-model's time, storage below HBM.
+Every exchange also takes a message to each other rank; ids need two (counts first). On one rank
+pooled bags go straight from the table to the model: no pool phase. Not in the model yet: ids more
+frequent in one row block than in another, overlap of phases, the dense model's time, storage
+below HBM.
 """
 
 from __future__ import annotations
@@ -47,11 +49,15 @@ Bools = NDArray[np.bool_]
 
 #: Phases of a step, in order: de-duplicate and send ids; owners read rows; rows travel; sources
 #: expand and pool (and undo that for gradients); gradients travel; owners update.
-PHASES = ("ids", "read", "rows", "pool", "gradients", "update")
-_IDS, _READ, _ROWS, _POOL, _GRADIENTS, _UPDATE = range(len(PHASES))
+PHASES = ("ids", "read", "rows", "pool", "grads", "update")
+_IDS, _READ, _ROWS, _POOL, _GRADS, _UPDATE = range(len(PHASES))
 
-_ID_BYTES = 8
 _ELEMENT_BYTES = 4
+_COUNT_BYTES = 8
+# Ids and positions inside a rank.
+_INT64_BYTES = 8
+# The runtime sends ids as int32 where every shard has fewer rows than this.
+_INT32_ROWS = 1 << 31
 # Read-modify-write of random rows was measured within 10 % of reading them.
 _REWRITE = 1.1
 _MS = 1e3
@@ -112,6 +118,7 @@ class Speeds:
         self.access = _MS / memory.rows_per_s
         self.row_byte = _MS / memory.row_bytes_per_s
         self.stream_byte = _MS / memory.stream_bytes_per_s
+        self.sort = _MS / memory.ids_per_s
         # Links within and between hosts run side by side.
         self.wire_byte = _MS * max(near / intra.bytes_per_s, far / inter.bytes_per_s)
         self.message = _MS * (near * intra.latency_s + far * inter.latency_s)
@@ -132,8 +139,16 @@ class _View:
     unique: Floats
     step_unique: Floats
     columns: Floats
+    row_parts: Floats
+    col_parts: Floats
     pooled: Bools
     copied: Bools
+
+    @property
+    def length_bags(self) -> Floats:
+        """Bags whose length must be told."""
+        told = (self.ids != self.bags) | (self.row_parts > 1)
+        return np.where(told, self.bags, 0.0)
 
     @staticmethod
     def of(work: Workload, options: Options, option: Ints) -> _View:
@@ -141,7 +156,9 @@ class _View:
         copied = np.array([cut.sharding is ShardingType.DATA_PARALLEL for cut in options.cuts])
         return _View(work.features[table], work.bags[table], work.ids[table],
                      work.unique[table], work.step_unique[table], work.columns[table],
-                     options.pooled[option] & ~copied[option], copied[option])
+                     np.array([cut.row_parts for cut in options.cuts])[option],
+                     np.array([cut.col_parts for cut in options.cuts])[option],
+                     options.pooled[option], copied[option])
 
 
 def estimate(tables: Sequence[EmbeddingBagConfig], options: Options, work: Workload,
@@ -159,12 +176,13 @@ def estimate(tables: Sequence[EmbeddingBagConfig], options: Options, work: Workl
     record = _record_bytes(tables, options, optimizer)
     view = _View.of(work, options, options.option)
     share = options.rows / work.rows[options.table[options.option]]
-    wire = _wire_bytes(view, share, options.columns)
+    id_bytes = 4 if options.rows.max() < _INT32_ROWS else 8
+    wire = _wire_bytes(view, share, options.columns, id_bytes)
     phase_ms = _memory_ms(view, share, options.columns, record, speeds)
-    phase_ms[:, [_IDS, _ROWS, _GRADIENTS]] = speeds.wire_byte * wire
+    phase_ms[:, [_IDS, _ROWS, _GRADS]] = speeds.wire_byte * wire
     common_ms, common_bytes = _source(options, work, speeds)
     fixed = np.zeros(len(PHASES))
-    fixed[[_IDS, _ROWS, _GRADIENTS]] = speeds.message * np.array([2, 1, 1])
+    fixed[[_IDS, _ROWS, _GRADS]] = speeds.message * np.array([2, 1, 1])
     return Costs(phase_ms, options.rows * record,
                  (speeds.world * wire.sum(axis=1)).astype(np.int64),
                  common_ms, common_bytes, fixed)
@@ -181,49 +199,51 @@ def _record_bytes(tables: Sequence[EmbeddingBagConfig], options: Options,
     return np.array(sizes, dtype=np.int64)[index]
 
 
-def _wire_bytes(view: _View, share: Floats, columns: Ints) -> Floats:
+def _wire_bytes(view: _View, share: Floats, columns: Ints, id_bytes: int) -> Floats:
     """[P, 3] bytes of ids, rows and gradients between a piece's owner and one source."""
-    ids = np.where(view.pooled, view.ids * share + view.bags, view.unique * share + 1)
-    vectors = np.where(view.pooled, view.bags, view.unique * share) * columns
+    ids = np.where(view.pooled, view.features * (view.ids * share + view.length_bags),
+                   view.unique * share)
+    counts = np.where(view.pooled, view.features, 1.0)
+    vectors = columns * np.where(view.pooled, view.features * view.bags, view.unique * share)
     rows = np.where(view.copied, 0.0, vectors)
-    return view.features[:, None] * np.stack(
-        [_ID_BYTES * ids, _ELEMENT_BYTES * rows, _ELEMENT_BYTES * vectors], axis=1)
+    return np.stack([id_bytes * ids + _COUNT_BYTES * counts, _ELEMENT_BYTES * rows,
+                     _ELEMENT_BYTES * vectors], axis=1)
 
 
 def _memory_ms(view: _View, share: Floats, columns: Ints, record: Ints,
                speeds: Speeds) -> Floats:
     """[P, 6] read and update of the pieces; the other phases are left at zero."""
     row_bytes = (_ELEMENT_BYTES * columns).astype(np.float64)
-    stream = speeds.stream_byte * row_bytes * view.features
     touched = share * view.step_unique
-    answers = np.where(view.pooled, view.ids * share + view.bags, view.unique * share)
-    served = touched * speeds.row(row_bytes) + stream * speeds.world * answers
-    alone = view.features * view.unique * speeds.row(row_bytes) + stream * (view.ids + view.bags)
-    merged = np.where(view.copied, (speeds.world + 1) * view.unique + view.ids,
-                      speeds.world * answers)
+    entries = np.where(view.pooled, view.features * view.ids * share, view.unique * share)
+    answers = entries + np.where(view.pooled, view.features * view.bags, 0.0)
+    stream = speeds.stream_byte * row_bytes
     phase = np.zeros((len(share), len(PHASES)))
-    phase[:, _READ] = speeds.shard + np.where(view.copied, alone, served)
-    phase[:, _UPDATE] = _REWRITE * touched * speeds.row(record.astype(np.float64)) + \
-        stream * merged
+    # A copy reads for its own rank only, but merges the gradients of all.
+    phase[:, _READ] = speeds.shard + \
+        np.where(view.copied, view.unique, touched) * speeds.row(row_bytes) + \
+        stream * np.where(view.copied, view.unique, speeds.world * answers)
+    phase[:, _UPDATE] = speeds.sort * speeds.world * entries + \
+        _REWRITE * touched * speeds.row(record.astype(np.float64)) + \
+        stream * speeds.world * answers
     return phase
 
 
 def _source(options: Options, work: Workload, speeds: Speeds) -> tuple[Floats, Ints]:
     """What options cost every rank for its own samples: ([O, 6] ms, [O] buffer bytes)."""
     view = _View.of(work, options, np.arange(len(options.table)))
-    row_parts = np.array([cut.row_parts for cut in options.cuts], dtype=np.float64)
-    col_parts = np.array([cut.col_parts for cut in options.cuts], dtype=np.float64)
-    width = _ELEMENT_BYTES * view.features * view.columns
+    ids, bags = view.features * view.ids, view.features * view.bags
+    width = _ELEMENT_BYTES * view.columns
+    parts = view.row_parts * (speeds.world > 1)
     phase = np.zeros((len(options.table), len(PHASES)))
-    phase[:, _IDS] = view.features * view.ids * np.where(
-        view.pooled, speeds.stream_byte * 2 * _ID_BYTES, speeds.row(float(_ID_BYTES)))
+    phase[:, _IDS] = ids * np.where(view.pooled, speeds.stream_byte * 2 * _INT64_BYTES,
+                                    speeds.sort)
     # Forward reads a row per id and writes bags; backward reads a gradient per id and writes one
-    # per unique id. Bags that come in parts are added up, and their gradients sent several times.
-    passed = np.where(view.pooled, 2 * view.bags * (row_parts - 1),
-                      2 * view.ids + view.bags + view.unique)
-    phase[:, _POOL] = np.where(view.copied, 0.0, speeds.stream_byte * width * passed)
-    ids = view.features * _ID_BYTES * (view.ids + col_parts * np.where(
-        view.pooled, view.ids + view.bags * row_parts, view.unique))
-    rows = 2 * width * np.where(view.pooled, view.bags * row_parts, view.unique)
-    bags = 2 * width * view.bags
-    return phase, (ids + rows + bags).astype(np.int64)
+    # per unique id. Bags that come in parts are added up, and their gradients sent in parts.
+    passed = np.where(view.pooled, 2 * bags * parts, 2 * ids + bags + view.unique)
+    phase[:, _POOL] = speeds.stream_byte * width * passed
+    sent = view.col_parts * np.where(
+        view.pooled, ids + view.features * view.length_bags * view.row_parts, view.unique)
+    rows = 2 * width * np.where(view.pooled, bags * parts, view.unique)
+    size = _INT64_BYTES * (ids + sent) + rows + 2 * width * bags
+    return phase, size.astype(np.int64)

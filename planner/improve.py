@@ -21,11 +21,11 @@ Ints = NDArray[np.int64]
 # Gains below this share are rounding.
 _RELATIVE = 1e-9
 # Fast ranks whose pieces are tried in swaps, and tables of the slowest rank that are cut anew.
-_SWAP_RANKS = 8
+SWAP_RANKS = 8
 _RECUT_TABLES = 16
 
 
-class _Loose:
+class Loose:
     """The pieces that may change rank: those of options that neither fill every rank nor are
     tied to hosts. Flat arrays, and [T, W] whether a rank holds a piece of a table."""
 
@@ -63,7 +63,7 @@ class _Loose:
 
 def repair(placement: Placement) -> bool:
     """Moves pieces off ranks that hold too much, to the emptiest ranks; False if that fails."""
-    loose = _Loose(placement)
+    loose = Loose(placement)
     capacity = placement.problem.capacity
     for _ in range(4 * len(loose.table) + 1):
         worst = int(np.argmax(placement.used))
@@ -94,7 +94,7 @@ def improve(placement: Placement, target_ms: float, *, moves: int, recuts: int) 
         moves: most moves and swaps to make.
         recuts: most other cuts to try.
     """
-    loose = _Loose(placement)
+    loose = Loose(placement)
     while moves > 0 and placement.slowest_ms > target_ms:
         if _give(placement, loose) or _swap(placement, loose):
             moves -= 1
@@ -103,7 +103,7 @@ def improve(placement: Placement, target_ms: float, *, moves: int, recuts: int) 
         recuts -= tried
         if not better:
             break
-        loose = _Loose(placement)
+        loose = Loose(placement)
     placement.refresh()
 
 
@@ -140,7 +140,7 @@ def kick(placement: Placement, target_ms: float, *, kicks: int, moves: int) -> P
     return placement
 
 
-def _give(placement: Placement, loose: _Loose) -> bool:
+def _give(placement: Placement, loose: Loose) -> bool:
     """Moves the piece of the slowest rank whose move leaves both ranks fastest."""
     slow = int(np.argmax(placement.loads))
     here = np.flatnonzero(loose.rank == slow)
@@ -158,10 +158,10 @@ def _give(placement: Placement, loose: _Loose) -> bool:
     return True
 
 
-def _swap(placement: Placement, loose: _Loose) -> bool:
+def _swap(placement: Placement, loose: Loose) -> bool:
     """Swaps the two pieces, one of the slowest rank, that leave both ranks fastest."""
     slow, capacity = int(np.argmax(placement.loads)), placement.problem.capacity
-    fast = np.argsort(placement.loads, kind="stable")[:_SWAP_RANKS]
+    fast = np.argsort(placement.loads, kind="stable")[:SWAP_RANKS]
     here = np.flatnonzero(loose.rank == slow)
     there = np.flatnonzero(np.isin(loose.rank, fast[fast != slow]))
     if not len(here) or not len(there):

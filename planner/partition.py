@@ -38,7 +38,8 @@ def greedy(problem: Problem, choice: Ints, order: Order = Order.TIME) -> Placeme
         order: what comes first, and what is levelled.
 
     Returns:
-        The placement, or the index of the first table that found no room.
+        The placement, or the index of the first table that found no room. A table whose option
+        finds none takes the option of least work that does.
     """
     size = problem.largest_ms[choice]
     full = problem.largest_bytes[choice] / problem.capacity
@@ -47,11 +48,17 @@ def greedy(problem: Problem, choice: Ints, order: Order = Order.TIME) -> Placeme
     elif order is Order.BYTES:
         size = full
     placement = Placement(problem)
+    # Buffers that the tables still to come will want on every rank.
+    ahead = int(problem.costs.common_bytes[choice].sum())
     for table in np.argsort(-size, kind="stable").tolist():
-        ranks = pick_ranks(placement, int(choice[table]), by_bytes=order is Order.BYTES)
-        if ranks is None:
+        ahead -= int(problem.costs.common_bytes[choice[table]])
+        for option in (int(choice[table]), *problem.by_work(table)):
+            ranks = pick_ranks(placement, option, ahead=ahead, by_bytes=order is Order.BYTES)
+            if ranks is not None:
+                placement.put(table, option, ranks)
+                break
+        else:
             return int(table)
-        placement.put(table, int(choice[table]), ranks)
     return placement
 
 

@@ -62,6 +62,12 @@ class Problem:
         largest: Ints = np.maximum.reduceat(self.costs.bytes, self.options.start[:-1])
         return largest + self.costs.common_bytes
 
+    def by_work(self, table: int) -> list[int]:
+        """The options of a table, least total milliseconds first."""
+        options = self.options.of_table(table)
+        order = np.argsort(self.total_ms[options.start:options.stop], kind="stable")
+        return [options.start + int(index) for index in order]
+
     def least(self, values: NDArray[np.generic]) -> Ints:
         """[T] the option of each table with the least of ``values`` [O]; the first of equals."""
         lowest = np.minimum.reduceat(values, self.options.first[:-1])
@@ -133,7 +139,8 @@ class Placement:
             self.put(table, option, self.ranks[table])
 
 
-def pick_ranks(placement: Placement, option: int, *, by_bytes: bool = False) -> Ints | None:
+def pick_ranks(placement: Placement, option: int, *, ahead: int = 0,
+               by_bytes: bool = False) -> Ints | None:
     """The least loaded ranks with room for the option's pieces; None if there are too few.
 
     The costliest piece goes to the least loaded rank. Common costs are the same everywhere and
@@ -142,23 +149,23 @@ def pick_ranks(placement: Placement, option: int, *, by_bytes: bool = False) -> 
     Args:
         placement: what is placed so far.
         option: what to place.
+        ahead: bytes to leave free on every rank for what is still to come.
         by_bytes: level memory instead of time.
     """
     problem = placement.problem
     loads = placement.used if by_bytes else placement.loads
     costs, pieces = problem.costs, problem.options.pieces(option)
-    used = placement.used + costs.common_bytes[option]
+    used = placement.used + costs.common_bytes[option] + ahead
     if used.max() > problem.capacity:
         return None
-    group = problem.options.cuts[option].group
     size = costs.bytes[pieces]
-    if group:
-        return _pick_grouped(placement, loads, option, group)
+    if problem.options.cuts[option].group:
+        return _pick_grouped(problem, used, loads, option)
     room = np.flatnonzero(used + size.max() <= problem.capacity)
     if len(room) < len(size):
         return None
     if len(size) == 1:
-        return room[np.argmin(loads[room])][None]
+        return room[[int(np.argmin(loads[room]))]]
     least = room[np.argsort(loads[room], kind="stable")[:len(size)]]
     ranks = np.empty(len(size), dtype=np.int64)
     cost = size if by_bytes else costs.ms[pieces]
@@ -166,16 +173,13 @@ def pick_ranks(placement: Placement, option: int, *, by_bytes: bool = False) -> 
     return ranks
 
 
-def _pick_grouped(placement: Placement, loads: NDArray[Any], option: int,
-                  group: int) -> Ints | None:
-    """As `pick_ranks`, every ``group`` pieces on one host: the one whose fullest rank is least."""
-    problem = placement.problem
-    costs, start = problem.costs, problem.options.pieces(option)
-    used = placement.used + costs.common_bytes[option]
+def _pick_grouped(problem: Problem, used: Ints, loads: NDArray[Any], option: int) -> Ints | None:
+    """As `pick_ranks`, each group of pieces on one host: the one whose fullest rank is least."""
+    pieces, group = problem.options.pieces(option), problem.options.cuts[option].group
     free = np.ones(problem.world_size, dtype=bool)
     ranks: list[Ints] = []
-    for first_piece in range(start.start, start.stop, group):
-        size = costs.bytes[first_piece:first_piece + group].max()
+    for first_piece in range(pieces.start, pieces.stop, group):
+        size = problem.costs.bytes[first_piece:first_piece + group].max()
         found: list[tuple[float, int, Ints]] = []
         for first in range(0, problem.world_size, problem.ranks_per_host):
             host = np.arange(first, first + problem.ranks_per_host)

@@ -18,6 +18,9 @@ _KERNEL_SHARE = 1300 / 1555
 # A random row costs as much as this many bytes more than it has: half-used 32-byte sectors at
 # both ends and the opened DRAM page. Own assumption.
 _ROW_EXTRA_BYTES = 64
+# Memory traffic of sorting one 8-byte id with its position and finding where it first stood: eight
+# radix passes and a few scatters. Own assumption.
+_SORT_BYTES = 1024
 # Share of a GPU link's data-sheet bandwidth that NCCL's all-to-all reaches: about 230 of 300 GB/s
 # within a DGX A100 (nccl-tests, bus bandwidth). The same share is assumed for the other links.
 _LINK_SHARE = 230 / 300
@@ -39,7 +42,7 @@ def _gpu(name: str, hbm_gib: float, hbm_gb_per_s: float, ddr_tb: float, ssd_tb: 
         name=name, hosts=1, ranks_per_host=1, hbm_bytes=int(hbm_gib * _GIB),
         ddr_bytes=int(ddr_tb * _TB), ssd_bytes=int(ssd_tb * _TB),
         memory=Memory(stream_bytes_per_s=reached, rows_per_s=reached / _ROW_EXTRA_BYTES,
-                      row_bytes_per_s=reached),
+                      row_bytes_per_s=reached, ids_per_s=reached / _SORT_BYTES),
         intra_host=links[0], inter_host=links[1], reserved_fraction=_GPU_RESERVED,
         shard_overhead_s=_GPU_SHARD_OVERHEAD_S)
 
@@ -60,12 +63,13 @@ _NDR = Link(50 * _GB * _LINK_SHARE, _NETWORK_LATENCY_S)
 PROFILES: dict[str, Topology] = {
     # One rank is one thread of a 2-core AVX-512 server with 24 GiB. Measured: random rows of
     # 64 / 128 / 256 / 512 B at 43 / 32 / 21 / 12 M rows/s, which 14.7 ns + bytes / 7.5 GB/s fits
-    # within 4 %; streams at 14.4 GB/s; gloo all-to-all between two processes of one host 165 us
-    # at 8 B and 1.2 ms at 4 MiB (2 MiB to the peer). Between hosts: 10 Gb/s Ethernet at 90 %,
-    # assumed to cost the same per message. Per-shard cost: own assumption.
+    # within 4 %; streams at 14.4 GB/s; ids de-duplicated in 8 to 12 ns each; gloo all-to-all
+    # between two processes of one host 165 us at 8 B and 1.2 ms at 4 MiB (2 MiB to the peer).
+    # Between hosts: 10 Gb/s Ethernet at 90 %, assumed to cost the same per message. Per-shard
+    # cost: own assumption.
     "cpu": Topology(
         name="cpu", hosts=1, ranks_per_host=1, hbm_bytes=12 * _GIB, ddr_bytes=24 * _GIB,
-        ssd_bytes=0, memory=Memory(14.4 * _GB, 1 / 14.7e-9, 7.5 * _GB),
+        ssd_bytes=0, memory=Memory(14.4 * _GB, 1 / 14.7e-9, 7.5 * _GB, 90e6),
         intra_host=Link(2.0 * _GB, 165e-6), inter_host=Link(1.125 * _GB, 165e-6),
         reserved_fraction=0.10, shard_overhead_s=2e-6),
     # Data sheets of A100-SXM4, H100-SXM5 and H200-SXM (bandwidth); ZionEX (first) and DGX A100,

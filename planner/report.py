@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 
 # Longer lists are cut unless everything is asked for.
 _SHOWN_RANKS, _SHOWN_TABLES = 16, 30
-_BAR_WIDTH = 10
+_BAR_WIDTH = 6
+# Narrower terminals get fewer columns.
+_WIDE = 100
+_LEFT = ("table", "sharding", "exchange", "ranks", "why", "")
 
 
 def print_report(result: PlanResult, file: IO[str] | None = None, *, width: int | None = None,
@@ -34,67 +37,79 @@ def print_report(result: PlanResult, file: IO[str] | None = None, *, width: int 
     """
     from rich.console import Console
 
-    console = Console(file=file, width=width, highlight=False)
+    # Names of tables may hold brackets: no markup.
+    console = Console(file=file, width=width, highlight=False, markup=False)
     _print_summary(console, result)
-    console.print(_rank_table(result, everything))
-    console.print(_table_table(result, everything))
+    console.print(_rank_table(result, everything, wide=console.width >= _WIDE))
+    console.print(_table_table(result, everything, wide=console.width >= _WIDE))
     _print_left_out(console, result, everything)
 
 
 def _print_summary(console: Console, result: PlanResult) -> None:
     topology, slowest = result.topology, result.slowest
     hosts = f"{topology.hosts} host{'s' if topology.hosts > 1 else ''}"
-    console.print(f"[bold]Plan[/bold] of {len(result.tables)} tables for {topology.name}: {hosts} "
-                  f"x {topology.ranks_per_host} ranks, batch {result.batch_size} per rank, "
-                  f"{result.optimizer}")
+    console.print(f"Plan of {len(result.tables)} tables for {topology.name}", style="bold")
+    console.print(f"  job      {hosts} x {topology.ranks_per_host} ranks, batch "
+                  f"{result.batch_size} per rank, {result.optimizer}")
     proof = "proven optimal" if result.optimal else \
         f"lower bound {format_ms(result.lower_bound_ms)}, gap {result.gap:.1%}"
-    console.print(f"  step     {format_ms(result.step_ms)} on rank {slowest.rank}, the slowest "
-                  f"({proof}); {format_ms(result.barrier_ms)} if every phase waits for its own "
+    console.print(f"  step     {format_ms(result.step_ms)} on rank {slowest.rank}, the slowest; "
+                  f"{proof}")
+    console.print(f"           {format_ms(result.barrier_ms)} if every phase waits for its own "
                   "slowest rank")
     console.print(f"  balance  slowest / average {result.imbalance:.3f}; found by {result.start} "
                   f"in {result.cpu_seconds:.2f} CPU s")
     used = max(rank.table_bytes + rank.buffer_bytes for rank in result.ranks)
     rows = sum(rank.table_bytes for rank in result.ranks)
-    console.print(f"  memory   tables and optimiser state {format_bytes(rows)}; fullest rank "
-                  f"{format_bytes(used)} of {format_bytes(result.capacity)} with exchange buffers")
-    console.print(f"  assumed  ids follow Zipf({ZIPF_EXPONENT}), spread evenly over row blocks; "
-                  "times are the embedding part of a step, phases one after another")
+    console.print(f"  memory   tables and optimiser state {format_bytes(rows)}")
+    console.print(f"           fullest rank {format_bytes(used)} of "
+                  f"{format_bytes(result.capacity)}, exchange buffers included")
+    console.print(f"  assumed  ids follow Zipf({ZIPF_EXPONENT}), spread evenly over row blocks;")
+    console.print("           the embedding part of a step only, one phase after another")
+    console.print()
 
 
-def _rank_table(result: PlanResult, everything: bool) -> Table:
-    table = _new_table("Ranks, ms by phase", ["rank", "tables + state", "buffers", "full", "ms", ""])
-    for phase in PHASES:
-        table.add_column(phase, justify="right", no_wrap=True)
+def _rank_table(result: PlanResult, everything: bool, *, wide: bool) -> Table:
+    unit, scale = ("ms", 1.0) if result.step_ms >= 1 else ("us", 1e3)
+    header = ["rank", "tables", "buffers", "full", unit, "", *PHASES]
+    rows = []
     for rank in _shown_ranks(result, everything):
         held = rank.table_bytes + rank.buffer_bytes
-        table.add_row(str(rank.rank), format_bytes(rank.table_bytes),
-                      format_bytes(rank.buffer_bytes), f"{held / result.capacity:.0%}",
-                      f"{rank.ms:.3g}", _bar(rank.ms / result.step_ms),
-                      *(f"{ms:.3g}" for ms in rank.phase_ms))
-    return table
+        rows.append([str(rank.rank), format_bytes(rank.table_bytes),
+                     format_bytes(rank.buffer_bytes), f"{held / result.capacity:.0%}",
+                     _number(rank.ms * scale), _bar(rank.ms / result.step_ms),
+                     *(_number(ms * scale) for ms in rank.phase_ms)])
+    hidden = set() if wide else {"buffers", ""}
+    return _table(f"Ranks: bytes, and {unit} by phase", header, rows, hidden)
 
 
-def _table_table(result: PlanResult, everything: bool) -> Table:
-    table = _new_table("Tables, by work", ["table", "sharding", "exchange", "ranks", "bytes", "ms"])
-    table.add_column("why", ratio=1)
-    for entry in _shown_tables(result, everything):
-        table.add_row(entry.table, entry.sharding.value, entry.exchange.value,
-                      _compact(entry.ranks), format_bytes(sum(entry.shard_bytes)),
-                      f"{_work(result, entry):.3g}", entry.why)
-    return table
+def _table_table(result: PlanResult, everything: bool, *, wide: bool) -> Table:
+    header = ["table", "sharding", "exchange", "ranks", "bytes", "ms", "why"]
+    rows = [[entry.table, entry.sharding.value, entry.exchange.value, _compact(entry.ranks),
+             format_bytes(sum(entry.shard_bytes)), _number(_work(result, entry)), entry.why]
+            for entry in _shown_tables(result, everything)]
+    hidden = set() if wide else {"exchange", "ranks"}
+    return _table("Tables: bytes and ms over all ranks, most work first", header, rows, hidden)
 
 
-def _new_table(title: str, columns: list[str]) -> Table:
+def _table(title: str, header: list[str], rows: list[list[str]], hidden: set[str]) -> Table:
+    """A table in which only names and reasons may wrap, and numbers stand to the right."""
     from rich import box
     from rich.table import Table
 
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD,
                   pad_edge=False)
-    for name in columns:
-        numeric = name in ("tables + state", "buffers", "full", "bytes", "ms")
-        table.add_column(name, justify="right" if numeric else "left", no_wrap=name != "table",
-                         overflow="fold" if name == "table" else "ellipsis")
+    shown = [index for index, name in enumerate(header) if name not in hidden]
+    for index in shown:
+        name = header[index]
+        flexible = name in ("table", "why")
+        longest = max((len(row[index]) for row in rows), default=0)
+        table.add_column(
+            name, justify="left" if name in _LEFT else "right", no_wrap=not flexible,
+            overflow="fold", min_width=None if flexible else max(longest, len(name)),
+            ratio=1 if name == "why" else None)
+    for row in rows:
+        table.add_row(*(row[index] for index in shown))
     return table
 
 
@@ -123,6 +138,12 @@ def _shown_tables(result: PlanResult, everything: bool) -> list[TablePrediction]
 def _work(result: PlanResult, entry: TablePrediction) -> float:
     """Milliseconds of a table summed over all ranks."""
     return sum(entry.shard_ms) + len(result.ranks) * entry.common_ms
+
+
+def _number(value: float) -> str:
+    """Three digits or more, without an exponent."""
+    digits = 0 if value >= 100 else 1 if value >= 10 else 2
+    return f"{value:.{digits}f}"
 
 
 def _bar(share: float) -> str:

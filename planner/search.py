@@ -1,11 +1,13 @@
 """Chooses an option for every table and ranks for its pieces: the slowest rank as fast as can be.
 
 1. A ladder of choices: per table the least work among the options whose largest piece stays below
-   a share of the lower bound and of a rank's memory. Coarse pieces cost less work, fine ones balance better.
+   a share of the lower bound and of a rank's memory. Coarse pieces cost less work, fine ones
+   balance better.
 2. Every choice is laid out greedily and by largest differencing; the best layouts of each method
    go on.
 3. Local improvement of both, with kicks out of dead ends; the best one wins.
 4. Small instances are then solved exactly.
+5. Memory is levelled where that costs next to no time.
 
 Deterministic: no randomness, no clock; effort is limited by counts.
 """
@@ -21,6 +23,7 @@ from numpy.typing import NDArray
 from shardlab.planner.bounds import lower_bound
 from shardlab.planner.exact import solve_exactly
 from shardlab.planner.improve import improve, kick, repair
+from shardlab.planner.level import level_memory
 from shardlab.planner.partition import Order, greedy, largest_differencing
 from shardlab.planner.placement import Placement, Problem
 
@@ -39,6 +42,8 @@ _EXACT_NODES = 20_000
 _MIN_KICKS, _MAX_KICKS, _KICK_WORK, _KICK_MOVES = 10, 300, 20_000, 40
 # Improvement stops this close to the lower bound.
 _CLOSE_ENOUGH = 1.001
+# Time that levelling memory may cost, over the lower bound: less than the model's own error.
+_LEVEL_WITHIN = 1.01
 
 
 @dataclass(frozen=True)
@@ -115,6 +120,7 @@ def solve(problem: Problem) -> Solution | None:
     exact, optimal = solve_exactly(problem, incumbent, _EXACT_NODES)
     if exact is None:
         return None
+    level_memory(exact, exact.slowest_ms if optimal else bound * _LEVEL_WITHIN, moves=_MOVES)
     exact.refresh()
     start = best[0] if best and exact is incumbent else "exact"
     return Solution(exact, exact.slowest_ms if optimal else min(bound, exact.slowest_ms), start,

@@ -36,11 +36,13 @@ class Memory:
         stream_bytes_per_s: reading or writing contiguous bytes.
         rows_per_s: rate of random accesses, the part that does not depend on the row's size.
         row_bytes_per_s: bandwidth inside random rows.
+        ids_per_s: rate of de-duplicating ids (sorting them, with their positions).
     """
 
     stream_bytes_per_s: float
     rows_per_s: float
     row_bytes_per_s: float
+    ids_per_s: float
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ class Workload:
         features: features that read it.
         bags: bags of one feature.
         ids: ids of one feature, bags x pooling factor.
-        unique: different ids among them.
+        unique: different ids of all features together.
         step_unique: different ids of all features and all ranks together: the rows of the
             table that one step touches.
     """
@@ -43,7 +43,7 @@ def build_workload(tables: Sequence[EmbeddingBagConfig], world_size: int,
     """Expected work of a step with ``batch_size`` samples on each of ``world_size`` ranks.
 
     The skew of ids is the Zipf assumption of `zipf.ZIPF_EXPONENT`; features that share a table
-    are taken to draw from the same distribution, and are de-duplicated one by one.
+    are taken to draw from the same distribution.
     """
     rows = np.array([table.num_embeddings for table in tables], dtype=np.float64)
     features = np.array([len(table.feature_names) for table in tables], dtype=np.float64)
@@ -52,5 +52,5 @@ def build_workload(tables: Sequence[EmbeddingBagConfig], world_size: int,
     return Workload(
         rows=rows,
         columns=np.array([table.embedding_dim for table in tables], dtype=np.float64),
-        features=features, bags=bags, ids=ids, unique=unique_ids(rows, ids),
+        features=features, bags=bags, ids=ids, unique=unique_ids(rows, features * ids),
         step_unique=unique_ids(rows, world_size * features * ids))

@@ -10,7 +10,7 @@ only the table descriptions (`shardlab.specs`) are shared.
     oracle.step()
 
 A step, for every table: gradients of the whole global batch are summed per row first; the sums
-are clipped (by value, then by the norm over all tables); then each row that occurs in the batch
+are clipped (by the norm over all tables, then by value); then each row that occurs in the batch
 takes one optimiser step. A row that does not occur is untouched, its state included.
 """
 
@@ -96,14 +96,14 @@ class Oracle:
         return self.bags[table].weight.detach()
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Pooled vectors of every feature, [B, embedding_dim]; remembers the rows it touched."""
-        out, seen = {}, {}
+        """Pooled vectors of every feature, [B, embedding_dim]; the next `step` steps its rows."""
+        out = {}
         for table in self.tables:
             for feature in table.feature_names:
                 ids, offsets, scale = _flatten(batch[feature], table, self.dtype)
                 out[feature] = self.bags[table.name](ids, offsets, per_sample_weights=scale)
-                seen.setdefault(table.name, []).append(ids)
-        self.touched = {name: torch.unique(torch.cat(ids)) for name, ids in seen.items()}
+                before = self.touched.get(table.name, ids[:0])
+                self.touched[table.name] = torch.unique(torch.cat([before, ids]))
         return out
 
     def step(self) -> None:
@@ -117,6 +117,7 @@ class Oracle:
             bag.weight.grad = None
         for name, grad in _clipped(grads, self.optimizer).items():
             self._update(name, self.touched[name], grad)
+        self.touched = {}
 
     @torch.no_grad()
     def _update(self, name: str, rows: Tensor, grad: Tensor) -> None:
@@ -177,13 +178,13 @@ def _flatten(bags: Bags, table: EmbeddingBagConfig,
 
 
 def _clipped(grads: dict[str, Tensor], opt: PlainOptimizer) -> dict[str, Tensor]:
-    if opt.clip_value is not None:
-        limit = opt.clip_value
-        grads = {name: grad.clamp(-limit, limit) for name, grad in grads.items()}
     if opt.clip_norm is not None:
         norm = torch.stack([grad.square().sum() for grad in grads.values()]).sum().sqrt()
         factor = min(1.0, opt.clip_norm / (norm.item() + 1e-6))  # as torch's clip_grad_norm_
         grads = {name: grad * factor for name, grad in grads.items()}
+    if opt.clip_value is not None:
+        limit = opt.clip_value
+        grads = {name: grad.clamp(-limit, limit) for name, grad in grads.items()}
     return grads
 
 

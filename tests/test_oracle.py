@@ -111,17 +111,19 @@ def test_ids_outside_the_table_follow_the_bounds_mode(bounds, expected, touched)
 def test_clipping_equals_torch_on_the_summed_gradients():
     weight = torch.zeros(ROWS, DIM, dtype=torch.float64)
     tables = [_table(), _table(name="u", feature_names=("g",))]
-    optimizer = PlainOptimizer("sgd", lr=1.0, clip_value=2.0, clip_norm=3.0)
+    optimizer = PlainOptimizer("sgd", lr=1.0, clip_value=1.5, clip_norm=4.0)
     oracle = Oracle(tables, {"t": weight, "u": weight}, optimizer)
     out = oracle.forward({"f": Bags([[1, 1, 2], [1]]), "g": Bags([[5], []])})
     (out["f"].sum() + out["g"].sum()).backward()
     oracle.step()
-    grads = [torch.zeros(ROWS, DIM), torch.zeros(ROWS, DIM)]
-    grads[0][1], grads[0][2], grads[1][5] = 2.0, 1.0, 1.0  # row 1: 3 occurrences, clipped to 2
-    parameters = [torch.nn.Parameter(torch.zeros(ROWS, DIM)) for _ in grads]
-    for parameter, grad in zip(parameters, grads, strict=True):
-        parameter.grad = grad
-    torch.nn.utils.clip_grad_norm_(parameters, 3.0)
+    parameters = [torch.nn.Parameter(torch.zeros(ROWS, DIM)) for _ in "tu"]
+    for parameter in parameters:
+        parameter.grad = torch.zeros(ROWS, DIM)
+    # Row 1 occurs three times. The norm, sqrt(3 * (9 + 1 + 1)), leaves it above the value's bound.
+    parameters[0].grad[1], parameters[0].grad[2], parameters[1].grad[5] = 3.0, 1.0, 1.0
+    torch.nn.utils.clip_grad_norm_(parameters, 4.0)
+    assert parameters[0].grad.max() > 1.5
+    torch.nn.utils.clip_grad_value_(parameters, 1.5)
     for name, parameter in zip("tu", parameters, strict=True):
         torch.testing.assert_close(oracle.rows(name).float(), -parameter.grad)
 

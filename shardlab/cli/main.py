@@ -6,6 +6,7 @@ import sys
 
 import click
 
+from shardlab.cli.bench import bench
 from shardlab.cli.doctor import doctor
 from shardlab.cli.plan import plan
 from shardlab.cli.train import train
@@ -13,7 +14,6 @@ from shardlab.errors import ShardLabError, nearest_name
 from shardlab.launch.rank import USER_ERROR
 
 INTERRUPTED = 130  # what shells report for a program that Ctrl-C ended
-_SHOW_CURSOR = "\x1b[?25h"
 
 
 class _Commands(click.Group):
@@ -35,7 +35,7 @@ def app() -> None:
     """Train recommendation models whose embedding tables outgrow a device."""
 
 
-for _command in (train, plan, doctor):
+for _command in (train, plan, doctor, bench):
     app.add_command(_command)
 
 
@@ -54,10 +54,8 @@ def _run(arguments: list[str] | None) -> int:
     except click.ClickException as error:
         error.show()
         return error.exit_code
-    except (click.Abort, KeyboardInterrupt) as stop:
-        if sys.stderr.isatty():  # a progress bar that was cut off leaves the cursor hidden
-            click.echo(_SHOW_CURSOR, nl=False, err=True)
-        click.echo(f"interrupted{f': {stop}' if str(stop) else ''}", err=True)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("interrupted", err=True)
         return INTERRUPTED
     except ShardLabError as error:
         click.echo(f"error: {error}", err=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,8 @@ from shardlab.errors import ConfigError
 if TYPE_CHECKING:
     from shardlab.config import JobConfig
     from shardlab.planner import Topology
+
+_PIPE_WIDTH = 160
 
 
 @click.command()
@@ -32,7 +35,8 @@ def plan(job: str | None, demo: bool, ranks: int | None, overrides: tuple[str, .
 
     result = make_plan(config.table_configs(), _machine(config, ranks), config.batch_size,
                        config.optimizer.sparse.kind)
-    print_report(result, everything=everything)
+    # Wide where it goes to a file or a pipe: the tables would else be folded at 80 columns.
+    print_report(result, width=None if sys.stdout.isatty() else _PIPE_WIDTH, everything=everything)
     if json_file is not None:
         Path(json_file).write_text(plan_to_json(result), encoding="utf-8")
         click.echo(f"plan written to {json_file}")

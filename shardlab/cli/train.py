@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -59,11 +60,14 @@ def _join(config: JobConfig, place: RankInfo, asked: int | None) -> int:
 
 
 def _start(config: JobConfig) -> int:
-    """Starts the ranks; each reads the job as this process resolved it."""
+    """Starts the ranks, which read the job as it was resolved here; returns the exit code."""
     from shardlab.launch.local import rank_command, start_local_ranks
+    from shardlab.launch.rank import SIGNAL_EXIT
 
     with tempfile.TemporaryDirectory(prefix="shardlab-job-") as folder:
         resolved = Path(folder) / "job.yaml"
         resolved.write_text(config.resolved_yaml(), encoding="utf-8")
-        start_local_ranks(config.ranks, rank_command("train", str(resolved)))
-    return 0
+        code = start_local_ranks(config.ranks, rank_command("train", str(resolved)))
+    if code:
+        click.echo(f"stopped by {signal.Signals(code - SIGNAL_EXIT).name}", err=True)
+    return code

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from shardlab.config.models import (
+    ColumnsConfig,
     DataConfig,
     DenseOptimizerConfig,
     ModelConfig,
@@ -28,20 +29,24 @@ from shardlab.errors import ConfigError, nearest_name
 from shardlab.presets import CRITEO_SPARSE_NAMES, criteo_kaggle_tables
 from shardlab.specs import EmbeddingBagConfig, check_tables, parse_storage
 
-#: (place, section, kind -> the fields that only this kind and its like take).
-_KINDS: tuple[tuple[str, type[Section], dict[str, set[str]]], ...] = (
-    ("model", ModelConfig, {
+_PARQUET_COLUMNS = {"label", "dense", "log_dense", "raw_integers"}
+#: (place of the kind, place, section, kind -> the fields that only this kind and its like take).
+_KINDS: tuple[tuple[str, str, type[Section], dict[str, set[str]]], ...] = (
+    ("model.kind", "model", ModelConfig, {
         "dlrm": {"bottom_mlp"}, "deepfm": set(), "dcn": {"cross_layers", "cross_rank"}}),
-    ("data", DataConfig, {
-        "synthetic_criteo": {"seed"}, "criteo_tsv": {"path"}, "criteo_parquet": {"path"},
-        "parquet": {"path", "columns"}}),
-    ("optimizer.sparse", SparseOptimizerConfig, {
+    ("data.kind", "data", DataConfig, {
+        "synthetic_criteo": {"seed"}, "criteo_tsv": {"path", "on_bad_row"},
+        "criteo_parquet": {"path", "on_bad_row"}, "parquet": {"path", "on_bad_row"}}),
+    ("data.kind", "data.columns", ColumnsConfig, {
+        "synthetic_criteo": set(), "criteo_tsv": set(), "criteo_parquet": set(),
+        "parquet": _PARQUET_COLUMNS}),
+    ("optimizer.sparse.kind", "optimizer.sparse", SparseOptimizerConfig, {
         "sgd": {"weight_decay"}, "adagrad": {"eps"}, "row_wise_adagrad": {"eps"},
         "adam": {"eps", "betas"}, "row_wise_adam": {"eps", "betas"}}),
-    ("optimizer.dense", DenseOptimizerConfig, {
+    ("optimizer.dense.kind", "optimizer.dense", DenseOptimizerConfig, {
         "sgd": {"weight_decay", "momentum"}, "adagrad": {"eps", "weight_decay"},
         "adam": {"eps", "betas", "weight_decay"}, "adamw": {"eps", "betas", "weight_decay"}}),
-    ("optimizer.schedule", ScheduleConfig, {
+    ("optimizer.schedule.kind", "optimizer.schedule", ScheduleConfig, {
         "constant": set(), "linear_warmup": {"warmup_steps"},
         "cosine": {"warmup_steps", "steps", "final_factor"},
         "linear_decay": {"warmup_steps", "steps", "final_factor"}}),
@@ -116,16 +121,14 @@ def _kind_problems(place: str, default: Any, takes: dict[str, set[str]], kind: s
 
 def _kind_checks() -> Iterator[Check]:
     """One check for every field that only some kinds take."""
-    for place, section, takes in _KINDS:
+    for kind, place, section, takes in _KINDS:
         for field in sorted(set[str]().union(*takes.values())):
             problems = partial(_kind_problems, f"{place}.{field}",
                                section.model_fields[field].default, takes)
-            yield Check((f"{place}.kind", f"{place}.{field}"), problems)
+            yield Check((kind, f"{place}.{field}"), problems)
 
 
-def _missing_problems(kind: str, path: tuple[str, ...], columns: Any) -> Problems:
-    if kind == "parquet" and columns is None:
-        yield "data.columns: kind parquet needs to know which column is what; none is given"
+def _missing_problems(kind: str, path: tuple[str, ...]) -> Problems:
     if kind != "synthetic_criteo" and not path:
         yield f"data.path: kind {kind} needs a file, none is given"
 
@@ -163,23 +166,24 @@ def _split_problems(kind: str, train: RowRange | None, validation: RowRange | No
                "a row may train or validate, not both")
 
 
-def _columns_problems(kind: str, columns: Any,
+def _columns_problems(kind: str, columns: Mapping[str, str],
                       tables: tuple[TableConfig, ...] | TablesPreset) -> Problems:
-    """Every feature needs a column, and every mapped column a feature."""
+    """Every mapped column needs a feature, and every feature a column."""
     try:
         features = [feature for spec in table_specs(tables) for feature in spec.feature_names]
     except ConfigError:
         return  # listed by the tables' own check
-    if kind == "parquet":
-        for feature in columns.sparse if columns else ():
-            if feature not in features:
-                yield (f"data.columns.sparse.{feature}: no table has this feature"
-                       f"{nearest_name(feature, features)}")
-    else:
-        for feature in features:
-            if feature not in CRITEO_SPARSE_NAMES:
-                yield (f"tables: feature {feature!r} is not in the data: kind {kind} has "
-                       "C1 to C26")
+    for feature in columns:
+        if feature not in features:
+            yield (f"data.columns.sparse.{feature}: no table has this feature"
+                   f"{nearest_name(feature, features)}")
+    if kind == "parquet":  # only the files know their columns
+        return
+    for feature in features:
+        column = columns.get(feature, feature)
+        if column not in CRITEO_SPARSE_NAMES:
+            yield (f"data.columns.sparse: feature {feature!r} reads column {column!r}, but kind "
+                   f"{kind} has C1 to C26; map it, such as {{{feature}: C1}}")
 
 
 def _schedule_problems(kind: str, warmup_steps: int, steps: int | None) -> Problems:
@@ -209,13 +213,13 @@ CHECKS: tuple[Check, ...] = (
     *_kind_checks(),
     Check((VALID_TABLES,), _table_problems),
     Check(("model.kind", "tables"), _dims_problems),
-    Check(("data.kind", "data.path", "data.columns"), _missing_problems),
+    Check(("data.kind", "data.path"), _missing_problems),
     Check(("data.path",), _path_problems),
     Check(("data.kind", "data.train_rows"), partial(_rows_problems, "train_rows")),
     Check(("data.kind", "data.validation_rows"), partial(_rows_problems, "validation_rows")),
     Check(("data.kind", "data.train_rows", "data.validation_rows", "data.validation_fraction"),
           _split_problems),
-    Check(("data.kind", "data.columns", "tables"), _columns_problems),
+    Check(("data.kind", "data.columns.sparse", "tables"), _columns_problems),
     Check(("optimizer.schedule.kind", "optimizer.schedule.warmup_steps",
            "optimizer.schedule.steps"), _schedule_problems),
     Check(("train.resume",), _resume_problems),

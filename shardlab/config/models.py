@@ -134,20 +134,21 @@ class ModelConfig(Section):
 
 
 class ColumnsConfig(Section):
-    """Which column of a Parquet file is what."""
+    """Which column is what; the Criteo kinds know their label and dense columns themselves."""
 
-    label: Name = Field(default="label", description="column of the label, 0 or 1")
+    label: Name = Field(default="label", description="parquet: column of the label, 0 or 1")
     dense: tuple[Name, ...] = Field(
-        default=(), description="columns of the dense features, in order")
+        default=(), description="parquet: columns of the dense features, in order")
     sparse: dict[str, Name] = Field(
         default={},
         description="feature name -> column of its ids; a feature that is not listed reads the "
         "column of its own name")
     log_dense: bool = Field(
-        default=False, description="dense values x become log(max(x, 0) + 1), as for counts")
+        default=False,
+        description="parquet: dense values x become log(max(x, 0) + 1), as for counts")
     raw_integers: bool = Field(
         default=False,
-        description="integer columns hold row numbers of the tables, and are not hashed")
+        description="parquet: integer columns hold row numbers of the tables, and are not hashed")
 
 
 class DataConfig(Section):
@@ -163,23 +164,24 @@ class DataConfig(Section):
     train_rows: RowRange | None = Field(
         default=None,
         description="rows [start, stop) to train on, counted over all files; stop null: to the "
-        "end; absent: every row that does not validate")
+        "end; absent: all rows before those that validate, or behind them if they come first")
     validation_rows: RowRange | None = Field(
         default=None,
-        description="rows [start, stop) to validate on; absent: see validation_fraction")
+        description="rows [start, stop) to validate on; absent, and no validation_fraction: none")
     validation_fraction: Share | None = Field(
         default=None, description="share of all rows, taken from the end, to validate on")
-    columns: ColumnsConfig | None = Field(default=None, description="parquet: which column is what")
+    columns: ColumnsConfig = Field(
+        default=ColumnsConfig(), description="which column of the data is what")
     on_bad_row: Literal["error", "skip"] = Field(
         default="error",
-        description="a row that cannot be read: stop and name it, or count and skip it")
+        description="of a file; a row that cannot be read: stop and name it, or count and skip it")
     seed: Index = Field(default=0, description="synthetic_criteo: seed of the generator")
 
     @property
     def num_dense(self) -> int:
         """Number of dense features of a sample."""
         if self.kind == "parquet":
-            return len(self.columns.dense) if self.columns else 0
+            return len(self.columns.dense)
         return len(CRITEO_DENSE_NAMES)
 
 
@@ -197,9 +199,10 @@ class SparseOptimizerConfig(Section):
     weight_decay: NotNegative | None = Field(
         default=None, description="sgd: L2 penalty; absent: none")
     clip_value: Positive | None = Field(
-        default=None, description="limit of each element of a row's gradient; absent: no limit")
+        default=None, description="limit of each element of a row's gradient; absent: none")
     clip_norm: Positive | None = Field(
-        default=None, description="limit of the norm of a row's gradient; absent: no limit")
+        default=None,
+        description="limit of the norm of all rows' gradients of a step together; absent: none")
 
 
 class DenseOptimizerConfig(Section):

@@ -93,7 +93,8 @@ def rank_quantiles() -> NDArray[np.float64]:
             mass = np.cumsum(density * np.diff(edges))
             ranks = np.append(ranks, edges[1:])
             held = np.append(held, tops[-1] + (1 - tops[-1]) * mass / mass[-1])
-        share = np.concatenate(([0], missing + (1 - missing) * np.concatenate(([0], held / held[-1]))))
+        present = np.concatenate(([0], held / held[-1])) * (1 - missing)
+        share = np.concatenate(([0], missing + present))
         # Rank r takes [r, r + 1); what is missing takes [0, 1). The end itself is left out.
         ends = np.concatenate(([0, 1], ranks + 1))
         row[:] = np.minimum(np.interp(shares, share, ends), np.nextafter(ends[-1], 0))

@@ -95,6 +95,7 @@ class ParquetSource:
                       for rows in features.values()]
         self.pieces: list[_Piece] = []
         self._num_rows = 0
+        self._strings: dict[str, list[str]] = {}  # string columns of each file
         for file in expand_paths(path):
             self._add(file)
 
@@ -106,7 +107,19 @@ class ParquetSource:
         """A cursor; its first read may begin at any row."""
         return ParquetCursor(self)
 
-    def chunks(self, piece: _Piece, row: int) -> Iterator[_Chunk]:
+    def open_file(self, file: str) -> pq.ParquetFile:
+        """Opens a file for `chunks`.
+
+        Raises:
+            DataError: the file cannot be opened any more.
+        """
+        try:
+            # Strings stay dictionary-encoded: each distinct one is then hashed once a chunk.
+            return pq.ParquetFile(file, read_dictionary=self._strings[file])
+        except (pa.ArrowException, OSError) as error:
+            raise DataError(f"{file}: not a readable Parquet file: {_reason(error)}") from error
+
+    def chunks(self, file: pq.ParquetFile, piece: _Piece, row: int) -> Iterator[_Chunk]:
         """Converts a row group, `CHUNK_ROWS` rows at a time, from the chunk with ``row`` on.
 
         Raises:
@@ -114,13 +127,12 @@ class ParquetSource:
         """
         first = piece.first_row
         try:
-            with self._open(piece.file) as file:
-                for columns in file.iter_batches(CHUNK_ROWS, [piece.group], self._names(),
-                                                 use_threads=False):
-                    if first + len(columns) > row:
-                        rows, faults = self._convert(columns)
-                        yield _Chunk(piece, first, columns, rows, faults)
-                    first += len(columns)
+            for columns in file.iter_batches(CHUNK_ROWS, [piece.group], self._names(),
+                                             use_threads=False):
+                if first + len(columns) > row:
+                    rows, faults = self._convert(columns)
+                    yield _Chunk(piece, first, columns, rows, faults)
+                first += len(columns)
         except (pa.ArrowException, OSError) as error:
             raise DataError(f"{piece.file}, row group {piece.group}: cannot be read: "
                             f"{_reason(error)}") from error
@@ -147,23 +159,17 @@ class ParquetSource:
                 faults[name] = bad
         return RowBlock(labels, dense, bags), faults
 
-    def _open(self, file: str) -> pq.ParquetFile:
-        # Strings stay dictionary-encoded: each distinct one is then hashed once a chunk.
-        return pq.ParquetFile(file, read_dictionary=self._string_columns)
-
     def _names(self) -> list[str]:
         sparse = [self.columns.column_of(feature) for feature in self.features]
         return list(dict.fromkeys([self.columns.label, *self.columns.dense, *sparse]))
 
     def _add(self, file: str) -> None:
-        try:
-            with pq.ParquetFile(file) as opened:
-                schema, metadata = opened.schema_arrow, opened.metadata
-        except (pa.ArrowException, OSError) as error:
-            raise DataError(f"{file}: not a readable Parquet file: {_reason(error)}") from error
+        self._strings[file] = []
+        with self.open_file(file) as opened:
+            schema, metadata = opened.schema_arrow, opened.metadata
         self._check(file, schema)
-        self._string_columns = [name for name in self._names()
-                                if is_string(schema.field(name).type)]
+        self._strings[file] = [name for name in self._names()
+                               if is_string(schema.field(name).type)]
         file_row = 0
         for group in range(metadata.num_row_groups):
             self.pieces.append(_Piece(file, group, self._num_rows, file_row))
@@ -210,6 +216,7 @@ class ParquetCursor:
     def __init__(self, source: ParquetSource) -> None:
         self._source = source
         self._starts = [piece.first_row for piece in source.pieces]
+        self._file: pq.ParquetFile | None = None
         self._chunks: Iterator[_Chunk] = iter(())
         self._chunk: _Chunk | None = None
 
@@ -227,12 +234,18 @@ class ParquetCursor:
     def close(self) -> None:
         """Closes the file that is open."""
         self._chunks, self._chunk = iter(()), None
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
     def _chunk_with(self, row: int) -> _Chunk:
         while self._chunk is None or row >= self._chunk.end_row:
             piece = self._source.pieces[bisect_right(self._starts, row) - 1]
             if self._chunk is None or piece is not self._chunk.piece:
-                self._chunks = self._source.chunks(piece, row)
+                if self._chunk is None or piece.file != self._chunk.piece.file:
+                    self.close()
+                self._file = self._file or self._source.open_file(piece.file)
+                self._chunks = self._source.chunks(self._file, piece, row)
             self._chunk = next(self._chunks, None)
             if self._chunk is None:
                 raise DataError(f"{piece.file}, row group {piece.group}: ends before row "

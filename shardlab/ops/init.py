@@ -27,27 +27,27 @@ def _splitmix(x: int) -> int:
     return x ^ (x >> 31)
 
 
-def init_uniform(records: Tensor, table: EmbeddingBagConfig, shard: Shard, seed: int) -> None:
-    """Writes a shard's part of the table's initial weights, and zeroes the state.
+def init_uniform(rows: Tensor, table: EmbeddingBagConfig, shard: Shard, seed: int) -> None:
+    """Writes a shard's part of the table's initial weights.
 
     Args:
-        records: fp32 [shard.rows, record elements]; payload first. Written in place.
+        rows: fp32 [shard.rows, shard.columns], written in place.
         table: the table; its `init_range` bounds the weights.
         shard: which rectangle of the table this is.
         seed: of the run.
     """
     low, high = table.init_range
     start = table_seed(seed, table.name)
-    if face_of("init_uniform", records.device.type) == "native":
+    if face_of("init_uniform", rows.device.type) == "native":
         native().init_uniform(  # type: ignore[union-attr]
-            address(records), records.stride(0) * records.element_size(), shard.rows,
+            address(rows), rows.stride(0) * rows.element_size(), shard.rows,
             shard.columns, start, shard.row_start, shard.col_start, table.embedding_dim, low, high,
             torch.get_num_threads())
         return
-    init_uniform_reference(records, table, shard, seed)
+    init_uniform_reference(rows, table, shard, seed)
 
 
-def init_uniform_reference(records: Tensor, table: EmbeddingBagConfig, shard: Shard,
+def init_uniform_reference(rows: Tensor, table: EmbeddingBagConfig, shard: Shard,
                            seed: int) -> None:
     """Plain-torch face of `init_uniform`, a million elements at a time."""
     low, high = (torch.tensor(x, dtype=torch.float32) for x in table.init_range)
@@ -55,13 +55,11 @@ def init_uniform_reference(records: Tensor, table: EmbeddingBagConfig, shard: Sh
     columns = shard.col_start + torch.arange(shard.columns)
     step = max(1, 1_000_000 // shard.columns)
     for first in range(0, shard.rows, step):
-        rows = torch.arange(first, min(first + step, shard.rows)) + shard.row_start
-        counter = start + rows[:, None] * table.embedding_dim + columns
+        number = torch.arange(first, min(first + step, shard.rows)) + shard.row_start
+        counter = start + number[:, None] * table.embedding_dim + columns
         bits = _splitmix_tensor(counter)
         unit = _shift(bits, 40).float() * 2.0**-24
-        part = records[first:first + rows.numel()]
-        part[:, :shard.columns] = (low + (high - low) * unit).to(part.device)
-        part[:, shard.columns:] = 0
+        rows[first:first + number.numel()] = (low + (high - low) * unit).to(rows.device)
 
 
 def _signed(x: int) -> int:

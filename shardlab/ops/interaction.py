@@ -74,13 +74,14 @@ def _pairs(vectors: int, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def _check_shapes(bottom: Tensor, pooled: Tensor, num_features: int) -> None:
-    fits = bottom.dim() == 2 and num_features >= 1 and \
+    fits = bottom.dim() == 2 and num_features >= 1 and bottom.device == pooled.device and \
         pooled.shape == (bottom.shape[0], num_features * bottom.shape[1])
     if not fits:
         raise InputError(
             f"dot_interaction: {num_features} features need bottom [B, D] and pooled "
-            f"[B, {num_features} * D], found {list(bottom.shape)} and {list(pooled.shape)}; the "
-            "last layer of the bottom MLP must be as wide as every embedding")
+            f"[B, {num_features} * D] on one device, found {list(bottom.shape)} on "
+            f"{bottom.device} and {list(pooled.shape)} on {pooled.device}; the last layer of the "
+            "bottom MLP must be as wide as every embedding")
 
 
 class _NativeInteraction(torch.autograd.Function):

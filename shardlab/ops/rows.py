@@ -2,7 +2,7 @@
 arXiv 2104.05158 (a row's gradients are summed in a fixed order, then one optimiser step).
 
 An arena is one uint8 tensor with the blocks of all shards of a rank; `Blocks` says where each lies.
-Row i of a block starts at offset + i * record_bytes: payload first, optimiser state behind it.
+A block keeps its rows' payloads together and their optimiser states together behind them.
 """
 
 from __future__ import annotations
@@ -26,16 +26,26 @@ class Blocks:
     """Where the shards of an arena lie.
 
     Attributes:
-        table: int64 [S, 4] on CPU: (byte offset, record bytes, columns, rows).
+        table: int64 [S, 6] on CPU: (row offset, row bytes, state offset, state bytes, columns,
+            rows), offsets in bytes.
     """
 
     table: Tensor
 
     def rows(self, arena: Tensor, block: int) -> Tensor:
-        """The records of one block as an fp32 view [rows, record_bytes / 4]."""
-        offset, record_bytes, _, rows = self.table[block].tolist()
-        span = arena[offset:offset + rows * record_bytes]
-        return span.view(torch.float32).view(rows, record_bytes // _FP32_BYTES)
+        """The payloads of one block as an fp32 view [rows, columns]."""
+        offset, row_bytes, _, _, _, rows = self.table[block].tolist()
+        return _matrix(arena, offset, rows, row_bytes)
+
+    def state(self, arena: Tensor, block: int) -> Tensor:
+        """The optimiser states of one block as an fp32 view [rows, state_bytes / 4]."""
+        _, _, offset, state_bytes, _, rows = self.table[block].tolist()
+        return _matrix(arena, offset, rows, state_bytes)
+
+
+def _matrix(arena: Tensor, offset: int, rows: int, row_bytes: int) -> Tensor:
+    span = arena[offset:offset + rows * row_bytes]
+    return span.view(torch.float32).view(rows, row_bytes // _FP32_BYTES)
 
 
 @dataclass(frozen=True)
@@ -96,9 +106,8 @@ def gather_rows_reference(arena: Tensor, blocks: Blocks, segments: Tensor, ids: 
                           out: Tensor) -> None:
     """Plain-torch face of `gather_rows`."""
     for block, start, count, out_start in segments.tolist():
-        columns = int(blocks.table[block, 2])
-        rows = blocks.rows(arena, block)[ids[start:start + count], :columns]
-        out[out_start:out_start + count * columns] = rows.reshape(-1)
+        rows = blocks.rows(arena, block)[ids[start:start + count]]
+        out[out_start:out_start + rows.numel()] = rows.reshape(-1)
 
 
 # ---------------------------------------------------------------- pool
@@ -248,17 +257,17 @@ def update_rows_reference(arena: Tensor, blocks: Blocks, uniques: Uniques,
         start, count = splits[block], splits[block + 1] - splits[block]
         if count == 0:
             continue
-        columns = int(blocks.table[block, 2])
-        grad = _summed(grads, uniques, weights, (start, count, columns, 0)) * step.scale
+        rows, state = blocks.rows(arena, block), blocks.state(arena, block)
+        grad = _summed(grads, uniques, weights, (start, count, rows.shape[1], 0)) * step.scale
         if step.clip_value > 0:
             grad = grad.clamp(-step.clip_value, step.clip_value)
-        records, ids = blocks.rows(arena, block), uniques.ids[start:start + count]
-        record = records[ids]
-        _step_records(record[:, :columns], record[:, columns:], grad, step)
-        records[ids] = record
+        ids = uniques.ids[start:start + count]
+        row, row_state = rows[ids], state[ids]
+        _step_rows(row, row_state, grad, step)
+        rows[ids], state[ids] = row, row_state
 
 
-def _step_records(row: Tensor, state: Tensor, grad: Tensor, step: StepParameters) -> None:
+def _step_rows(row: Tensor, state: Tensor, grad: Tensor, step: StepParameters) -> None:
     """Steps rows [n, D] and their state [n, S] in place."""
     columns = row.shape[1]
     if step.kind == "sgd":

@@ -6,7 +6,7 @@ A checkpoint is a folder:
     rows-00001-00000.safetensors    table rows and their optimiser state, written by rank 1
     dense.safetensors               dense parameters under the model's own names (rank 0)
     shared.json, .safetensors       optimiser (hyper-parameters, step count, dense state), extra
-    rank-00001.json, .safetensors   the random generators of rank 1
+    rank-00001.json, .safetensors   random generators and buffers of rank 1
 
 Saving writes into a hidden folder beside the target, flushes everything to the disk, and renames
 it once every rank is done: at any instant the target is either absent or complete. All ranks must
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from shardlab.comm.collectives import gather_objects_json
 from shardlab.comm.groups import Groups
@@ -89,8 +90,9 @@ def load(path: str | Path, model: ShardedModel, optimizer: torch.optim.Optimizer
          groups: Groups) -> dict[str, Any]:
     """Loads a checkpoint into a sharded model; every rank must call it.
 
-    World size, plan and tiers may differ from those it was saved with. The random generators are
-    restored on every rank that the saved job also had; other ranks keep theirs.
+    World size, plan and tiers may differ from those it was saved with. Random generators and
+    buffers (such as batch-norm statistics) are restored on every rank that the saved job also had;
+    a rank beyond keeps its generators and takes rank 0's buffers.
 
     Args:
         path: the checkpoint folder.
@@ -171,7 +173,8 @@ def _write_rank(staging: Path, model: ShardedModel, optimizer: torch.optim.Optim
                 groups: Groups, extra: dict[str, Any] | None) -> dict[str, Any]:
     """Writes this rank's files; returns their entries as plain data."""
     files, chunks = write_tables(staging, model.collections(), groups.rank)
-    files += _write_state(staging, f"rank-{groups.rank:05d}", {"rng": capture_rng(groups.device)})
+    files += _write_state(staging, f"rank-{groups.rank:05d}", {
+        "rng": capture_rng(groups.device), "buffers": _buffers(model)})
     if groups.rank == 0:
         dense = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
         files.append(write_tensors(staging / "dense.safetensors", dense))
@@ -207,19 +210,30 @@ def _read_rank(path: Path, model: ShardedModel, optimizer: torch.optim.Optimizer
     manifest.check_coverage()
     manifest.check_files(path)
     shared = _read_state(path, manifest, "shared")
-    _load_dense(path, manifest, model)
+    had_rank = groups.rank < manifest.world_size
+    own = _read_state(path, manifest, f"rank-{groups.rank:05d}") if had_rank else None
+    _load_dense(path, manifest, model, own["buffers"] if own else {})
     try:
         optimizer.load_state_dict(shared["optimizer"])
     except (ValueError, KeyError) as error:
         raise CheckpointError(f"{path}: the optimiser state does not fit: {error}") from error
     load_tables(path, manifest, model.collections(), groups.rank)
-    if groups.rank < manifest.world_size:
-        restore_rng(_read_state(path, manifest, f"rank-{groups.rank:05d}")["rng"], groups.device)
+    if own:
+        restore_rng(own["rng"], groups.device)
     return shared["extra"]
 
 
-def _load_dense(path: Path, manifest: Manifest, model: ShardedModel) -> None:
-    stored = read_tensors(path, manifest.file("dense.safetensors", path))
+def _buffers(model: ShardedModel) -> dict[str, Tensor]:
+    """What ``state_dict`` has besides parameters: ranks keep these on their own."""
+    buffers = {id(buffer) for buffer in model.buffers()}
+    return {name: tensor for name, tensor in model.state_dict(keep_vars=True).items()
+            if id(tensor) in buffers}
+
+
+def _load_dense(path: Path, manifest: Manifest, model: ShardedModel,
+                buffers: dict[str, Tensor]) -> None:
+    """Loads parameters and buffers of rank 0, and this rank's own buffers where it has some."""
+    stored = read_tensors(path, manifest.file("dense.safetensors", path)) | buffers
     wanted = model.state_dict()
     problems = [f"parameter {name!r} is not in the checkpoint" for name in wanted.keys() - stored]
     problems += [f"the checkpoint has parameter {name!r}, which the model does not"

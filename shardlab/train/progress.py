@@ -25,8 +25,9 @@ class ProgressLine:
     @property
     def text(self) -> str:
         """The line after the step number."""
+        wire = format_bytes(self.wire_bytes_per_step)
         return (f"{format_count(self.samples_per_s)} samples/s  loss {format_metric(self.loss)}  "
-                f"AUC {format_metric(self.auc)}  wire {format_bytes(self.wire_bytes_per_step)}/step")
+                f"AUC {format_metric(self.auc)}  wire {wire}/step")
 
 
 class ProgressView:

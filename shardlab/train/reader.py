@@ -3,27 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Protocol
+from copy import copy
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 if TYPE_CHECKING:
     from shardlab.data.batch import Batch
 
 
 class Reader(Protocol):
-    """This rank's part of a set of rows, in batches.
+    """This rank's part of a range of rows, in batches.
 
-    Every rank yields the same number of batches in a pass, empty ones where its rows have ended,
-    because every step is an exchange between all ranks.
+    Every rank yields the same number of batches, empty ones where it has no row, because every
+    step is an exchange between all ranks. A batch's ``position`` is the row behind the global
+    batch that it is a part of, so the sizes of global batches follow without asking other ranks.
+
+    Attributes:
+        start: first row of the range, counted over all ranks.
     """
 
-    def __iter__(self) -> Iterator[Batch]:
-        """Batches from where `seek` was last set (at first: the start) to the end of the pass."""
+    start: int
 
-    def seek(self, position: int) -> None:
-        """The next pass starts at this `Batch.position`; 0 is the start."""
+    def __iter__(self) -> Iterator[Batch]:
+        """Batches from ``start`` on."""
 
     def __len__(self) -> int:
-        """Batches of a whole pass."""
+        """Batches from ``start`` on; the same on every rank."""
 
-    def global_rows(self, position: int) -> int:
-        """Rows of all ranks together in the batch whose `Batch.position` this is."""
+
+_Reader = TypeVar("_Reader", bound=Reader)
+
+
+def reader_from(reader: _Reader, position: int | None) -> _Reader:
+    """The same reader, starting behind a batch's ``position``; None: at its own start."""
+    if position is None:
+        return reader
+    rest = copy(reader)
+    rest.start = position
+    return rest

@@ -27,6 +27,7 @@ class Summary:
         epochs: epochs completed.
         resumed_at: step this start continued from; 0 for a fresh run.
         stopped_by: the signal that ended the run early; None: it ran to its end.
+        skipped_rows: bad training rows that this start's readers left out.
         pace: speed of this start's training steps, validation and checkpoints left out.
         train: metrics of the last log interval (AUC: of the running window).
         validation: metrics of the last validation; None: there was none.
@@ -41,6 +42,7 @@ class Summary:
     epochs: int
     resumed_at: int
     stopped_by: int | None
+    skipped_rows: int
     pace: Pace
     train: BinaryMetrics | None
     validation: BinaryMetrics | None
@@ -77,6 +79,8 @@ class Summary:
                 "epochs completed": str(self.epochs)}
         if self.stopped_by is not None:
             rows["stopped by"] = signal.Signals(self.stopped_by).name
+        if self.skipped_rows:
+            rows["bad rows skipped"] = f"{self.skipped_rows:,}"
         if self.checkpoint is not None:
             rows["checkpoint"] = self.checkpoint
         return rows

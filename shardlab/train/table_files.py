@@ -86,6 +86,8 @@ def load_tables(folder: Path, manifest: Manifest,
     for chunk in manifest.chunks:
         if any(_overlap(chunk, shard) for shard in shards[chunk.collection, chunk.table]):
             wanted.setdefault(chunk.file, []).append(chunk)
+    for collection in collections.values():
+        collection.begin_load()
     for file_name, entries in wanted.items():
         tensors = read_tensors(folder, manifest.file(file_name, folder))
         for entry in entries:

@@ -29,7 +29,7 @@ from shardlab.train.meters import SentBytes, model_tier_bytes, peak_rss_bytes
 from shardlab.train.metrics import BinaryMetrics, ValidationMetrics
 from shardlab.train.options import TrainOptions
 from shardlab.train.progress import ProgressLine, ProgressView
-from shardlab.train.reader import Reader
+from shardlab.train.reader import Reader, reader_from
 from shardlab.train.run_folder import RunFolder
 from shardlab.train.step import StepRunner
 from shardlab.train.stop_signal import StopSignal
@@ -48,14 +48,14 @@ class Position:
     Attributes:
         step: training steps done, over all epochs.
         epoch: epochs completed.
-        data: the training reader's position within the epoch.
+        data: `Batch.position` of the epoch's last step; None: the epoch has not begun.
         records: records in ``metrics.jsonl``.
         validated_at: step of the last validation.
     """
 
     step: int = 0
     epoch: int = 0
-    data: int = 0
+    data: int | None = None
     records: int = 0
     validated_at: int = 0
 
@@ -95,6 +95,7 @@ class Trainer:
         self._log = IntervalLog(self.model, self.groups, self._signal)
         self._interval: Interval | None = None
         self._sent = SentBytes()
+        self._skipped = 0
         self._validation: BinaryMetrics | None = None
         self._checkpoint: Path | None = None
         self._stopped_by: int | None = None
@@ -156,9 +157,8 @@ class Trainer:
 
     def _run_epoch(self) -> None:
         self.model.train()
-        self.train_reader.seek(self._at.data)
         self._log.restart()
-        for batch in self.train_reader:
+        for batch in reader_from(self.train_reader, self._at.data):
             self._train(batch)
             self._after_step()
             if self._done():
@@ -166,12 +166,13 @@ class Trainer:
         self._flush()
         if self._stopped_by is None:
             self._validate()
-            self._at.epoch, self._at.data = self._at.epoch + 1, 0
+            self._at.epoch, self._at.data = self._at.epoch + 1, None
 
     def _train(self, batch: Batch) -> None:
         self._log.timer.got_batch()
         batch = batch.to(self.groups.device)
-        rows = self.train_reader.global_rows(batch.position)
+        begin = self.train_reader.start if self._at.data is None else self._at.data
+        rows = batch.position - begin  # of all ranks; a bad row that a reader skipped adds no loss
         logits, loss = self._step.train(batch, rows)
         self._log.add(logits, batch.labels, loss, rows)
         self._at.step += 1
@@ -200,14 +201,17 @@ class Trainer:
         if interval is None:
             return
         metrics, pace, wire = interval.metrics, interval.pace, interval.wire / interval.pace.steps
+        skipped = pace.rows - metrics.rows  # a reader that skips a bad row keeps its place empty
         self._interval, self._sent = interval, self._sent + interval.wire
+        self._skipped += skipped
         self._stopped_by = interval.stop
         self._record("train", {
             "loss": metrics.logloss, "auc": metrics.auc, "ne": metrics.ne,
             "calibration": metrics.calibration, "label_rate": metrics.label_rate,
             "lr": float(self.optimizer.param_groups[0]["lr"]),
             "samples_per_s": pace.samples_per_s_mean, "step_ms": pace.step_ms_p50,
-            "wait_share": pace.wait_share, "wire_bytes_per_step": wire.total})
+            "wait_share": pace.wait_share, "wire_bytes_per_step": wire.total,
+            "skipped_rows": skipped})
         self._view.show(ProgressLine(self._at.step, self._at.epoch, metrics.logloss, metrics.auc,
                                      pace.samples_per_s_mean, wire.total))
 
@@ -226,7 +230,6 @@ class Trainer:
         metrics = ValidationMetrics(self.groups.device, self._reduce, self.groups.rank,
                                     self.groups.world_size)
         self.model.eval()
-        self.validation_reader.seek(0)
         for batch in self.validation_reader:
             moved = batch.to(self.groups.device)
             metrics.add(self._step.predict(moved), moved.labels)
@@ -267,8 +270,8 @@ class Trainer:
             {"tables": asdict(model_tier_bytes(self.model)), "rss": peak_rss_bytes()}, self.groups)
         summary = Summary(
             run=str(self.run_folder.path), steps=self._at.step, epochs=self._at.epoch,
-            resumed_at=resumed_at, stopped_by=self._stopped_by, pace=self._log.timer.total(),
-            train=self._interval.metrics if self._interval else None,
+            resumed_at=resumed_at, stopped_by=self._stopped_by, skipped_rows=self._skipped,
+            pace=self._log.timer.total(), train=self._interval.metrics if self._interval else None,
             validation=self._validation, wire_per_step=self._sent / max(1, steps),
             tables=[TierBytes(**rank["tables"]) for rank in ranks],
             peak_rss_bytes=[rank["rss"] for rank in ranks],

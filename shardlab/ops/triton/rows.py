@@ -1,4 +1,4 @@
-"""Triton faces of gather, pool, sum and update of row records; contracts in `shardlab.ops.rows`.
+"""Triton faces of gather, pool, sum and update of rows; contracts in `shardlab.ops.rows`.
 
 One launch for the jobs of all tables: a program is a tile of R rows x C columns of one job. Rows
 are found with int64 offsets; sums run in entry order, and no product is contracted into a fused
@@ -40,41 +40,43 @@ SGD, ADAGRAD, ROW_WISE_ADAGRAD, ADAM, ROW_WISE_ADAM = (
 
 
 def _as_fp32(arena: Tensor) -> Tensor:
-    """The arena as fp32; offsets and records are multiples of 4 bytes."""
+    """The arena as fp32; offsets and lengths are multiples of 4 bytes."""
     return arena[:arena.numel() // _FP32_BYTES * _FP32_BYTES].view(torch.float32)
 
 
-def _records(blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(offset, record length, columns) of blocks [K, 4], in fp32 elements."""
-    return blocks[:, 0] // _FP32_BYTES, blocks[:, 1] // _FP32_BYTES, blocks[:, 2]
+def _elements(byte_numbers: Tensor) -> Tensor:
+    """Offsets or lengths in bytes as fp32 elements."""
+    return byte_numbers // _FP32_BYTES
 
 
 # ---------------------------------------------------------------- gather
 def gather_rows(arena: Tensor, blocks: Blocks, segments: Tensor, ids: Tensor, out: Tensor) -> None:
-    """out[out start + i * columns + c] = arena[offset + ids[start + i] * record + c]."""
+    """out[out start + i * columns + c] = arena[offset + ids[start + i] * length + c]."""
     if len(segments) == 0:
         return
-    offset, record, columns = _records(blocks.table[segments[:, 0]])
-    start, count, out_start = segments[:, 1], segments[:, 2], segments[:, 3]
-    fields = torch.stack([start, count, columns, offset, record, out_start], 1)
+    block, start, count, out_start = segments.unbind(1)
+    columns = blocks.table[block, 4]
+    offset, length = _elements(blocks.table[block, :2]).unbind(1)
+    fields = torch.stack([start, count, columns, offset, length, out_start], 1)
     jobs = build_jobs(fields, count, columns, _COPY_ELEMENTS, out.device)
     if jobs.tiles:
         _gather_kernel[(jobs.tiles,)](_as_fp32(arena), jobs.table, ids, out, *jobs.search, R=jobs.R,
-                                      C=jobs.C, ALIGN=alignment(fields[:, 2:]))
+                                      C=jobs.C, ALIGN=alignment(fields[:, 2:]),
+                                      enable_fp_fusion=False)
 
 
 @triton.jit(do_not_specialize=["num_jobs", "job_steps"])
 def _gather_kernel(arena, table, ids, out, num_jobs, job_steps, R: tl.constexpr, C: tl.constexpr,
                    ALIGN: tl.constexpr):
-    """Job: (first tile, start, count, columns, offset, record, out start)."""
+    """Job: (first tile, start, count, columns, offset, length, out start)."""
     number, row = find_tile(table, 7, num_jobs, job_steps, R)
     job = table + number * 7
     columns = tl.multiple_of(tl.load(job + 3), ALIGN)
     offset = tl.multiple_of(tl.load(job + 4), ALIGN)
-    record = tl.multiple_of(tl.load(job + 5), ALIGN)
+    length = tl.multiple_of(tl.load(job + 5), ALIGN)
     target = tl.multiple_of(tl.load(job + 6), ALIGN) + row * columns
     live = row < tl.load(job + 2)
-    at = offset + tl.load(ids + tl.load(job + 1) + row, mask=live, other=0) * record
+    at = offset + tl.load(ids + tl.load(job + 1) + row, mask=live, other=0) * length
     c = tl.arange(0, C)[None, :]
     inside = live[:, None] & (c < columns)
     tl.store(out + target[:, None] + c, tl.load(arena + at[:, None] + c, mask=inside), mask=inside)
@@ -106,7 +108,7 @@ def _pool_kernel(source, table, index, offsets, weights, out, num_jobs, job_step
     columns = tl.multiple_of(tl.load(job + 3), ALIGN)
     live = bag < tl.load(job + 4)
     length = tl.load(job + 7)
-    ragged = live & (length < 0)
+    ragged = tl.where(live, length, 0) < 0
     edge = offsets + tl.load(job + 6) + bag
     fixed = tl.load(job + 5) + bag * length
     begin = tl.where(ragged, tl.load(edge, mask=ragged, other=0), fixed)
@@ -121,13 +123,14 @@ def _pool_kernel(source, table, index, offsets, weights, out, num_jobs, job_step
         if WEIGHTED:
             value = value * tl.load(weights + begin + k, mask=row >= 0, other=0.0)[:, None]
         total += value
-    divisor = tl.where(tl.load(job + 8) != 0, tl.maximum(size, 1), 1).to(tl.float32)
+    divisor = tl.maximum(size * tl.load(job + 8), 1).to(tl.float32)
     total = tl.div_rn(total, divisor[:, None])
     target = out + (tl.multiple_of(tl.load(job + 9), ALIGN)
                     + bag * tl.multiple_of(tl.load(job + 10), ALIGN))[:, None] + c
     inside = live[:, None] & (c < columns)
-    add = inside & (tl.load(job + 11) != 0)
-    tl.store(target, tl.load(target, mask=add, other=0.0) + total, mask=inside)
+    add = tl.where(live, tl.load(job + 11), 0) != 0
+    before = tl.load(target, mask=add[:, None] & inside, other=0.0)
+    tl.store(target, before + total, mask=inside)
 
 
 # ---------------------------------------------------------------- sums per unique id
@@ -180,14 +183,15 @@ def update_rows(arena: Tensor, blocks: Blocks, uniques: Uniques, weights: Tensor
                 grads: Tensor, step: StepParameters) -> None:
     """g = clip(scale * sum of the row's entries); one step of the rule on row and state, in place.
 
-    Formulas of the rules: `_step_records` of `shardlab.ops.rows`.
+    Formulas of the rules: `_step_rows` of `shardlab.ops.rows`.
     """
     start = uniques.splits[:-1]
     if len(start) == 0:
         return
     count = uniques.splits[1:] - start
-    offset, record, columns = _records(blocks.table)
-    fields = torch.stack([start, count, columns, torch.zeros_like(start), offset, record], 1)
+    columns, no_shift = blocks.table[:, 4], torch.zeros_like(start)
+    fields = torch.stack([start, count, columns, no_shift,
+                          *_elements(blocks.table[:, :4]).unbind(1)], 1)
     jobs = build_jobs(fields, count, columns, _SUM_ELEMENTS, grads.device)
     if jobs.tiles == 0:
         return
@@ -206,9 +210,9 @@ def _update_kernel(source, starts, sources, weights, slots, sums, table, ids, ar
                    beta1, rest1, beta2, rest2, weight_decay, scale, clip, bias1, bias2, num_jobs,
                    job_steps, RULE: tl.constexpr, CHUNKED: tl.constexpr, WIDTH: tl.constexpr,
                    CHUNK: tl.constexpr, WEIGHTED: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
-    """Job: (first tile, start, count, columns, 0, offset, record)."""
-    number, row = find_tile(table, 7, num_jobs, job_steps, R)
-    job = table + number * 7
+    """Job: (first tile, start, count, columns, 0, then offset and length of rows and of states)."""
+    number, row = find_tile(table, 9, num_jobs, job_steps, R)
+    job = table + number * 9
     live = row < tl.load(job + COUNT)
     columns = tl.load(job + COLUMNS)
     c = tl.arange(0, C)[None, :]
@@ -217,38 +221,38 @@ def _update_kernel(source, starts, sources, weights, slots, sums, table, ids, ar
                        c < columns, CHUNKED, WIDTH, CHUNK, WEIGHTED, R, C) * scale
     # Written as comparisons, which keep a NaN; a minimum would turn it into the bound.
     grad = tl.where(grad > clip, clip, tl.where(grad < -clip, -clip, grad))
-    record = tl.load(ids + unique, mask=live, other=0) * tl.load(job + 6) + tl.load(job + 5)
-    payload = arena + record[:, None] + c
+    id = tl.load(ids + unique, mask=live, other=0)
+    rows = arena + (tl.load(job + 5) + id * tl.load(job + 6))[:, None] + c
+    row_state = arena + tl.load(job + 7) + id * tl.load(job + 8)
+    state = row_state[:, None] + c
     inside = live[:, None] & (c < columns)
-    weight = tl.load(payload, mask=inside, other=0.0)
+    weight = tl.load(rows, mask=inside, other=0.0)
     if RULE == SGD:
         step = lr * (grad + weight_decay * weight)
     elif RULE == ADAGRAD:
-        state = payload + columns
         square = tl.load(state, mask=inside, other=0.0) + grad * grad
         tl.store(state, square, mask=inside)
         step = tl.div_rn(lr * grad, tl.sqrt_rn(square) + eps)
     elif RULE == ROW_WISE_ADAGRAD:
-        state = arena + record + columns
-        square = tl.load(state, mask=live, other=0.0) + mean_square(grad, columns)
-        tl.store(state, square, mask=live)
+        square = tl.load(row_state, mask=live, other=0.0) + mean_square(grad, columns)
+        tl.store(row_state, square, mask=live)
         step = tl.div_rn(lr, tl.sqrt_rn(square) + eps)[:, None] * grad
     else:
-        first = tl.load(payload + columns, mask=inside, other=0.0) * beta1 + grad * rest1
-        tl.store(payload + columns, first, mask=inside)
+        first = tl.load(state, mask=inside, other=0.0) * beta1 + grad * rest1
+        tl.store(state, first, mask=inside)
         if RULE == ADAM:
-            state = payload + 2 * columns
+            state += columns
             second = tl.load(state, mask=inside, other=0.0) * beta2 + grad * grad * rest2
             tl.store(state, second, mask=inside)
             root = tl.sqrt_rn(tl.div_rn(second, bias2)) + eps
         else:
-            state = arena + record + 2 * columns
-            second = (tl.load(state, mask=live, other=0.0) * beta2
+            row_state += columns
+            second = (tl.load(row_state, mask=live, other=0.0) * beta2
                       + mean_square(grad, columns) * rest2)
-            tl.store(state, second, mask=live)
+            tl.store(row_state, second, mask=live)
             root = (tl.sqrt_rn(tl.div_rn(second, bias2)) + eps)[:, None]
         step = tl.div_rn(lr * tl.div_rn(first, bias1), root)
-    tl.store(payload, weight - step, mask=inside)
+    tl.store(rows, weight - step, mask=inside)
 
 
 @triton.jit

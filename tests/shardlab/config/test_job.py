@@ -216,7 +216,10 @@ batch_size: 4
                                   "(did you mean 'dlrm'?)"),
     ({"dense_dtype": "fp16"}, "dense_dtype: must be 'fp32' or 'bf16', found 'fp16'"),
     ({"data": {"kind": "criteo_parquet"}}, "data.path: kind criteo_parquet needs a file"),
-    ({"data": {"kind": "parquet", "path": "x"}}, "data.columns: kind parquet needs to know"),
+    ({"data": {"train_rows": [0, 9], "columns": {"dense": ["x"]}}},
+     "data.columns.dense: kind synthetic_criteo does not take it"),
+    ({"data": {"train_rows": [0, 9], "on_bad_row": "skip"}},
+     "data.on_bad_row: kind synthetic_criteo does not take it; it takes seed"),
     ({"data": {"seed": 1}}, "data.train_rows: the generated data has no end of its own"),
     ({"data": {"train_rows": [0, 9], "validation_rows": [9, None]}},
      "data.validation_rows: the generated data has no end of its own"),
@@ -256,10 +259,14 @@ def test_tables_of_several_widths_need_dcn(tmp_path):
     load_job(job_file(tmp_path, tables=tables, model={"kind": "dcn"}))
 
 
-def test_features_must_be_in_the_data(tmp_path):
-    line, = problems_of(job_file(tmp_path, tables=[{**TABLE, "feature_names": ["C27"]}]))
-    assert line.startswith("tables: feature 'C27' is not in the data: kind synthetic_criteo has "
-                           "C1 to C26")
+def test_features_must_be_in_the_data_or_mapped_to_it(tmp_path):
+    tables = [{**TABLE, "feature_names": ["user"]}]
+    line, = problems_of(job_file(tmp_path, tables=tables))
+    assert line == ("data.columns.sparse: feature 'user' reads column 'user', but kind "
+                    "synthetic_criteo has C1 to C26; map it, such as {user: C1}")
+    data = {"train_rows": [0, 9], "columns": {"sparse": {"user": "C7"}}}
+    assert load_job(job_file(tmp_path, tables=tables, data=data)).data.columns.sparse == {
+        "user": "C7"}
 
 
 def test_mapped_columns_need_a_feature(tmp_path):

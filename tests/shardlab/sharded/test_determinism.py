@@ -56,7 +56,7 @@ def _assert_identical(first: Run, second: Run) -> None:
         assert all(torch.equal(one.state[key], other.state[key]) for key in one.state)
 
 
-@pytest.mark.parametrize("world", [1, 2], ids="ranks={}".format)
+@pytest.mark.parametrize("world", [1, 2], ids="ranks_{}".format)
 @pytest.mark.parametrize("optimizer", ["sgd", "row_wise_adagrad", "adam"])
 def test_runs_are_bit_identical_twice_and_with_two_threads(optimizer, world, seed):
     job = _job(world, optimizer, seed)
@@ -72,7 +72,7 @@ def _initial(groups, tables, plan, seed):
                     for chunk in model.collections()["ebc"].chunks()])
 
 
-@pytest.mark.parametrize("world", [1, 2, 4], ids="ranks={}".format)
+@pytest.mark.parametrize("world", [1, 2, 4], ids="ranks_{}".format)
 def test_initial_rows_depend_on_seed_table_row_and_column_alone(world):
     tables = [*_tables(rows=6), EmbeddingBagConfig(
         num_embeddings=5, embedding_dim=3, name="narrow", sharding="row_wise", exchange="rows",

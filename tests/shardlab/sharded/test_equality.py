@@ -71,7 +71,7 @@ def generator(seed):
     return torch.Generator().manual_seed(seed)
 
 
-@pytest.mark.parametrize("world", WORLDS, ids="ranks={}".format)
+@pytest.mark.parametrize("world", WORLDS, ids="ranks_{}".format)
 @pytest.mark.parametrize("exchange", EXCHANGES, ids=lambda kind: kind.value)
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.value)
 def test_training_equals_oracle(kind, exchange, world, generator):
@@ -84,7 +84,7 @@ def test_training_equals_oracle(kind, exchange, world, generator):
         assert_equals_oracle(job, runs)
 
 
-@pytest.mark.parametrize("world", WORLDS, ids="ranks={}".format)
+@pytest.mark.parametrize("world", WORLDS, ids="ranks_{}".format)
 @pytest.mark.parametrize("optimizer", [
     PlainOptimizer("sgd", lr=0.05),
     PlainOptimizer("sgd", lr=0.05, weight_decay=0.1),

@@ -60,7 +60,7 @@ def _check(jobs, world):
         assert_equals_oracle(job, runs)
 
 
-_rich = settings(max_examples=15, suppress_health_check=list(HealthCheck))
+_rich = settings(max_examples=10, suppress_health_check=list(HealthCheck))
 
 
 @_rich

@@ -70,6 +70,10 @@ class FakeCollection:
                                      held.weights[top:top + step],
                                      {"sum": held.state[top:top + step]}, held.replicated)
 
+    def begin_load(self) -> None:
+        for held in (held for shards in self.held.values() for held in shards):
+            held.state.zero_()
+
     def load_chunk(self, chunk: TableChunk) -> None:
         for held in self.held[chunk.table]:
             shard, (rows, columns) = held.shard, chunk.weights.shape

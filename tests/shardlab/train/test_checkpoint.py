@@ -134,8 +134,8 @@ def test_damaged_file_is_refused_by_name(good: Path, tmp_path: Path, file: str,
 
 
 def test_model_that_does_not_fit_is_refused(good: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"parameter 'linear.weight' is \(1, 5\) in the model, "
-                                              r"\(1, 3\) in the checkpoint"):
+    with pytest.raises(CheckpointError, match=r"parameter 'linear\.weight' is \(1, 5\) in the "
+                                              r"model, \(1, 3\) in the checkpoint"):
         load(good, *build(ALONE, num_dense=5), ALONE)
     model, _ = build(ALONE)
     split = torch.optim.Adam([{"params": [each]} for each in model.parameters()])

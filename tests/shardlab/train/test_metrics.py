@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from threading import Barrier
 
 import pytest
@@ -145,7 +146,7 @@ def test_validation_over_uneven_ranks_equals_one(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(ValidationMetrics, "EXACT_ROWS", exact_rows)
     logits, labels = clicks(600)
     cuts = [0, 500, 600, 600]  # the third rank has no row
-    parts = [(logits[a:b], labels[a:b]) for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
+    parts = [(logits[a:b], labels[a:b]) for a, b in pairwise(cuts)]
     results = joint_result(parts)
     tolerance = AUC_TOLERANCE if exact_rows == 10_000 else 1e-4  # one pair of 600 rows is 1e-5
     for found in results:

@@ -56,5 +56,5 @@ def test_unknown_kind_and_missing_end_are_refused() -> None:
         build_schedule(optimizer(), "step")
     with pytest.raises(ConfigError, match=r"cosine needs steps above warmup_steps \(5\), found 5"):
         build_schedule(optimizer(), "cosine", warmup_steps=5, steps=5)
-    with pytest.raises(ConfigError, match="linear_decay needs steps .* found None"):
+    with pytest.raises(ConfigError, match=r"linear_decay needs steps .* found None"):
         build_schedule(optimizer(), "linear_decay")

