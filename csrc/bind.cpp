@@ -28,20 +28,20 @@ void bind_rows(nb::module_& m) {
   m.def("gather", [](Address arena, Address blocks, Address segments, int64_t num_segments,
                      Address ids, Address out, int threads) {
     nb::gil_scoped_release release;
-    active_kernels().gather(at<char>(arena), at<Block>(blocks), at<GatherSegment>(segments),
+    active_kernels().rows->gather(at<char>(arena), at<Block>(blocks), at<GatherSegment>(segments),
                             num_segments, at<int64_t>(ids), at<float>(out), threads);
   });
   m.def("pool", [](Address source, Address jobs, int64_t num_jobs, Address index, Address offsets,
                    Address weights, Address out, int threads) {
     nb::gil_scoped_release release;
-    active_kernels().pool(at<float>(source), at<PoolJob>(jobs), num_jobs, at<int64_t>(index),
+    active_kernels().rows->pool(at<float>(source), at<PoolJob>(jobs), num_jobs, at<int64_t>(index),
                           at<int64_t>(offsets), at<float>(weights), at<float>(out), threads);
   });
   m.def("sum", [](Address source, Address starts, Address sources, Address weights, Address pieces,
                   int64_t num_pieces, float scale, Address out, int threads) {
     nb::gil_scoped_release release;
     const Csr csr{at<int64_t>(starts), at<int64_t>(sources), at<float>(weights)};
-    active_kernels().sum(at<float>(source), csr, at<SumPiece>(pieces), num_pieces, scale,
+    active_kernels().rows->sum(at<float>(source), csr, at<SumPiece>(pieces), num_pieces, scale,
                          at<float>(out), threads);
   });
   m.def("update", [](Address arena, Address blocks, int64_t num_blocks, Address ids,
@@ -50,7 +50,7 @@ void bind_rows(nb::module_& m) {
     const Step s = step_from(step);
     nb::gil_scoped_release release;
     const Csr csr{at<int64_t>(starts), at<int64_t>(sources), at<float>(weights)};
-    active_kernels().update(at<char>(arena), at<Block>(blocks), num_blocks, at<int64_t>(ids),
+    active_kernels().rows->update(at<char>(arena), at<Block>(blocks), num_blocks, at<int64_t>(ids),
                             at<int64_t>(splits), csr, at<float>(grads), (Rule)rule, s, threads);
   });
   m.def("init_uniform", [](Address rows, int64_t row_bytes, int64_t num_rows, int64_t columns,
@@ -107,15 +107,56 @@ void bind_ids(nb::module_& m) {
   });
 }
 
+void bind_dense(nb::module_& m) {
+  using namespace shardlab;
+  m.def("dot_interaction_forward", [](Address bottom, Address pooled, Address out, int64_t batch,
+                                      int64_t features, int64_t columns, int threads) {
+    nb::gil_scoped_release release;
+    active_kernels().interaction->forward({batch, features, columns}, at<float>(bottom),
+                                          at<float>(pooled), at<float>(out), threads);
+  });
+  m.def("dot_interaction_backward",
+        [](Address grad, Address bottom, Address pooled, Address grad_bottom, Address grad_pooled,
+           int64_t batch, int64_t features, int64_t columns, int threads) {
+          nb::gil_scoped_release release;
+          active_kernels().interaction->backward({batch, features, columns}, at<float>(grad),
+                                                 at<float>(bottom), at<float>(pooled),
+                                                 at<float>(grad_bottom), at<float>(grad_pooled),
+                                                 threads);
+        });
+  m.def("linear_relu_forward", [](Address x, int64_t x_stride, Address weight, Address bias,
+                                  Address out, int64_t batch, int64_t inputs, int64_t outputs,
+                                  bool relu, int threads) {
+    nb::gil_scoped_release release;
+    active_kernels().linear->forward(
+        {batch, inputs, outputs},
+        {at<float>(x), x_stride, at<float>(weight), at<float>(bias), at<float>(out), relu},
+        threads);
+  });
+  m.def("linear_relu_backward",
+        [](Address grad, Address out, Address x, int64_t x_stride, Address weight, Address grad_x,
+           Address grad_weight, Address grad_bias, int64_t batch, int64_t inputs, int64_t outputs,
+           int threads) {
+          nb::gil_scoped_release release;
+          active_kernels().linear->backward(
+              {batch, inputs, outputs},
+              {at<float>(grad), at<float>(out), at<float>(x), x_stride, at<float>(weight),
+               at<float>(grad_x), at<float>(grad_weight), at<float>(grad_bias)},
+              threads);
+        });
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
   m.def("isa", [] { return std::string(shardlab::active_kernels().name); });
+  m.def("processor_vendor", [] { return std::string(shardlab::processor_vendor()); });
   m.def("isas", [] {
     std::vector<std::string> names;
-    for (const auto* kernels : shardlab::available_kernels()) names.emplace_back(kernels->name);
+    for (const auto& kernels : shardlab::available_kernels()) names.emplace_back(kernels.name);
     return names;
   });
   bind_rows(m);
   bind_ids(m);
+  bind_dense(m);
 }

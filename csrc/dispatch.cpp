@@ -6,40 +6,57 @@
 
 namespace shardlab {
 
-namespace portable {
-extern const Kernels kernels;
-}
-namespace avx2 {
-extern const Kernels kernels;
-}
-namespace avx512 {
-extern const Kernels kernels;
-}
+#define SHARDLAB_DECLARE(isa)                              \
+  namespace isa {                                          \
+  extern const RowKernels row_kernels;                     \
+  extern const InteractionKernels interaction_kernels;     \
+  extern const LinearKernels linear_kernels;               \
+  static const Kernels all{#isa, &row_kernels, &interaction_kernels, &linear_kernels}; \
+  }
 
-std::vector<const Kernels*> available_kernels() {
-  std::vector<const Kernels*> found;
+SHARDLAB_DECLARE(portable)
+#ifdef SHARDLAB_HAVE_avx2
+SHARDLAB_DECLARE(avx2)
+#endif
 #ifdef SHARDLAB_HAVE_avx512
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
-    found.push_back(&avx512::kernels);
+SHARDLAB_DECLARE(avx512)
+#endif
+
+const std::vector<Kernels>& available_kernels() {
+  static const std::vector<Kernels> found = [] {
+    std::vector<Kernels> kernels;
+#ifdef SHARDLAB_HAVE_avx512
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
+      kernels.push_back(avx512::all);
 #endif
 #ifdef SHARDLAB_HAVE_avx2
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-    found.push_back(&avx2::kernels);
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+      kernels.push_back(avx2::all);
 #endif
-  found.push_back(&portable::kernels);
+    kernels.push_back(portable::all);
+    return kernels;
+  }();
   return found;
 }
 
 const Kernels& active_kernels() {
-  static const Kernels* chosen = [] {
-    const auto found = available_kernels();
+  static const Kernels& chosen = []() -> const Kernels& {
+    const auto& found = available_kernels();
     if (const char* wanted = std::getenv("SHARDLAB_ISA"))
-      for (const Kernels* kernels : found)
-        if (std::strcmp(kernels->name, wanted) == 0) return kernels;
+      for (const Kernels& kernels : found)
+        if (std::strcmp(kernels.name, wanted) == 0) return kernels;
     return found.front();
   }();
-  return *chosen;
+  return chosen;
+}
+
+const char* processor_vendor() {
+#if defined(__x86_64__)
+  if (__builtin_cpu_is("amd")) return "amd";
+  if (__builtin_cpu_is("intel")) return "intel";
+#endif
+  return "other";
 }
 
 }  // namespace shardlab

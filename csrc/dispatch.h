@@ -1,13 +1,25 @@
 #pragma once
 #include <vector>
 
-#include "kernels.h"
+#include "interaction.h"
+#include "linear.h"
+#include "rows.h"
 
 namespace shardlab {
 
-// Widest first; the portable kernels are always last.
-std::vector<const Kernels*> available_kernels();
+// All kernels compiled for one instruction set.
+struct Kernels {
+  const char* name;
+  const RowKernels* rows;
+  const InteractionKernels* interaction;
+  const LinearKernels* linear;
+};
+
+// Those that this build and this processor have, widest first; the portable ones are always last.
+const std::vector<Kernels>& available_kernels();
 // The widest, or the one that the environment variable SHARDLAB_ISA names when it can run here.
 const Kernels& active_kernels();
+// "intel", "amd" or "other".
+const char* processor_vendor();
 
 }  // namespace shardlab

@@ -1,4 +1,4 @@
-// Kernels over row records, compiled once per instruction set (see dispatch.cpp).
+// Kernels over table rows, compiled once per instruction set (see dispatch.cpp).
 //
 // An arena is one span of bytes that holds the blocks of all shards of a rank. A block keeps the
 // payloads of its rows together and their optimiser states together behind: row i's payload starts
@@ -42,8 +42,7 @@ struct Step {
   float lr, eps, beta1, beta2, weight_decay, scale, clip_value, bias1, bias2;
 };
 
-struct Kernels {
-  const char* name;
+struct RowKernels {
   void (*gather)(const char* arena, const Block* blocks, const GatherSegment* segments,
                  int64_t num_segments, const int64_t* ids, float* out, int threads);
   void (*pool)(const float* source, const PoolJob* jobs, int64_t num_jobs, const int64_t* index,

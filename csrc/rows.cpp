@@ -1,9 +1,9 @@
-// Gather, pool, sum and update of row records: bound by random memory access, so every loop
+// Gather, pool, sum and update of table rows: bound by random memory access, so every loop
 // prefetches the rows it will touch a few iterations ahead.
 //
 // Sources: own; the update is the exact fused optimiser of arXiv 2104.05158 (gradients of a row are
 // summed in a fixed order, then one step).
-#include "kernels.h"
+#include "rows.h"
 
 #include <omp.h>
 
@@ -371,8 +371,6 @@ void update(char* arena, const Block* blocks, int64_t num_blocks, const int64_t*
 
 }  // namespace
 
-#define SHARDLAB_STRING(x) #x
-#define SHARDLAB_NAME(x) SHARDLAB_STRING(x)
-extern const Kernels kernels{SHARDLAB_NAME(SHARDLAB_ISA), gather, pool, sum, update};
+extern const RowKernels row_kernels{gather, pool, sum, update};
 
 }  // namespace shardlab::SHARDLAB_ISA

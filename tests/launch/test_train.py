@@ -1,0 +1,146 @@
+"""Whole jobs: in this process, on two ranks through the command line, interrupted and resumed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from shardlab.config import load_job
+from shardlab.errors import ConfigError
+from shardlab.launch.train import run_job
+from shardlab.plan import ShardingPlan
+
+SMALL = ["tables={preset: criteo_kaggle, embedding_dim: 4, max_rows: 500}", "batch_size=16",
+         "model={kind: dlrm, bottom_mlp: [16], top_mlp: [16]}", "train.log_every=10"]
+#: 40 steps of two ranks, then 4 of validation.
+ROWS = ["data.train_rows=[0, 1280]", "data.validation_rows=[1280, 1408]"]
+
+
+@pytest.fixture(autouse=True)
+def _torch_as_before() -> Iterator[None]:
+    before = torch.are_deterministic_algorithms_enabled()
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+def command(run_dir: Path, *overrides: str) -> list[str]:
+    sets = [f"train.run_dir={run_dir}", *SMALL, *ROWS, *overrides]
+    return [sys.executable, "-m", "shardlab.cli", "train", "--demo",
+            *(word for override in sets for word in ("--set", override))]
+
+
+def run(run_dir: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(run_dir, *overrides), capture_output=True, text=True,
+                          timeout=120, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def weights(run_dir: Path, step: int) -> dict[str, bytes]:
+    """The tensors of a checkpoint, as bytes by file."""
+    folder = run_dir / "checkpoints" / f"step-{step}"
+    found = {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
+    assert any(name.startswith("rows-") for name in found)
+    return found
+
+
+def records(run_dir: Path) -> list[dict[str, object]]:
+    path = run_dir / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def test_a_job_on_one_rank_fills_its_run_folder(tmp_path, capsys):
+    job = load_job(None, [*SMALL, *ROWS, f"train.run_dir={tmp_path / 'run'}", "ranks=1"])
+    assert run_job(job) == 0
+    assert load_job(tmp_path / "run" / "job.yaml") == job
+    plan = ShardingPlan.from_json((tmp_path / "run" / "plan.json").read_text())
+    plan.check(job.table_configs(), 1)
+    steps = [record["step"] for record in records(tmp_path / "run") if record["kind"] == "train"]
+    assert steps == [10, 20, 30, 40, 50, 60, 70, 80]
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["validation"]["rows"] == 128
+    assert "validation AUC" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("overrides", [
+    ["model={kind: deepfm, top_mlp: [8]}", "optimizer.dense={kind: sgd, lr: 0.1}"],
+    ["model={kind: dcn, top_mlp: [8], cross_layers: 1}", "dense_dtype=bf16",
+     "optimizer.schedule={kind: cosine, warmup_steps: 2, steps: 8}"],
+], ids=["deepfm", "dcn, bf16, cosine"])
+def test_every_kind_of_job_runs(tmp_path, overrides):
+    job = load_job(None, [*SMALL, *ROWS, *overrides, f"train.run_dir={tmp_path}", "ranks=1",
+                          "train.max_steps=8"])
+    assert run_job(job) == 0
+
+
+def test_rows_beyond_the_data_are_refused(tmp_path):
+    path = tmp_path / "clicks.tsv"
+    path.write_text("\t".join(["1", *["1"] * 13, *["0000000a"] * 26]) + "\n")
+    job = load_job(None, [*SMALL, f"data={{kind: criteo_tsv, path: {path}, train_rows: [5, 9]}}",
+                          f"train.run_dir={tmp_path / 'run'}", "ranks=1"])
+    with pytest.raises(ConfigError, match=r"data\.train_rows: rows \[5, 9\) hold no row"):
+        run_job(job)
+
+
+def test_two_ranks_show_one_summary(tmp_path):
+    done = run(tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("validation AUC") == 1
+    assert len(json.loads((tmp_path / "run" / "summary.json").read_text())["tables"]) == 2
+
+
+def test_a_bad_row_ends_all_ranks_with_one_message(tmp_path):
+    path = tmp_path / "clicks.tsv"
+    good = "\t".join(["1", *["1"] * 13, *["0000000a"] * 26])
+    path.write_text("\n".join([*[good] * 50, "1\t2\t3", *[good] * 50]) + "\n")
+    done = run(tmp_path / "run", f"data={{kind: criteo_tsv, path: {path}}}")
+    assert done.returncode == 2
+    assert "clicks.tsv, line 51: " in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(("number", "code"), [
+    (signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130), (signal.SIGTERM, 143),
+], ids=["killed", "ctrl-c", "terminated"])
+def test_an_interrupted_run_ends_as_if_it_had_not_been(tmp_path, number, code, whole_run):
+    run_dir = tmp_path / "run"
+    options = [*LONG, "train.checkpoint_every=7"]
+    with subprocess.Popen(command(run_dir, *options), stdout=subprocess.DEVNULL,
+                          stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+        end = time.monotonic() + 60
+        while not list(run_dir.glob("checkpoints/step-*/manifest.json")):
+            assert time.monotonic() < end
+            assert process.poll() is None, process.communicate()[1]
+            time.sleep(0.01)
+        process.send_signal(number)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == code, err
+    assert not (run_dir / "checkpoints" / f"step-{LAST}").exists()
+    done = run(run_dir, *options)
+    assert done.returncode == 0, done.stderr
+    assert weights(run_dir, LAST) == weights(whole_run, LAST)
+    for found, wanted in zip(records(run_dir), records(whole_run), strict=True):
+        for key in ("kind", "step", "loss", "auc"):
+            assert found.get(key) == wanted.get(key)
+
+
+#: Long enough to be interrupted: 400 steps.
+LONG = ["data.train_rows=[0, 12800]", "data.validation_rows=[12800, 12928]",
+        "optimizer.schedule={kind: cosine, warmup_steps: 5, steps: 400}"]
+LAST = 400
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory) -> Path:
+    """The folder of a run that nobody interrupted."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    done = run(folder, *LONG)
+    assert done.returncode == 0, done.stderr
+    return folder
