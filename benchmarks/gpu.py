@@ -171,7 +171,8 @@ def copy_bytes_per_s(samples: int) -> float:
 def main(arguments: list[str] | None = None) -> int:
     """Prints the table; 2 where there is no CUDA device."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", type=int, default=500_000, help="rows of every table")
+    parser.add_argument("--rows", type=int, default=500_000,
+                        help="rows of every table; the check holds five copies of all")
     parser.add_argument("--batch", type=int, default=16_384, help="bags of every feature")
     parser.add_argument("--samples", type=int, default=20, help="timings of which the median")
     options = parser.parse_args(arguments)

@@ -2,7 +2,6 @@
 
     python tbe_cpu.py --rounds 2 --limits results/limits.jsonl > results/tbe.jsonl
     python tbe_cpu.py --cases c --frameworks fbgemm --optimizers sgd --dtypes fp32
-    python tbe_cpu.py --probe          # which precisions and optimizers FBGEMM trains on CPU
 
 Each (case, framework, dtype, optimizer) runs in a process of its own, so that the peak RSS is
 its own; the rounds are interleaved. Every batch is fresh (the batches together touch more than
@@ -194,46 +193,7 @@ def build_fbgemm(case: Case, dtype: str, optimizer: str, stochastic: bool = Fals
         eps=1e-8, stochastic_rounding=stochastic, bounds_check_mode=BoundsCheckMode[bounds])
 
 
-class ShardLab(Step):
-    """A sharded collection in a world of one: input checks, routing, autograd and optimizer in."""
-
-    optimizers = ("sgd", "rowwise_adagrad", "adagrad", "adam")
-
-    def __init__(self, case, dtype, optimizer):
-        import torch
-
-        import shardlab as sl
-        from shardlab.sharded import ShardedEmbeddingBagCollection, ShardedOptimizer, simple_plan
-
-        torch.manual_seed(0)
-        rule = {"sgd": sl.optim.SGD(lr=LEARNING_RATE), "adam": sl.optim.Adam(lr=LEARNING_RATE),
-                "adagrad": sl.optim.Adagrad(lr=LEARNING_RATE, eps=1e-8),
-                "rowwise_adagrad": sl.optim.RowWiseAdagrad(lr=LEARNING_RATE, eps=1e-8)}[optimizer]
-        tables = [sl.EmbeddingBagConfig(rows, case.dim, f"t{i}", weight_init_min=-.01,
-                                        weight_init_max=.01) for i, rows in enumerate(case.rows)]
-        groups = sl.comm.init()
-        self.table = ShardedEmbeddingBagCollection(tables, simple_plan(tables, groups), groups,
-                                                   rule.kind)
-        self.optimizer = ShardedOptimizer([self.table], rule, None, groups)
-        self.make = sl.KeyedJaggedTensor
-        self.names, self.pooling = [table.name for table in tables], case.pooling
-        self.torch = torch
-        self.grad = torch.randn(case.batch, len(case.rows) * case.dim) * 1e-2
-
-    def prepare(self, ids):
-        return self.make(self.names, self.torch.from_numpy(ids).view(-1),
-                         fixed_length=self.pooling)
-
-    def forward(self, batch):
-        return self.table(batch).values()
-
-    def backward(self, output):
-        output.backward(self.grad)
-        self.optimizer.step()
-
-
 FRAMEWORKS: dict[str, type[Step]] = {
-    "shardlab": ShardLab,
     "torch_loop": TorchLoop,
     "torch_merged": TorchMerged,
     "fbgemm": Fbgemm,
@@ -284,6 +244,11 @@ def step_traffic(case: Case, dtype: str, optimizer: str, unique: float) -> dict:
 def run_worker(spec: dict) -> None:
     import torch
 
+    if spec["framework"] == "shardlab":
+        from tbe_shardlab import ShardLab, assert_equal_to_fbgemm
+
+        FRAMEWORKS["shardlab"] = ShardLab
+        assert_equal_to_fbgemm(spec["optimizer"])
     case = CASES[spec["case"]]
     limits = Limits(spec["limits"])
     step = FRAMEWORKS[spec["framework"]](case, spec["dtype"], spec["optimizer"])
@@ -374,18 +339,25 @@ def run_all(args) -> None:
     for turn in range(args.rounds):
         for case_name in args.cases:
             for framework in args.frameworks:
-                kind = FRAMEWORKS[framework]
+                dtypes, optimizers = columns_of(framework)
                 for dtype, optimizer, huge in itertools.product(
-                        kind.dtypes, kind.optimizers, args.hugepages):
+                        dtypes, optimizers, args.hugepages):
                     if wanted(args, case_name, framework, dtype, optimizer):
                         run_one(args, turn, case_name, framework, dtype, optimizer, huge)
+
+
+def columns_of(framework: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(dtypes, optimizers) of a framework; ShardLab's class is imported in its worker only."""
+    if framework == "shardlab":
+        return ("fp32",), ("sgd", "rowwise_adagrad", "adagrad", "adam")
+    return FRAMEWORKS[framework].dtypes, FRAMEWORKS[framework].optimizers
 
 
 def wanted(args, case_name, framework, dtype, optimizer) -> bool:
     if framework == "torch_merged" and len(CASES[case_name].rows) == 1:
         return False  # the same as torch_loop
     if dtype == "fp16_sr" and optimizer != "sgd":
-        return False  # the flag changes nothing on CPU (see --probe); one optimizer shows it
+        return False  # the flag changes nothing on CPU ; one optimizer shows it
     return dtype in args.dtypes and optimizer in args.optimizers
 
 
@@ -411,108 +383,12 @@ def run_one(args, turn, case_name, framework, dtype, optimizer, huge) -> None:
              error=tail[-1][:400], exit_code=done.returncode)
 
 
-# ---------------------------------------------------------------- FBGEMM capability probe
-def run_probe() -> None:
-    """Trains a tiny table with each precision and optimizer; checks results against a reference."""
-    import torch
-    from fbgemm_gpu.split_embedding_configs import EmbOptimType
-
-    case = Case((64,), 16, 8, 2)
-    for dtype in ("fp32", "fp16", "bf16", "fp8", "nfp8", "int8", "int4", "int2", "mx4"):
-        for optimizer in ("sgd", "rowwise_adagrad"):
-            probe_one(torch, case, dtype, optimizer)
-    for optimizer in EmbOptimType:
-        if optimizer.name not in ("EXACT_SGD", "EXACT_ROWWISE_ADAGRAD"):
-            probe_one(torch, case, "fp32", optimizer.name)
-    probe_rounding(torch)
-    probe_inference(torch, case)
-    for dtype in (torch.float16, torch.bfloat16):
-        for optimizer in TorchLoop.optimizers:
-            probe_torch(torch, case, dtype, optimizer)
-
-
-def probe_one(torch, case, dtype, optimizer) -> None:
-    try:
-        table = build_fbgemm(case, dtype, optimizer)
-        weights = table.split_embedding_weights()[0]
-        if weights.is_floating_point():
-            weights.data.uniform_(-1, 1)
-        before = weights.detach().float().clone()
-        ids = torch.arange(case.lookups) % 7
-        offsets = torch.arange(0, case.lookups + 1, case.pooling)
-        out = table(ids, offsets)
-        wanted = before[ids].view(case.batch, case.pooling, -1)
-        error = (out.float() - wanted.sum(1)).abs().max().item() \
-            if wanted.shape[-1] == case.dim else None
-        out.backward(torch.ones_like(out))
-        moved = (table.split_embedding_weights()[0].detach().float() - before).abs().max().item()
-        emit(section="probe", dtype=dtype, optimizer=optimizer, ok=True, forward_error=error,
-             largest_update=moved, stored_dtype=str(weights.dtype), row_shape=list(weights.shape))
-    except Exception as error:  # noqa: BLE001 - the error itself is the result
-        emit(section="probe", dtype=dtype, optimizer=optimizer, ok=False,
-             error=f"{type(error).__name__}: {str(error).strip().splitlines()[0][:300]}")
-
-
-def probe_torch(torch, case, dtype, optimizer) -> None:
-    try:
-        bag = torch.nn.EmbeddingBag(case.rows[0], case.dim, mode="sum", sparse=True, dtype=dtype)
-        update = torch_optimizer(optimizer, [bag.weight])
-        before = bag.weight.detach().float().clone()
-        out = bag(torch.arange(case.lookups) % 7, torch.arange(0, case.lookups, case.pooling))
-        out.backward(torch.ones_like(out))
-        update.step()
-        moved = (bag.weight.detach().float() - before).abs().max().item()
-        emit(section="probe", case="nn.EmbeddingBag(sparse)", dtype=str(dtype),
-             optimizer=optimizer, ok=True, largest_update=moved)
-    except Exception as error:  # noqa: BLE001
-        emit(section="probe", case="nn.EmbeddingBag(sparse)", dtype=str(dtype),
-             optimizer=optimizer, ok=False,
-             error=f"{type(error).__name__}: {str(error).strip().splitlines()[0][:300]}")
-
-
-def probe_rounding(torch) -> None:
-    """Updates far below half an fp16 ulp: stochastic rounding drifts, nearest stays put."""
-    case = Case((1000,), 16, 1000, 1)
-    steps, step_size = 200, 2e-5  # fp16 weights at 1.0: the ulp below 1 is 4.9e-4
-    for stochastic in (False, True):
-        table = build_fbgemm(case, "fp16", "sgd", stochastic=stochastic)
-        table.split_embedding_weights()[0].data.fill_(1.0)
-        ids, offsets = torch.arange(1000), torch.arange(1001)
-        for _ in range(steps):
-            out = table(ids, offsets)
-            out.backward(torch.full_like(out, step_size / LEARNING_RATE))
-        drift = 1.0 - table.split_embedding_weights()[0].float().mean().item()
-        emit(section="probe", case="fp16_rounding", stochastic_rounding=stochastic,
-             expected_drift=steps * step_size, measured_drift=drift)
-
-
-def probe_inference(torch, case) -> None:
-    from fbgemm_gpu.split_embedding_configs import SparseType
-    from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation
-    from fbgemm_gpu.split_table_batched_embeddings_ops_inference import (
-        IntNBitTableBatchedEmbeddingBagsCodegen)
-
-    for dtype in ("fp32", "fp16", "bf16", "fp8", "int8", "int4", "int2"):
-        try:
-            table = IntNBitTableBatchedEmbeddingBagsCodegen(
-                [("t", case.rows[0], case.dim, SparseType(dtype), EmbeddingLocation.HOST)],
-                device="cpu", output_dtype=SparseType.FP32)
-            table.fill_random_weights()
-            out = table(torch.arange(case.lookups, dtype=torch.int32) % 7,
-                        torch.arange(0, case.lookups + 1, case.pooling, dtype=torch.int32))
-            emit(section="probe", case="inference_forward", dtype=dtype, ok=True,
-                 shape=list(out.shape))
-        except Exception as error:  # noqa: BLE001
-            emit(section="probe", case="inference_forward", dtype=dtype, ok=False,
-                 error=f"{type(error).__name__}: {str(error).strip().splitlines()[0][:300]}")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
-    parser.add_argument("--frameworks", nargs="+", default=list(FRAMEWORKS),
-                        choices=list(FRAMEWORKS))
+    known = ["shardlab", *FRAMEWORKS]
+    parser.add_argument("--frameworks", nargs="+", default=known, choices=known)
     parser.add_argument("--dtypes", nargs="+", default=list(ELEMENT_BYTES))
     parser.add_argument("--optimizers", nargs="+",
                         default=["sgd", "rowwise_adagrad", "adagrad", "adam"])
@@ -526,13 +402,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--wait", type=float, default=20.0)
     parser.add_argument("--limits", default=str(Path(__file__).parent / "results/limits.jsonl"))
-    parser.add_argument("--probe", action="store_true")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
         run_worker(json.loads(args.worker))
-    elif args.probe:
-        run_probe()
     else:
         args.limits = os.path.abspath(args.limits)
         run_all(args)

@@ -19,8 +19,8 @@ T* at(Address address) {
 }
 
 shardlab::Step step_from(const std::vector<float>& v) {
-  if (v.size() != 9) throw nb::value_error("step needs 9 numbers");
-  return {v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7], v[8]};
+  if (v.size() != 11) throw nb::value_error("step needs 11 numbers");
+  return {v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7], v[8], v[9], v[10]};
 }
 
 void bind_rows(nb::module_& m) {

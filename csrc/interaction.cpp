@@ -43,13 +43,13 @@ void tile_row(int64_t steps, TileRows a, const float* b, int64_t stride, int64_t
   int64_t c = first;
   for (; c + kVecs * kWidth <= width; c += kVecs * kWidth) {
     Wide sum[kRows][kVecs];
-    tile(steps, a, b + c, stride, sum);
+    tile<MultiplyAdd>(steps, a, b + c, stride, sum);
     for (int r = 0; r < kRows; ++r)
       for (int v = 0; v < kVecs; ++v) wide_store(out + r * stride + c + v * kWidth, sum[r][v]);
   }
   for (; c < width; c += kWidth) {
     Wide sum[kRows][1];
-    tile(steps, a, b + c, stride, sum);
+    tile<MultiplyAdd>(steps, a, b + c, stride, sum);
     for (int r = 0; r < kRows; ++r) wide_store(out + r * stride + c, sum[r][0]);
   }
 }

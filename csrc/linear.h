@@ -38,9 +38,37 @@ struct LinearBackward {
   float* grad_bias;    // [N], or null
 };
 
+// The same layer in bf16: products of bf16 rounded operands, summed in fp32. Weight, bias and their
+// gradients are fp32; out and grad are bf16; x and grad_x are bf16 or fp32. Rounding happens where
+// operands are packed and results stored: no converted copy exists.
+struct LinearForwardBf16 {
+  const void* x;
+  bool x_is_bf16;
+  int64_t x_stride;
+  const float* weight;
+  const float* bias;  // or null
+  uint16_t* out;
+  bool relu;
+};
+
+struct LinearBackwardBf16 {
+  const uint16_t* grad;
+  const uint16_t* out;  // null when there was no ReLU
+  const void* x;
+  bool x_is_bf16;
+  int64_t x_stride;
+  const float* weight;
+  void* grad_x;        // or null: not wanted
+  float* grad_weight;  // or null: neither it nor grad_bias is wanted
+  float* grad_bias;    // or null
+};
+
 struct LinearKernels {
   void (*forward)(const LinearShape& shape, const LinearForward& f, int threads);
   void (*backward)(const LinearShape& shape, const LinearBackward& b, int threads);
+  // Null where this instruction set, or the processor, has no bf16 products.
+  void (*forward_bf16)(const LinearShape& shape, const LinearForwardBf16& f, int threads);
+  void (*backward_bf16)(const LinearShape& shape, const LinearBackwardBf16& b, int threads);
 };
 
 }  // namespace shardlab

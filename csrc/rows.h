@@ -39,7 +39,8 @@ struct Csr {
 enum class Rule : int64_t { kSgd, kAdagrad, kRowWiseAdagrad, kAdam, kRowWiseAdam };
 
 struct Step {
-  float lr, eps, beta1, beta2, weight_decay, scale, clip_value, bias1, bias2;
+  // rest1, rest2: 1 - beta, bias1, bias2: 1 - beta^t, all computed in double by the caller.
+  float lr, eps, beta1, beta2, rest1, rest2, weight_decay, scale, clip_value, bias1, bias2;
 };
 
 struct RowKernels {

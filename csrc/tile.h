@@ -111,8 +111,15 @@ struct TileRows {
   int64_t row_stride, step;
 };
 
+// What a step of a tile does: sum + *scale * row.
+struct MultiplyAdd {
+  static inline __attribute__((always_inline)) Wide run(Wide sum, const float* scale, Wide row) {
+    return sum + *scale * row;
+  }
+};
+
 // sum[r][v] = sum over k of a(r, k) * b[k * b_stride + v * kWidth ..], k ascending.
-template <int R, int V>
+template <class Multiply, int R, int V>
 inline __attribute__((always_inline)) void tile(int64_t steps, TileRows a, const float* b,
                                                 int64_t b_stride, Wide (&sum)[R][V]) {
   for (int r = 0; r < R; ++r)
@@ -121,8 +128,8 @@ inline __attribute__((always_inline)) void tile(int64_t steps, TileRows a, const
     Wide row[V];
     for (int v = 0; v < V; ++v) row[v] = wide_load(b + k * b_stride + v * kWidth);
     for (int r = 0; r < R; ++r) {
-      const float scale = a.data[r * a.row_stride + k * a.step];
-      for (int v = 0; v < V; ++v) sum[r][v] += scale * row[v];
+      const float* scale = a.data + r * a.row_stride + k * a.step;
+      for (int v = 0; v < V; ++v) sum[r][v] = Multiply::run(sum[r][v], scale, row[v]);
     }
   }
 }

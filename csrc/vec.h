@@ -52,13 +52,19 @@ inline Vec clamp(Vec v, float bound) {
   return v < low ? low : v;
 }
 
-// Pairwise, in a fixed order.
+typedef float Half __attribute__((vector_size(32)));
+typedef float Quarter __attribute__((vector_size(16)));
+
+// Halves onto each other, in a fixed order. Through register halves, not through memory: a store
+// that a narrower load reads back costs more than the rest of a small row's update.
 inline float reduce_add(Vec v) {
-  float lane[kLanes];
-  std::memcpy(lane, &v, sizeof(lane));
-  for (int width = kLanes / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) lane[i] += lane[i + width];
-  return lane[0];
+  Half half[2];
+  std::memcpy(half, &v, sizeof(v));
+  half[0] += half[1];
+  Quarter quarter[2];
+  std::memcpy(quarter, half, sizeof(half[0]));
+  quarter[0] += quarter[1];
+  return (quarter[0][0] + quarter[0][2]) + (quarter[0][1] + quarter[0][3]);
 }
 
 inline void prefetch_read(const void* p, int64_t bytes) {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from shardlab.data import Batch, PrefetchLoader, Reader, RowSource, SourceSpec, build_source
@@ -17,13 +17,6 @@ Range = tuple[int, int]
 
 
 @dataclass
-class BadRows:
-    """Bad rows that were left out, over all passes of a reader."""
-
-    count: int = 0
-
-
-@dataclass
 class JobReader:
     """This rank's part of a range of rows, in batches that a thread reads ahead.
 
@@ -33,7 +26,6 @@ class JobReader:
         stop: row behind the last one.
         batch_size: rows per rank and step.
         groups: the ranks.
-        bad_rows: shared with the copies that start elsewhere in the range.
     """
 
     source: RowSource
@@ -41,18 +33,14 @@ class JobReader:
     stop: int
     batch_size: int
     groups: Groups
-    bad_rows: BadRows = field(default_factory=BadRows)
 
     def __len__(self) -> int:
         return len(self._reader())
 
     def __iter__(self) -> Iterator[Batch]:
-        reader = self._reader()
-        try:
-            with PrefetchLoader(reader, pin_memory=self.groups.device.type == "cuda") as batches:
-                yield from batches
-        finally:
-            self.bad_rows.count += reader.skipped
+        on_gpu = self.groups.device.type == "cuda"
+        with PrefetchLoader(self._reader(), pin_memory=on_gpu) as batches:
+            yield from batches
 
     def _reader(self) -> Reader:
         return Reader(self.source, self.batch_size, rank=self.groups.rank,

@@ -6,8 +6,10 @@
 from __future__ import annotations
 
 import os
+import random
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from rich.console import Console
 
@@ -19,7 +21,7 @@ from shardlab.launch.building import (
     dense_optimizer,
 )
 from shardlab.launch.planning import choose_plan
-from shardlab.launch.readers import JobReader, build_readers
+from shardlab.launch.readers import build_readers
 from shardlab.sharded import shard
 from shardlab.train import RunFolder, Summary, Trainer, build_schedule, open_run_folder
 
@@ -40,21 +42,21 @@ def run_job(job: JobConfig) -> int:
     Raises:
         ShardLabError: whatever the job, the data or the machine do not allow.
     """
-    _set_determinism(job.train.deterministic)
+    _set_determinism(job.train.seed, job.train.deterministic)
     groups = comm.init()
     run = open_run_folder(job.train.run_dir, job.train.resume, groups)
     plan = choose_plan(job, groups, run.path / "plan.json" if run.resume_from else None)
     if groups.rank == 0:
         run.write_job(job.resolved_yaml())
         run.write_plan(plan.to_json())
-    summary, readers = train(job, plan, run, groups)
-    _report(summary, readers, groups)
+    summary = train(job, plan, run, groups)
+    if groups.rank == 0:
+        Console().print(summary.table())
     comm.shutdown()
     return summary.exit_code
 
 
-def train(job: JobConfig, plan: ShardingPlan, run: RunFolder,
-          groups: comm.Groups) -> tuple[Summary, list[JobReader]]:
+def train(job: JobConfig, plan: ShardingPlan, run: RunFolder, groups: comm.Groups) -> Summary:
     """Builds what the job describes, and trains it as planned.
 
     Args:
@@ -62,9 +64,6 @@ def train(job: JobConfig, plan: ShardingPlan, run: RunFolder,
         plan: where its tables go.
         run: the run's folder, and the checkpoint to continue from.
         groups: the ranks.
-
-    Returns:
-        What the training came to, and the readers that were used.
     """
     train_reader, validation_reader = build_readers(job, groups)
     model, optimizer = shard(
@@ -73,26 +72,15 @@ def train(job: JobConfig, plan: ShardingPlan, run: RunFolder,
     schedule = job.optimizer.schedule
     scheduler = build_schedule(optimizer, schedule.kind, schedule.warmup_steps, schedule.steps,
                                schedule.final_factor)
-    trainer = Trainer(model, optimizer, groups, train_reader, validation_reader, run,
-                      build_train_options(job), scheduler)
-    summary = trainer.run()
-    return summary, [train_reader, *([validation_reader] if validation_reader else [])]
+    return Trainer(model, optimizer, groups, train_reader, validation_reader, run,
+                   build_train_options(job), scheduler).run()
 
 
-def _set_determinism(wanted: bool) -> None:
+def _set_determinism(seed: int, wanted: bool) -> None:
+    random.seed(seed)  # generators that a user's model may draw from; checkpoints hold their state
+    np.random.seed(seed)
     torch.use_deterministic_algorithms(wanted)
     # Nobody reads memory before writing it; filling every new tensor with NaN would cost time.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     if wanted:  # cuBLAS is deterministic only with a workspace of a fixed size
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-
-
-def _report(summary: Summary, readers: list[JobReader], groups: comm.Groups) -> None:
-    """Shows the summary on rank 0, and how many bad rows all ranks left out."""
-    mine = sum(reader.bad_rows.count for reader in readers)
-    skipped = sum(comm.gather_objects_json(mine, groups))
-    if groups.rank == 0:
-        console = Console()
-        console.print(summary.table())
-        if skipped:
-            console.print(f"bad rows skipped: {skipped:,}")

@@ -71,9 +71,9 @@ class StepParameters:
     bias2: float = 1.0
 
     def numbers(self) -> list[float]:
-        """The kernels' nine numbers, in their order."""
-        return [self.lr, self.eps, self.beta1, self.beta2, self.weight_decay, self.scale,
-                self.clip_value, self.bias1, self.bias2]
+        """The kernels' numbers, in their order; 1 - beta is taken here, where it is exact."""
+        return [self.lr, self.eps, self.beta1, self.beta2, 1.0 - self.beta1, 1.0 - self.beta2,
+                self.weight_decay, self.scale, self.clip_value, self.bias1, self.bias2]
 
 
 # ---------------------------------------------------------------- gather

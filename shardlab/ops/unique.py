@@ -99,6 +99,8 @@ def _native(ids: Tensor, chunks: Tensor, segments: Segments, bags: Tensor | None
     starts, sources = torch.empty(n + 1, dtype=torch.int64), torch.empty(n, dtype=torch.int64)
     where = torch.empty(n, dtype=torch.int64) if positions else None
     back = torch.empty(ids.numel(), dtype=torch.int64) if inverse else None
+    if back is not None and n < ids.numel():
+        back.fill_(-1)  # the kernel writes the positions of the chunks only
     outputs = [address(t) for t in (unique, splits, starts, sources, where, back)]
     count = native().unique_segments(  # type: ignore[union-attr]
         address(ids), ids.element_size(), address(chunks), chunks.shape[0], len(segments),

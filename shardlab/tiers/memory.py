@@ -23,7 +23,8 @@ def allocate(num_bytes: int, device: torch.device) -> Tensor:
     """
     if device.type != "cpu" or num_bytes == 0:
         return torch.zeros(num_bytes, dtype=torch.uint8, device=device)
-    pages = mmap.mmap(-1, num_bytes)
+    # Private: Python's default is shared memory, which seldom gets huge pages.
+    pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         pages.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(pages, dtype=torch.uint8)

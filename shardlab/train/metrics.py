@@ -100,12 +100,13 @@ def bin_scores_(counts: Tensor, logits: Tensor, labels: Tensor) -> None:
 
 def auc_of_counts(counts: Tensor) -> float:
     """AUC of negatives and positives per ascending score bin, [2, bins]; NaN with one class."""
-    negatives, positives = counts.double()
-    pairs = negatives.sum() * positives.sum()
+    # CUDA has a deterministic cumsum for integers only; the host sums fading counts.
+    negatives, positives = counts.double().cpu() if counts.is_floating_point() else counts
+    pairs = float(negatives.sum()) * float(positives.sum())
     if not pairs:
         return math.nan
-    below = negatives.cumsum(0) - 0.5 * negatives
-    return float((positives * below).sum() / pairs)
+    below = negatives.cumsum(0).double() - 0.5 * negatives.double()
+    return float((positives.double() * below).sum()) / pairs
 
 
 def exact_auc(logits: Tensor, labels: Tensor) -> float:

@@ -80,7 +80,7 @@ class Summary:
         if self.stopped_by is not None:
             rows["stopped by"] = signal.Signals(self.stopped_by).name
         if self.skipped_rows:
-            rows["bad rows skipped"] = f"{self.skipped_rows:,}"
+            rows["training rows skipped"] = f"{self.skipped_rows:,}"
         if self.checkpoint is not None:
             rows["checkpoint"] = self.checkpoint
         return rows

@@ -111,8 +111,7 @@ def test_a_bad_row_ends_all_ranks_with_one_message(tmp_path):
 ], ids=["killed", "ctrl-c", "terminated"])
 def test_an_interrupted_run_ends_as_if_it_had_not_been(tmp_path, number, code, whole_run):
     run_dir = tmp_path / "run"
-    options = [*LONG, "train.checkpoint_every=7"]
-    with subprocess.Popen(command(run_dir, *options), stdout=subprocess.DEVNULL,
+    with subprocess.Popen(command(run_dir, *LONG), stdout=subprocess.DEVNULL,
                           stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
         end = time.monotonic() + 60
         while not list(run_dir.glob("checkpoints/step-*/manifest.json")):
@@ -123,7 +122,7 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(tmp_path, number, code, w
         _, err = process.communicate(timeout=60)
     assert process.returncode == code, err
     assert not (run_dir / "checkpoints" / f"step-{LAST}").exists()
-    done = run(run_dir, *options)
+    done = run(run_dir, *LONG)
     assert done.returncode == 0, done.stderr
     assert weights(run_dir, LAST) == weights(whole_run, LAST)
     for found, wanted in zip(records(run_dir), records(whole_run), strict=True):
@@ -133,7 +132,8 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(tmp_path, number, code, w
 
 #: Long enough to be interrupted: 400 steps.
 LONG = ["data.train_rows=[0, 12800]", "data.validation_rows=[12800, 12928]",
-        "optimizer.schedule={kind: cosine, warmup_steps: 5, steps: 400}"]
+        "optimizer.schedule={kind: cosine, warmup_steps: 5, steps: 400}",
+        "train.checkpoint_every=7"]
 LAST = 400
 
 

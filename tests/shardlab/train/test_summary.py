@@ -42,7 +42,7 @@ def test_table_says_everything() -> None:
     assert "stopped by" not in text
     assert "ssd" not in text
     assert "skipped" not in text
-    assert "bad rows skipped" in shown(replace(SUMMARY, skipped_rows=3))
+    assert "training rows skipped" in shown(replace(SUMMARY, skipped_rows=3))
 
 
 def test_table_of_a_run_that_was_stopped_before_a_step() -> None:
