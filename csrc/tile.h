@@ -118,12 +118,11 @@ struct MultiplyAdd {
   }
 };
 
-// sum[r][v] = sum over k of a(r, k) * b[k * b_stride + v * kWidth ..], k ascending.
+// result[r][v] = sum over k of a(r, k) * b[k * b_stride + v * kWidth ..], k ascending.
 template <class Multiply, int R, int V>
 inline __attribute__((always_inline)) void tile(int64_t steps, TileRows a, const float* b,
-                                                int64_t b_stride, Wide (&sum)[R][V]) {
-  for (int r = 0; r < R; ++r)
-    for (int v = 0; v < V; ++v) sum[r][v] = Wide{};
+                                                int64_t b_stride, Wide (&result)[R][V]) {
+  Wide sum[R][V] = {};  // a local that never leaves stays in registers
   for (int64_t k = 0; k < steps; ++k) {
     Wide row[V];
     for (int v = 0; v < V; ++v) row[v] = wide_load(b + k * b_stride + v * kWidth);
@@ -132,6 +131,8 @@ inline __attribute__((always_inline)) void tile(int64_t steps, TileRows a, const
       for (int v = 0; v < V; ++v) sum[r][v] = Multiply::run(sum[r][v], scale, row[v]);
     }
   }
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < V; ++v) result[r][v] = sum[r][v];
 }
 
 }  // namespace shardlab::SHARDLAB_ISA

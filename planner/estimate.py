@@ -11,10 +11,12 @@ rank is charged what it does and receives as *owner* of a piece; every rank also
     rows        4 u s d        4 F B d                  0
     grads       4 u s d        4 F B d                  4 u D
 
-(Ids take 4 bytes, 8 in a shard of 2^31 rows or more; bags of one id in one row block need no
-lengths; 8 bytes count the ids.) Times, with row(b) = 1 / rows_per_s + b / row_bytes_per_s for a
-random row of b bytes, stream(b) = b / stream_bytes_per_s, sort(i) = i / ids_per_s; entries
-e = u s (unique rows) or F n s (pooled bags), answers a = u s or F (n s + B):
+Ids take 4 bytes, 8 if a shard has 2^31 rows or more; 8 bytes count them. Lengths, 4 B, are not sent
+where all bags of all tables have one id and the table is not cut by rows.
+
+Times, with row(b) = 1 / rows_per_s + b / row_bytes_per_s for a random row of b bytes, stream(b) =
+b / stream_bytes_per_s, sort(i) = i / ids_per_s; entries e = u s (unique rows) or F n s (pooled
+bags), answers a = u s or F (n s + B):
 
     wire      bytes x max((ranks_per_host - 1) / intra, (W - ranks_per_host) / inter)
     read      s g row(4 d) + stream(4 d W a): gather once, then copy or pool for every source
@@ -146,8 +148,8 @@ class _View:
 
     @property
     def length_bags(self) -> Floats:
-        """Bags whose length must be told."""
-        told = (self.ids != self.bags) | (self.row_parts > 1)
+        """Bags whose length must be told: all, unless every bag of every table has one id."""
+        told = (self.ids != self.bags).any() | (self.row_parts > 1)
         return np.where(told, self.bags, 0.0)
 
     @staticmethod

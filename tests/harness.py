@@ -35,6 +35,10 @@ MAX_RANKS = 4
 START_TIMEOUT_S = 120.0
 #: Seconds that the other ranks get to notice that one of them has failed.
 GRACE_S = 5.0
+#: Beyond every test's own timeout: the parent decides when to give up.
+_GROUP_TIMEOUT_S = 600.0
+#: What a worker sends when it is ready for calls, and when its rank of a call has joined.
+_JOINED = b"joined"
 _ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -53,7 +57,6 @@ class _Call:
     rank: int
     world_size: int
     store: str
-    timeout_s: float
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ def run_ranks(world_size: int, fn: Callable[..., Any], *args: Any,
         world_size: ranks, 1 to `MAX_RANKS`. A world of 1 has no process group.
         fn: a module-level function; its first argument is this rank's ``shardlab.comm.Groups``.
         *args: picklable; every rank gets its own copy.
-        timeout: seconds for all ranks together.
+        timeout: seconds for all ranks together, from when they have joined.
 
     Returns:
         One value per rank, in rank order.
@@ -111,9 +114,9 @@ class _Pool:
         file = sys.modules[fn.__module__].__file__
         for rank, (_, pipe) in enumerate(self.workers[:world_size]):
             call = _Call(fn.__module__, str(file), fn.__qualname__, _dumps(args), rank,
-                         world_size, os.path.join(self.folder, f"store{self.calls}"), timeout)
+                         world_size, os.path.join(self.folder, f"store{self.calls}"))
             pipe.send_bytes(pickle.dumps(call))
-        answers = self._collect(world_size, time.monotonic() + timeout)
+        answers = self._collect(world_size, timeout)
         failed = {rank: answer for rank, answer in answers.items() if answer.error}
         silent = [rank for rank in range(world_size) if rank not in answers]
         dead = {rank: self.workers[rank][0].exitcode for rank in silent
@@ -124,19 +127,31 @@ class _Pool:
             raise RankError(_describe(fn.__qualname__, failed, silent, dead, timeout))
         return [_loads(answers[rank].value) for rank in range(world_size)]
 
-    def _collect(self, world_size: int, deadline: float) -> dict[int, _Answer]:
-        """Answers by rank; stops waiting at the deadline or `GRACE_S` after a first failure."""
+    def _collect(self, world_size: int, timeout: float) -> dict[int, _Answer]:
+        """Answers by rank. The time counts from when all ranks have joined; a first failure
+        leaves the others `GRACE_S`."""
         answers: dict[int, _Answer] = {}
         waiting = {pipe: rank for rank, (_, pipe) in enumerate(self.workers[:world_size])}
+        deadline, joined, failed = time.monotonic() + START_TIMEOUT_S, 0, False
         while waiting and (left := deadline - time.monotonic()) > 0:
             for pipe in wait(list(waiting), left):
                 assert isinstance(pipe, Connection)
-                rank = waiting.pop(pipe)
+                rank = waiting[pipe]
                 try:
-                    answers[rank] = pickle.loads(pipe.recv_bytes())
+                    message = pipe.recv_bytes()
                 except (EOFError, ConnectionError):
                     self.workers[rank][0].join(GRACE_S)
-                if rank not in answers or answers[rank].error:
+                    message = b""
+                if message == _JOINED:
+                    joined += 1
+                    if joined == world_size and not failed:
+                        deadline = time.monotonic() + timeout
+                    continue
+                del waiting[pipe]
+                if message:
+                    answers[rank] = pickle.loads(message)
+                if not message or answers[rank].error:
+                    failed = True
                     deadline = min(deadline, time.monotonic() + GRACE_S)
         return answers
 
@@ -236,17 +251,17 @@ def _serve(pipe: Connection) -> None:
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides; no traceback per rank
     torch.set_num_threads(1)
-    pipe.send_bytes(b"ready")
+    pipe.send_bytes(_JOINED)
     while True:
         try:
             data = pipe.recv_bytes()
         except (EOFError, ConnectionError):
             return
-        pipe.send_bytes(pickle.dumps(_answer(pickle.loads(data))))
+        pipe.send_bytes(pickle.dumps(_answer(pickle.loads(data), pipe)))
         torch.set_num_threads(1)
 
 
-def _answer(call: _Call) -> _Answer:
+def _answer(call: _Call, pipe: Connection) -> _Answer:
     """Runs one call; whatever it raises becomes an answer."""
     import torch.distributed as dist
 
@@ -255,12 +270,14 @@ def _answer(call: _Call) -> _Answer:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            fn = _load_function(call)
+            fn, arguments = _load_function(call), _loads(call.arguments)
             if call.world_size > 1:
                 dist.init_process_group(
                     "gloo", store=dist.FileStore(call.store, call.world_size), rank=call.rank,
-                    world_size=call.world_size, timeout=timedelta(seconds=call.timeout_s))
-            return _Answer(value=_dumps(fn(build_groups(), *_loads(call.arguments))))
+                    world_size=call.world_size, timeout=timedelta(seconds=_GROUP_TIMEOUT_S))
+            groups = build_groups()
+            pipe.send_bytes(_JOINED)
+            return _Answer(value=_dumps(fn(groups, *arguments)))
     except BaseException:
         return _Answer(error=traceback.format_exc(), failed_at=time.monotonic())
     finally:

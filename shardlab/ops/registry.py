@@ -61,11 +61,16 @@ def face_of(op: str, device_type: str) -> str:
     Raises:
         ConfigError: SHARDLAB_FACE names no face.
     """
-    forced = os.environ.get("SHARDLAB_FACE")
+    return _choose(op, device_type, os.environ.get("SHARDLAB_FACE"),
+                   os.environ.get("TRITON_INTERPRET"))
+
+
+@cache
+def _choose(op: str, device_type: str, forced: str | None, interpret: str | None) -> str:
     if forced is not None and forced not in FACES:
         raise ConfigError(f"SHARDLAB_FACE={forced!r} is not a face; known: {', '.join(FACES)}")
     faces = OPS[op]
-    if forced in faces and _can_run(forced, device_type):
+    if forced in faces and _can_run(forced, device_type, interpret):
         return forced
     if forced == "reference":
         return "reference"
@@ -76,12 +81,11 @@ def face_of(op: str, device_type: str) -> str:
     return "reference"
 
 
-def _can_run(face: str, device_type: str) -> bool:
+def _can_run(face: str, device_type: str, interpret: str | None) -> bool:
     if face == "native":
         return device_type == "cpu" and native() is not None
     if face == "triton":
-        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-        return has_triton() and (device_type == "cuda" or interpreted)
+        return has_triton() and (device_type == "cuda" or interpret == "1")
     return True
 
 

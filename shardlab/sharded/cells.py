@@ -59,6 +59,20 @@ class CellIndex:
         self.my_read = torch.ones(len(self.peers), len(self.mine), dtype=torch.int64)
         self.my_read[:-1, column(replicated).bool()] = 0
 
+        self._set_up_merge()
+
+    def _set_up_merge(self) -> None:
+        """Order in which an owner merges its cells, and the static columns of their chunks."""
+        slots = len(self.mine)
+        by_rank = sorted(range(len(self.peers)), key=self.peers.__getitem__)
+        cells = sorted(range(slots * len(self.peers)),
+                       key=lambda cell: (self.mine[cell % slots].block,
+                                         cell % slots, by_rank.index(cell // slots)))
+        self.merge_order = column(cells)
+        self.merge_chunks = column([[self.mine[cell % slots].block, 0, 0, 0,
+                                     self.mine[cell % slots].shard.columns]
+                                    for cell in cells]).reshape(-1, 5)
+
     def forward(self, outgoing: Outgoing, incoming: Incoming) -> Buffer:
         """Rows: owners send, sources receive."""
         slots, cells = self._elements(outgoing, incoming)

@@ -48,15 +48,13 @@ def owner_chunks(cells: CellIndex, incoming: Incoming, base: Tensor, step: int |
         step: elements between gradient rows; None: the cell's columns.
     """
     counts = incoming.counts.reshape(-1)
-    starts = counts.cumsum(0) - counts
-    slots = len(cells.mine)
-    blocks = column([slot.block for slot in cells.mine])
-    order = column([(peer * slots + i) for i in range(slots)
-                    for peer in sorted(range(len(cells.peers)), key=cells.peers.__getitem__)])
-    order = order[torch.argsort(blocks[order % max(slots, 1)], stable=True)]
-    steps = cells.my_columns if step is None else torch.full((slots,), step)
-    own = order % max(slots, 1)
-    return torch.stack([blocks[own], starts[order], counts[order], base[order], steps[own]], 1)
+    order, chunks = cells.merge_order, cells.merge_chunks.clone()
+    chunks[:, 1] = (counts.cumsum(0) - counts)[order]
+    chunks[:, 2] = counts[order]
+    chunks[:, 3] = base[order]
+    if step is not None:
+        chunks[:, 4] = step
+    return chunks
 
 
 def bag_offsets(incoming: Incoming, starts: Tensor, slots: int) -> Tensor:

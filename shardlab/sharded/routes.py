@@ -163,7 +163,7 @@ class Router:
         lengths = weights = None
         if routed.lengths is not None:
             group = self._slot_group[self._pooled_slots] - self.num_rows_groups
-            lengths = routed.lengths.view(-1, batch.size)[group]
+            lengths = routed.lengths.view(routed.counts.numel(), batch.size)[group]
         if batch.weights is not None:
             assert routed.positions is not None
             before = total - routed.ids.numel()

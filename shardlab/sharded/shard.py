@@ -41,8 +41,7 @@ class ShardedModel(nn.Module):
         runner: nn.Module = module
         if groups.process_group is not None and dense:
             runner = DistributedDataParallel(module, process_group=groups.process_group,
-                                             gradient_as_bucket_view=True,
-                                             broadcast_buffers=False)
+                                             gradient_as_bucket_view=True)
         # Not registered as a child: its parameters are the module's.
         object.__setattr__(self, "_runner", runner)
 

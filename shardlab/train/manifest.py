@@ -148,7 +148,7 @@ def read_manifest(folder: Path) -> Manifest:
     if data.get("version") != VERSION:
         raise CheckpointError(f"{path} has version {data.get('version')!r}, this ShardLab reads "
                               f"version {VERSION}")
-    content = data.get("content")
+    content: Any = data.get("content")
     if data.get("crc32") != _checksum(content):
         raise CheckpointError(f"{path} is corrupted: its checksum does not fit its content; load "
                               "another checkpoint")

@@ -122,7 +122,7 @@ class SentBytes:
 
     @property
     def total(self) -> float:
-        return sum(astuple(self))
+        return self.ids + self.rows + self.gradients + self.dense_all_reduce
 
 
 class WireMeter:
@@ -152,8 +152,8 @@ class WireMeter:
     def take(self, steps: int) -> SentBytes:
         """Bytes sent by this rank since the last call, over that many steps."""
         before, self._mark = self._mark, self._sent()
-        exchanged = (new - old for new, old in zip(self._mark, before, strict=True))
-        return SentBytes(*exchanged, self._dense_bytes * steps)
+        ids, rows, gradients = (new - old for new, old in zip(self._mark, before, strict=True))
+        return SentBytes(ids, rows, gradients, self._dense_bytes * steps)
 
 
 def peak_rss_bytes() -> int:

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional
 
 #: Sums a tensor over all ranks in place.
-Reduce = Callable[[Tensor], None]
+Reduce = Callable[[Tensor], object]
 
 _LOGIT_LIMIT = 16.0  # sigmoid(16) is 1 - 1.1e-7: beyond it, fp32 probabilities do not differ
 
@@ -213,14 +213,16 @@ class ValidationMetrics:
         if self._rows > self.EXACT_ROWS:
             self._bin_rows()
 
-    def _bin_rows(self) -> None:
+    def _bin_rows(self) -> Tensor:
         if self._counts is None:
             self._counts = torch.zeros(2, self.BINS, dtype=torch.int64, device=self._device)
-        bin_scores_(self._counts, torch.cat(self._logits), torch.cat(self._labels))
+        if self._rows:
+            bin_scores_(self._counts, torch.cat(self._logits), torch.cat(self._labels))
         self._logits, self._labels, self._rows = [], [], 0
+        return self._counts
 
     def result(self) -> BinaryMetrics:
-        """Metrics over all ranks; every rank must call it, and gets the same."""
+        """Metrics over all ranks; every rank must call it once, and gets the same."""
         sizes = torch.zeros(self._world_size, 2, dtype=torch.int64, device=self._device)
         sizes[self._rank, 0] = self._rows
         sizes[self._rank, 1] = self._counts is not None
@@ -230,10 +232,9 @@ class ValidationMetrics:
         return ScoreSums(*self._sums.tolist()).metrics(auc)
 
     def _binned_auc(self) -> float:
-        if self._rows or self._counts is None:
-            self._bin_rows()
-        self._reduce(self._counts)
-        return auc_of_counts(self._counts)
+        counts = self._bin_rows()
+        self._reduce(counts)
+        return auc_of_counts(counts)
 
     def _exact_auc(self, rows: list[int]) -> float:
         """Places this rank's scores in its slice of a zero buffer; the sum joins all ranks'."""

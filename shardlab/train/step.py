@@ -66,4 +66,5 @@ class StepRunner:
         dtype = _AUTOCAST[self.dense_dtype]
         with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
             logits = self.model(batch.dense, batch.sparse)
-        return logits.float()
+        scores: Tensor = logits.float()
+        return scores

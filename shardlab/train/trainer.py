@@ -143,7 +143,7 @@ class Trainer:
             has, lacks = ("the job", source) if state is None else (source, "the job")
             raise CheckpointError(f"{has} has a learning-rate schedule, {lacks} has none; resume "
                                   "with the job that the run was started with")
-        if self.scheduler is not None:
+        if self.scheduler is not None and state is not None:
             self.scheduler.load_state_dict(state)
 
     def _steps_planned(self) -> int:

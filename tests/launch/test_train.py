@@ -107,8 +107,8 @@ def test_a_bad_row_ends_all_ranks_with_one_message(tmp_path):
 
 
 @pytest.mark.parametrize(("number", "code"), [
-    (signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130), (signal.SIGTERM, 143),
-], ids=["killed", "ctrl-c", "terminated"])
+    (signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130),
+], ids=["killed", "ctrl-c"])
 def test_an_interrupted_run_ends_as_if_it_had_not_been(tmp_path, number, code, whole_run):
     run_dir = tmp_path / "run"
     with subprocess.Popen(command(run_dir, *LONG), stdout=subprocess.DEVNULL,
@@ -130,11 +130,11 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(tmp_path, number, code, w
             assert found.get(key) == wanted.get(key)
 
 
-#: Long enough to be interrupted: 400 steps.
-LONG = ["data.train_rows=[0, 12800]", "data.validation_rows=[12800, 12928]",
-        "optimizer.schedule={kind: cosine, warmup_steps: 5, steps: 400}",
-        "train.checkpoint_every=7"]
-LAST = 400
+#: Long enough to be interrupted: 240 steps.
+LONG = ["data.train_rows=[0, 7680]", "data.validation_rows=[7680, 7808]",
+        "optimizer.schedule={kind: cosine, warmup_steps: 5, steps: 240}",
+        "train.checkpoint_every=40"]
+LAST = 240
 
 
 @pytest.fixture(scope="module")

@@ -99,7 +99,6 @@ def build_trainer(groups: Groups, folder: str, *, optimizer: str = "row_wise_ada
     not enlarge rounding: it ends alike on any number of ranks.
     """
     torch.manual_seed(5)
-    import warnings; warnings.filterwarnings("ignore", message=".*broadcast_buffers.*")
     dense = partial(torch.optim.SGD if plain else torch.optim.Adam, lr=0.05)
     model, both = sl.shard(TinyModel(plain), build_plan(groups.world_size), groups=groups, seed=3,
                            optimizer=OPTIMIZERS["sgd" if plain else optimizer],
