@@ -22,9 +22,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-
-from benchlib import (CRITEO_KAGGLE_ROWS, Noise, available_mib, emit, log, machine, peak_rss_mib,
-                      sample_ids, summarize, wait_quiet)
+from benchlib import (
+    CRITEO_KAGGLE_ROWS,
+    Noise,
+    available_mib,
+    emit,
+    machine,
+    peak_rss_mib,
+    sample_ids,
+    summarize,
+    wait_quiet,
+)
 
 
 @dataclass(frozen=True)
@@ -179,10 +187,14 @@ class FbgemmNoBoundsCheck(Fbgemm):
 def build_fbgemm(case: Case, dtype: str, optimizer: str, stochastic: bool = False,
                  bounds: str = "WARNING"):
     from fbgemm_gpu.split_embedding_configs import EmbOptimType, SparseType
-    from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode, \
-        EmbeddingLocation
+    from fbgemm_gpu.split_table_batched_embeddings_ops_common import (
+        BoundsCheckMode,
+        EmbeddingLocation,
+    )
     from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
-        ComputeDevice, SplitTableBatchedEmbeddingBagsCodegen)
+        ComputeDevice,
+        SplitTableBatchedEmbeddingBagsCodegen,
+    )
 
     kinds = {"sgd": EmbOptimType.EXACT_SGD, "adagrad": EmbOptimType.EXACT_ADAGRAD,
              "rowwise_adagrad": EmbOptimType.EXACT_ROWWISE_ADAGRAD}

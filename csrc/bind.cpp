@@ -46,12 +46,14 @@ void bind_rows(nb::module_& m) {
   });
   m.def("update", [](Address arena, Address blocks, int64_t num_blocks, Address ids,
                      Address splits, Address starts, Address sources, Address weights,
-                     Address grads, int64_t rule, const std::vector<float>& step, int threads) {
+                     Address grads, Address row_squares, int64_t rule,
+                     const std::vector<float>& step, int threads) {
     const Step s = step_from(step);
     nb::gil_scoped_release release;
     const Csr csr{at<int64_t>(starts), at<int64_t>(sources), at<float>(weights)};
     active_kernels().rows->update(at<char>(arena), at<Block>(blocks), num_blocks, at<int64_t>(ids),
-                            at<int64_t>(splits), csr, at<float>(grads), (Rule)rule, s, threads);
+                            at<int64_t>(splits), csr, at<float>(grads),
+                                  at<float>(row_squares), (Rule)rule, s, threads);
   });
   m.def("init_uniform", [](Address rows, int64_t row_bytes, int64_t num_rows, int64_t columns,
                            uint64_t seed, int64_t first_row, int64_t first_column,

@@ -164,9 +164,13 @@ void backward(const LinearShape& s, const LinearBackward& b, int threads) {
 
 }  // namespace
 
-// Defined in linear_bf16.cpp.
-LinearKernels with_bf16(LinearKernels kernels);
-
-extern const LinearKernels linear_kernels = with_bf16({forward, backward, nullptr, nullptr});
+#if defined(SHARDLAB_BF16_PRODUCTS)
+void linear_forward_bf16(const LinearShape& s, const LinearForwardBf16& f, int threads);
+void linear_backward_bf16(const LinearShape& s, const LinearBackwardBf16& b, int threads);
+extern const LinearKernels linear_kernels{forward, backward, linear_forward_bf16,
+                                          linear_backward_bf16};
+#else
+extern const LinearKernels linear_kernels{forward, backward, nullptr, nullptr};
+#endif
 
 }  // namespace shardlab::SHARDLAB_ISA

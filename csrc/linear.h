@@ -12,6 +12,11 @@
 #pragma once
 #include <cstdint>
 
+// Whether linear_bf16.cpp has anything to offer: it needs GCC's way to allow one file an extension.
+#if defined(__AVX512F__) && defined(__GNUC__) && !defined(__clang__)
+#define SHARDLAB_BF16_PRODUCTS
+#endif
+
 namespace shardlab {
 
 struct LinearShape {
@@ -66,7 +71,7 @@ struct LinearBackwardBf16 {
 struct LinearKernels {
   void (*forward)(const LinearShape& shape, const LinearForward& f, int threads);
   void (*backward)(const LinearShape& shape, const LinearBackward& b, int threads);
-  // Null where this instruction set, or the processor, has no bf16 products.
+  // Null where this instruction set has no bf16 products; the processor must have avx512bf16, too.
   void (*forward_bf16)(const LinearShape& shape, const LinearForwardBf16& f, int threads);
   void (*backward_bf16)(const LinearShape& shape, const LinearBackwardBf16& b, int threads);
 };

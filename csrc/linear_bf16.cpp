@@ -3,14 +3,31 @@
 // instruction multiplies sixteen pairs and adds both products to fp32 sums.
 #include "linear.h"
 
+#if defined(SHARDLAB_BF16_PRODUCTS)
+#include <immintrin.h>
+
 #include <algorithm>
 #include <cstring>
-#if defined(__AVX512F__)
-#include <immintrin.h>
-#endif
 
-#if defined(__AVX512F__)
-// This file alone may use the instruction; with_bf16 asks the processor first.
+#include "tile.h"
+
+namespace shardlab::SHARDLAB_ISA {
+namespace {
+
+// Written out because GCC 12 broadcasts the pair by an instruction of its own, which takes a quarter
+// of the speed; as an operand the broadcast is free.
+struct MultiplyAddPairs {
+  static inline __attribute__((always_inline)) Wide run(Wide sum, const float* pair, Wide row) {
+    asm("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(row), "m"(*pair));
+    return sum;
+  }
+};
+
+}  // namespace
+}  // namespace shardlab::SHARDLAB_ISA
+
+// From here on this file may use the extension; the caller asks the processor for it first. What is
+// above, tile.h above all, stays free of it, because the linker shares it with other files.
 #pragma GCC push_options
 #pragma GCC target("avx512bf16")
 // GCC 12 warns of its own intrinsics' deliberately undefined registers (its bug 105593).
@@ -23,15 +40,6 @@ namespace {
 
 using Bits = uint16_t;  // of a bf16
 constexpr int64_t kUnlimited = int64_t{1} << 40;
-
-// Written out because GCC 12 broadcasts the pair by an instruction of its own, which takes a quarter
-// of the speed; as an operand the broadcast is free.
-struct MultiplyAddPairs {
-  static inline __attribute__((always_inline)) Wide run(Wide sum, const float* pair, Wide row) {
-    asm("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(row), "m"(*pair));
-    return sum;
-  }
-};
 
 inline __mmask16 first(int64_t n) { return (__mmask16)((1u << n) - 1); }
 
@@ -264,31 +272,16 @@ void backward(const LinearShape& s, const LinearBackwardBf16& b, int threads) {
             Accumulated{b.grad_weight, s.inputs}, {s.outputs, s.inputs, halved(s.batch)}, threads);
 }
 
-void forward_bf16(const LinearShape& s, const LinearForwardBf16& f, int threads) {
+}  // namespace
+
+void linear_forward_bf16(const LinearShape& s, const LinearForwardBf16& f, int threads) {
   f.x_is_bf16 ? forward<Bits>(s, f, threads) : forward<float>(s, f, threads);
 }
 
-void backward_bf16(const LinearShape& s, const LinearBackwardBf16& b, int threads) {
+void linear_backward_bf16(const LinearShape& s, const LinearBackwardBf16& b, int threads) {
   b.x_is_bf16 ? backward<Bits>(s, b, threads) : backward<float>(s, b, threads);
-}
-
-}  // namespace
-
-LinearKernels with_bf16(LinearKernels kernels) {
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512bf16"))
-    kernels.forward_bf16 = forward_bf16, kernels.backward_bf16 = backward_bf16;
-  return kernels;
 }
 
 }  // namespace shardlab::SHARDLAB_ISA
 #pragma GCC pop_options
-
-#else
-
-namespace shardlab::SHARDLAB_ISA {
-LinearKernels with_bf16(LinearKernels kernels);
-LinearKernels with_bf16(LinearKernels kernels) { return kernels; }
-}  // namespace shardlab::SHARDLAB_ISA
-
 #endif

@@ -232,6 +232,7 @@ struct Batch {
   int64_t count, columns;
   const float* grad[kLanes];
   float *row[kLanes], *state[kLanes];
+  const float* row_squares;  // of the batch, or null
 };
 
 // Mean of grad^2 of every row of the batch.
@@ -243,9 +244,10 @@ inline Vec mean_squares(const Batch& batch) {
       const Vec g = read(batch.grad[i] + c, lanes);
       total += g * g;
     });
-    mean[i] = reduce_add(total);
+    mean[i] = reduce_add(total) / (float)batch.columns;
+    if (batch.row_squares && batch.row_squares[i] >= 0) mean[i] = batch.row_squares[i];
   }
-  return load(mean) / (float)batch.columns;
+  return load(mean);
 }
 
 inline Vec gather_state(const Batch& batch, int64_t at) {
@@ -364,7 +366,7 @@ void sum_batch(Batch& batch, int64_t first, const Csr& csr, const Weight& weight
 template <class Rule, class Weight>
 void update_block(char* arena, const Block& block, const int64_t* ids, const Csr& csr,
                   int64_t begin, int64_t end, const Weight& weight, const float* grads,
-                  const Step& s, float* buffer) {
+                  const float* row_squares, const Step& s, float* buffer) {
   char *rows = arena + block.row_offset, *states = arena + block.state_offset;
   const int64_t bytes = block.columns * (int64_t)sizeof(float), last = csr.starts[end];
   auto prefetch = [&](int64_t from, int64_t to) {
@@ -377,7 +379,8 @@ void update_block(char* arena, const Block& block, const int64_t* ids, const Csr
   prefetch(begin, begin + kLanes);
   for (int64_t u = begin; u < end; u += kLanes) {
     prefetch(u + kLanes, u + 2 * kLanes);
-    Batch batch{std::min<int64_t>(kLanes, end - u), block.columns, {}, {}, {}};
+    Batch batch{std::min<int64_t>(kLanes, end - u), block.columns, {}, {}, {},
+                row_squares ? row_squares + u : nullptr};
     const int64_t entries = csr.starts[u + batch.count];
     for (; ahead < std::min(entries + kAhead, last); ++ahead)
       prefetch_read(grads + csr.sources[ahead], bytes);
@@ -392,8 +395,8 @@ void update_block(char* arena, const Block& block, const int64_t* ids, const Csr
 
 template <class Rule>
 void update_with(char* arena, const Block* blocks, int64_t num_blocks, const int64_t* ids,
-                 const int64_t* splits, const Csr& csr, const float* grads, const Step& s,
-                 int threads) {
+                 const int64_t* splits, const Csr& csr, const float* grads,
+                 const float* row_squares, const Step& s, int threads) {
   int64_t widest = 0;
   for (int64_t b = 0; b < num_blocks; ++b) widest = std::max(widest, blocks[b].columns);
 #pragma omp parallel num_threads(threads)
@@ -407,18 +410,18 @@ void update_with(char* arena, const Block* blocks, int64_t num_blocks, const int
       const int64_t from = std::max(begin, splits[b]), to = std::min(end, splits[b + 1]);
       if (from >= to) continue;
       if (csr.weights)
-        update_block<Rule>(arena, blocks[b], ids, csr, from, to, ArrayWeight{csr.weights}, grads, s,
-                           buffer.data());
+        update_block<Rule>(arena, blocks[b], ids, csr, from, to, ArrayWeight{csr.weights}, grads,
+                           row_squares, s, buffer.data());
       else
-        update_block<Rule>(arena, blocks[b], ids, csr, from, to, UnitWeight{}, grads, s,
-                           buffer.data());
+        update_block<Rule>(arena, blocks[b], ids, csr, from, to, UnitWeight{}, grads,
+                           row_squares, s, buffer.data());
     }
   }
 }
 
 void update(char* arena, const Block* blocks, int64_t num_blocks, const int64_t* ids,
-            const int64_t* splits, const Csr& csr, const float* grads, Rule rule, const Step& s,
-            int threads) {
+            const int64_t* splits, const Csr& csr, const float* grads, const float* row_squares,
+            Rule rule, const Step& s, int threads) {
   auto* run = &update_with<Sgd>;
   switch (rule) {
     case Rule::kSgd: break;
@@ -427,7 +430,7 @@ void update(char* arena, const Block* blocks, int64_t num_blocks, const int64_t*
     case Rule::kAdam: run = &update_with<Adam>; break;
     case Rule::kRowWiseAdam: run = &update_with<RowWiseAdam>; break;
   }
-  run(arena, blocks, num_blocks, ids, splits, csr, grads, s, threads);
+  run(arena, blocks, num_blocks, ids, splits, csr, grads, row_squares, s, threads);
 }
 
 }  // namespace

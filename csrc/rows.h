@@ -43,6 +43,8 @@ struct Step {
   float lr, eps, beta1, beta2, rest1, rest2, weight_decay, scale, clip_value, bias1, bias2;
 };
 
+// row_squares: mean square of every unique's gradient over its whole row, -1 where the block has all
+// of the row's columns; or null.
 struct RowKernels {
   void (*gather)(const char* arena, const Block* blocks, const GatherSegment* segments,
                  int64_t num_segments, const int64_t* ids, float* out, int threads);
@@ -51,8 +53,8 @@ struct RowKernels {
   void (*sum)(const float* source, const Csr& csr, const SumPiece* pieces, int64_t num_pieces,
               float scale, float* out, int threads);
   void (*update)(char* arena, const Block* blocks, int64_t num_blocks, const int64_t* ids,
-                 const int64_t* splits, const Csr& csr, const float* grads, Rule rule,
-                 const Step& step, int threads);
+                 const int64_t* splits, const Csr& csr, const float* grads,
+                 const float* row_squares, Rule rule, const Step& step, int threads);
 };
 
 }  // namespace shardlab

@@ -24,8 +24,10 @@ _HOMES = {
     "JaggedTensor": "shardlab.jagged",
     "EmbeddingBagCollection": "shardlab.sharded",
     "shard": "shardlab.sharded",
+    "save": "shardlab.train",
+    "load": "shardlab.train",
 }
-_MODULES = ("comm", "data", "models", "optim")
+_MODULES = ("comm", "data", "models", "optim", "train")
 
 __all__ = [*_HOMES, *_MODULES]
 

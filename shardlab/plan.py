@@ -16,6 +16,8 @@ from shardlab.errors import PlanError
 from shardlab.specs import EmbeddingBagConfig, ExchangeKind, ShardingType, Tier
 
 SCHEMA_VERSION = 1
+#: Top-level fields that the planner adds for readers and that a run ignores.
+ANNOTATIONS = ("predicted",)
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,10 @@ class ShardingPlan:
         if found != SCHEMA_VERSION:
             raise PlanError(f"plan has schema version {found!r}, this ShardLab reads "
                             f"{SCHEMA_VERSION}; write it again with this version")
+        unknown = sorted(data.keys() - {"world_size", "tables", "version", *ANNOTATIONS})
+        if unknown:
+            raise PlanError(f"plan has unknown fields {unknown}; a plan holds world_size, tables "
+                            "and version")
         try:
             return ShardingPlan(int(data["world_size"]),
                                 tuple(_table_from(entry) for entry in data["tables"]))
@@ -110,8 +116,8 @@ class ShardingPlan:
 
 def _table_from(entry: dict[str, Any]) -> TablePlan:
     shards = tuple(Shard(**{**shard, "tier": Tier(shard["tier"])}) for shard in entry["shards"])
-    return TablePlan(entry["table"], ShardingType(entry["sharding"]),
-                     ExchangeKind(entry["exchange"]), shards)
+    return TablePlan(**{**entry, "sharding": ShardingType(entry["sharding"]),
+                        "exchange": ExchangeKind(entry["exchange"]), "shards": shards})
 
 
 def _cover_problems(plan: TablePlan, table: EmbeddingBagConfig, world: int) -> list[str]:

@@ -47,9 +47,9 @@ def linear_relu(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool = Tru
         raise InputError(f"linear_relu: weight {list(weight.shape)} needs x [B, {weight.shape[1]}] "
                          f"and bias [{weight.shape[0]}], found {list(x.shape)} and "
                          f"{None if bias is None else list(bias.shape)}")
-    if _runs_native(x, weight, bias):
-        return _NativeLinear.apply(x, weight, bias, relu)
-    return linear_relu_reference(x, weight, bias, relu)
+    op = _native_op(x, weight, bias)
+    return linear_relu_reference(x, weight, bias, relu) if op is None \
+        else op.apply(x, weight, bias, relu)
 
 
 def linear_relu_reference(x: Tensor, weight: Tensor, bias: Tensor | None,
@@ -59,23 +59,57 @@ def linear_relu_reference(x: Tensor, weight: Tensor, bias: Tensor | None,
     return functional.relu(out) if relu else out
 
 
-def _runs_native(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    tensors = (x, weight) if bias is None else (x, weight, bias)
-    return x.dim() == 2 and x.shape[1] > 0 and weight.shape[0] >= _FEWEST_OUTPUTS \
-        and all(t.dtype == torch.float32 and t.device == x.device for t in tensors) \
-        and face_of("linear_relu", x.device.type) == "native" \
-        and not torch.is_autocast_enabled(x.device.type) \
-        and (os.environ.get("SHARDLAB_FACE") == "native" or _native_pays())
+def _native_op(x: Tensor, weight: Tensor, bias: Tensor | None) -> type[Any] | None:
+    """The native face that takes these tensors, or None for the reference."""
+    device = x.device.type
+    parameters = (weight,) if bias is None else (weight, bias)
+    fits = x.dim() == 2 and x.shape[1] > 0 and weight.shape[0] >= _FEWEST_OUTPUTS \
+        and all(t.dtype == torch.float32 and t.device == x.device for t in parameters)
+    if not fits or face_of("linear_relu", device) != "native" or not _native_pays():
+        return None
+    if not torch.is_autocast_enabled(device):
+        return _NativeLinear if x.dtype == torch.float32 else None
+    takes = x.dtype in (torch.float32, torch.bfloat16) and \
+        torch.get_autocast_dtype(device) == torch.bfloat16
+    return _NativeLinearBf16 if takes and _has_bf16_products() else None
+
+
+def _native_pays() -> bool:
+    """Whether the native products outrun torch's on this processor, or are forced.
+
+    torch multiplies with MKL and oneDNN, which know Intel's processors best (their bf16 products
+    use AMX). On AMD's Zen 4 they reach 80 % of the fp32 peak and leave conversions, masks and bias
+    sums to passes of their own; the native products reach 90 % with all of that inside.
+    """
+    return os.environ.get("SHARDLAB_FACE") == "native" or _processor_vendor() == "amd"
 
 
 @cache
-def _native_pays() -> bool:
-    """Whether the native products outrun torch's on this processor.
+def _processor_vendor() -> str:
+    return native().processor_vendor()  # type: ignore[union-attr]
 
-    torch multiplies with MKL, which keeps its best kernels for Intel's processors: on AMD's Zen 4
-    it reaches 80 % of the peak where the native products reach 90 %.
-    """
-    return native().processor_vendor() == "amd"  # type: ignore[union-attr]
+
+@cache
+def _has_bf16_products() -> bool:
+    return native().has_bf16_products()  # type: ignore[union-attr]
+
+
+_Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+def _empty_grads(wanted: tuple[bool, ...], x: Tensor, weight: Tensor) -> _Grads:
+    """Room for the gradients of (x, weight, bias). The kernel sums the bias gradient while it
+    packs the weight's, so that one is computed with it."""
+    wants_x, wants_weight, wants_bias, _ = wanted
+    return (torch.empty_like(x, memory_format=torch.contiguous_format) if wants_x else None,
+            torch.empty_like(weight) if wants_weight or wants_bias else None,
+            weight.new_empty(weight.shape[0]) if wants_bias else None)
+
+
+def _wanted_grads(wanted: tuple[bool, ...], grads: _Grads) -> tuple[Tensor | None, ...]:
+    """What backward returns for (x, weight, bias, relu)."""
+    x, weight, bias = grads
+    return x, weight if wanted[1] else None, bias, None
 
 
 class _NativeLinear(torch.autograd.Function):
@@ -98,12 +132,41 @@ class _NativeLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, out = ctx.saved_tensors
         grad = grad.contiguous()
-        wants_x, wants_weight, wants_bias, _ = ctx.needs_input_grad
-        grad_x = torch.empty_like(x, memory_format=torch.contiguous_format) if wants_x else None
-        grad_weight = torch.empty_like(weight) if wants_weight or wants_bias else None
-        grad_bias = weight.new_empty(weight.shape[0]) if wants_bias else None
+        grads = _empty_grads(ctx.needs_input_grad, x, weight)
         native().linear_relu_backward(  # type: ignore[union-attr]
-            address(grad), address(out), address(x), x.stride(0), address(weight), address(grad_x),
-            address(grad_weight), address(grad_bias), x.shape[0], x.shape[1], weight.shape[0],
+            address(grad), address(out), address(x), x.stride(0), address(weight),
+            *map(address, grads), x.shape[0], x.shape[1], weight.shape[0],
             torch.get_num_threads())
-        return grad_x, grad_weight if wants_weight else None, grad_bias, None
+        return _wanted_grads(ctx.needs_input_grad, grads)
+
+
+class _NativeLinearBf16(torch.autograd.Function):
+    """C++ face under bf16 autocast: fp32 parameters, x in fp32 or bf16, bf16 out.
+
+    Operands are rounded to bf16 where they are packed, sums are fp32, and the gradients of the
+    parameters come out in fp32 without a bf16 step in between.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
+        x = x if x.stride(1) == 1 else x.contiguous()
+        weight = weight.contiguous()
+        (batch, inputs), outputs = x.shape, weight.shape[0]
+        out = x.new_empty(batch, outputs, dtype=torch.bfloat16)
+        native().linear_relu_forward_bf16(  # type: ignore[union-attr]
+            address(x), x.dtype == torch.bfloat16, x.stride(0), address(weight), address(bias),
+            address(out), batch, inputs, outputs, relu, torch.get_num_threads())
+        ctx.save_for_backward(x, weight, out if relu else None)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, out = ctx.saved_tensors
+        grad = grad.contiguous()
+        grads = _empty_grads(ctx.needs_input_grad, x, weight)
+        native().linear_relu_backward_bf16(  # type: ignore[union-attr]
+            address(grad), address(out), address(x), x.dtype == torch.bfloat16, x.stride(0),
+            address(weight), *map(address, grads), x.shape[0], x.shape[1], weight.shape[0],
+            torch.get_num_threads())
+        return _wanted_grads(ctx.needs_input_grad, grads)

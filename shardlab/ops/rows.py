@@ -17,7 +17,9 @@ from shardlab.ops.unique import Uniques
 
 _FP32_BYTES = 4
 
+#: Kinds whose state is the mean over a row's columns.
 #: optimiser kind -> number of its rule in the kernels.
+ROW_WISE = ("row_wise_adagrad", "row_wise_adam")
 RULES = {"sgd": 0, "adagrad": 1, "row_wise_adagrad": 2, "adam": 3, "row_wise_adam": 4}
 
 
@@ -224,7 +226,7 @@ def _summed(source: Tensor, uniques: Uniques, weights: Tensor | None,
 
 # ---------------------------------------------------------------- update
 def update_rows(arena: Tensor, blocks: Blocks, uniques: Uniques, weights: Tensor | None,
-                grads: Tensor, step: StepParameters) -> None:
+                grads: Tensor, step: StepParameters, row_squares: Tensor | None = None) -> None:
     """One exact optimiser step on every unique row: sum, scale, clip, step, write.
 
     Args:
@@ -234,23 +236,27 @@ def update_rows(arena: Tensor, blocks: Blocks, uniques: Uniques, weights: Tensor
         weights: fp32 [k] per entry, or None.
         grads: fp32, flat: what ``uniques.sources`` points into.
         step: hyper-parameters.
+        row_squares: fp32 [m]: mean square of every row's gradient for row-wise rules whose blocks
+            hold only some of its columns, -1 where the block's own mean is right; or None.
     """
     face = face_of("update_rows", grads.device.type)
     if face == "native":
         native().update(address(arena), address(blocks.table),  # type: ignore[union-attr]
                         blocks.table.shape[0], address(uniques.ids), address(uniques.splits),
                         address(uniques.starts), address(uniques.sources), address(weights),
-                        address(grads), RULES[step.kind], step.numbers(), torch.get_num_threads())
+                        address(grads), address(row_squares), RULES[step.kind],
+                        step.numbers(), torch.get_num_threads())
     elif face == "triton":
         from shardlab.ops.triton import rows as kernels
 
-        kernels.update_rows(arena, blocks, uniques, weights, grads, step)
+        kernels.update_rows(arena, blocks, uniques, weights, grads, step, row_squares)
     else:
-        update_rows_reference(arena, blocks, uniques, weights, grads, step)
+        update_rows_reference(arena, blocks, uniques, weights, grads, step, row_squares)
 
 
 def update_rows_reference(arena: Tensor, blocks: Blocks, uniques: Uniques,
-                          weights: Tensor | None, grads: Tensor, step: StepParameters) -> None:
+                          weights: Tensor | None, grads: Tensor, step: StepParameters,
+                          row_squares: Tensor | None = None) -> None:
     """Plain-torch face of `update_rows`."""
     splits = uniques.splits.tolist()
     for block in range(blocks.table.shape[0]):
@@ -263,12 +269,17 @@ def update_rows_reference(arena: Tensor, blocks: Blocks, uniques: Uniques,
             grad = grad.clamp(-step.clip_value, step.clip_value)
         ids = uniques.ids[start:start + count]
         row, row_state = rows[ids], state[ids]
-        _step_rows(row, row_state, grad, step)
+        square = (grad * grad).mean(1, keepdim=True)
+        if row_squares is not None:
+            given = row_squares[start:start + count, None]
+            square = torch.where(given < 0, square, given)
+        _step_rows(row, row_state, grad, square, step)
         rows[ids], state[ids] = row, row_state
 
 
-def _step_rows(row: Tensor, state: Tensor, grad: Tensor, step: StepParameters) -> None:
-    """Steps rows [n, D] and their state [n, S] in place."""
+def _step_rows(row: Tensor, state: Tensor, grad: Tensor, row_square: Tensor,
+               step: StepParameters) -> None:
+    """Steps rows [n, D] and their state [n, S] in place; row_square [n, 1] is mean(grad^2)."""
     columns = row.shape[1]
     if step.kind == "sgd":
         row -= step.lr * (grad + step.weight_decay * row)
@@ -276,13 +287,11 @@ def _step_rows(row: Tensor, state: Tensor, grad: Tensor, step: StepParameters) -
         state += grad * grad
         row -= step.lr * grad / (state.sqrt() + step.eps)
     elif step.kind == "row_wise_adagrad":
-        state += (grad * grad).mean(1, keepdim=True)
+        state += row_square
         row -= step.lr / (state.sqrt() + step.eps) * grad
     else:
         first, second = state[:, :columns], state[:, columns:]
-        square = grad * grad
-        if step.kind == "row_wise_adam":
-            square = square.mean(1, keepdim=True)
+        square = row_square if step.kind == "row_wise_adam" else grad * grad
         first.mul_(step.beta1).add_(grad * (1 - step.beta1))
         second.mul_(step.beta2).add_(square * (1 - step.beta2))
         row -= step.lr * (first / step.bias1) / ((second / step.bias2).sqrt() + step.eps)

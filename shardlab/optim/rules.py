@@ -20,7 +20,8 @@ class RowOptimizer:
     Attributes:
         lr: learning rate.
         clip_value: bounds every element of a row's summed gradient; None for no bound.
-        clip_norm: bounds the norm of all rows' summed gradients together; None for no bound.
+        clip_norm: bounds the norm of all rows' summed gradients together; None for no bound. With
+            both, the norm is taken and bounded first.
     """
 
     kind: ClassVar[str]
@@ -34,6 +35,9 @@ class RowOptimizer:
             for number in value if isinstance(value, tuple) else (value,):
                 if number is not None and not number >= 0:
                     raise ConfigError(f"{type(self).__name__}: {item.name} must not be negative, "
+                                      f"found {value!r}")
+                if item.name == "betas" and not number < 1:
+                    raise ConfigError(f"{type(self).__name__}: betas must be below 1, "
                                       f"found {value!r}")
 
     def group(self) -> dict[str, Any]:
@@ -61,7 +65,8 @@ class Adagrad(RowOptimizer):
 class RowWiseAdagrad(RowOptimizer):
     """state += mean(grad^2); row -= lr * grad / (sqrt(state) + eps). State: one fp32 per row.
 
-    A column-wise shard keeps its own state, the mean of its own columns. Source: arXiv 2104.05158.
+    The mean is over the whole row, also where its columns lie in several shards.
+    Source: arXiv 2104.05158.
     """
 
     kind: ClassVar[str] = "row_wise_adagrad"

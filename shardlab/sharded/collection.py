@@ -80,7 +80,7 @@ class ShardedEmbeddingBagCollection(nn.Module):
         self.storage = build_storage(list(layout.local_shards), optimizer, seed, groups.device)
         self._reader = InputReader(layout, groups.device)
         self._exchange = Exchange(layout, self.storage, groups, self._reader)
-        self.updater = RowUpdater(layout, self.storage, groups)
+        self.updater = RowUpdater(layout, self.storage, groups, self._exchange.wire)
         self.pending: list[PendingGradients] = []
         self._keys = list(layout.features)
         self._dims = [tables[t].embedding_dim for t in layout.feature_table]

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from shardlab.comm import Groups, Work, all_reduce_
-from shardlab.ops.rows import StepParameters, sum_rows
+from shardlab.comm import Groups, WireBytes, Work, all_reduce_
+from shardlab.ops.rows import ROW_WISE, StepParameters, sum_rows
 from shardlab.ops.unique import BOUNDS_CODE, Segments, Uniques, unique_segments
 from shardlab.sharded.cells import CellIndex
 from shardlab.sharded.layout import Layout, column
 from shardlab.sharded.messages import Incoming
+from shardlab.sharded.row_squares import RowSquares
 from shardlab.specs import BoundsMode
 from shardlab.storage import Storage
 
@@ -153,10 +154,13 @@ class RowUpdater:
         layout: the compiled plan.
         storage: this rank's shards.
         groups: the ranks, for the norm of clipping.
+        wire: counts the bytes.
     """
 
-    def __init__(self, layout: Layout, storage: Storage, groups: Groups) -> None:
+    def __init__(self, layout: Layout, storage: Storage, groups: Groups,
+                 wire: WireBytes) -> None:
         self.layout, self.storage, self.groups = layout, storage, groups
+        self._squares = RowSquares(layout, groups, wire)
         rows = [local.shard.rows for local in layout.local_shards]
         errors = [BOUNDS_CODE[BoundsMode.ERROR]] * len(rows)
         self._segments = Segments(column(rows), column(errors))
@@ -172,20 +176,32 @@ class RowUpdater:
     def squared_norm(self, rows: MergedRows, scale: float) -> Tensor:
         """fp64 []: squared norm of all tables' summed, scaled gradients, over all ranks."""
         total = torch.zeros((), dtype=torch.float64, device=self.groups.device)
-        splits = rows.uniques.splits.tolist()
         for block, local in enumerate(self.layout.local_shards):
-            count, columns = splits[block + 1] - splits[block], local.shard.columns
-            if count == 0 or (local.replicated and self.groups.rank > 0):
-                continue
-            summed = torch.empty(count * columns, device=self.groups.device)
-            piece = torch.tensor([[splits[block], count, columns, 0, 0, columns]])
-            sum_rows(rows.grads, rows.uniques, rows.weights, piece, scale, summed)
-            total += summed.double().square().sum()
+            if not local.replicated or self.groups.rank == 0:
+                total += self._summed(rows, block, scale).double().square().sum()
         return all_reduce_(total, self.groups)
+
+    def _summed(self, rows: MergedRows, block: int, scale: float) -> Tensor:
+        """fp32 [rows of the block, columns]: summed and scaled gradients."""
+        start, end = rows.uniques.splits[block:block + 2].tolist()
+        columns = self.layout.local_shards[block].shard.columns
+        summed = torch.empty(end - start, columns, device=self.groups.device)
+        piece = torch.tensor([[start, end - start, columns, 0, 0, columns]])
+        sum_rows(rows.grads, rows.uniques, rows.weights, piece, scale, summed.view(-1))
+        return summed
 
     def update(self, rows: MergedRows, step: StepParameters) -> None:
         """One optimiser step on every row."""
-        self.storage.update(rows.uniques, rows.weights, rows.grads, step)
+        squares = None
+        if step.kind in ROW_WISE and self._squares.needed:
+            partial = {}
+            for block in self._squares.blocks:
+                summed = self._summed(rows, block, step.scale)
+                if step.clip_value > 0:
+                    summed.clamp_(-step.clip_value, step.clip_value)
+                partial[block] = summed.square().sum(1)
+            squares = self._squares.complete(rows.uniques, partial)
+        self.storage.update(rows.uniques, rows.weights, rows.grads, step, squares)
 
 
 @dataclass(frozen=True)

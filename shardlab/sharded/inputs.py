@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from shardlab.errors import BoundsError, InputError, nearest_name
-from shardlab.jagged import as_kjt
+from shardlab.jagged import KeyedJaggedTensor, as_kjt
 from shardlab.sharded.layout import Layout
 from shardlab.specs import PoolingType
 
@@ -41,8 +41,9 @@ class Batch:
         count = len(self.layout.features)
         if self.offsets is None:
             return torch.arange(count + 1) * (self.size * self.length)
-        edges = self.offsets[:: self.size] if self.size else self.offsets.new_zeros(count + 1)
-        return edges.cpu()
+        if self.size == 0:
+            return torch.zeros(count + 1, dtype=torch.int64)
+        return self.offsets[:: self.size].contiguous().cpu()
 
     @cached_property
     def bags(self) -> Tensor | None:
@@ -91,13 +92,11 @@ class InputReader:
         Raises:
             InputError: a feature is missing, unknown or malformed.
         """
-        kjt = as_kjt(features, self._expected)
-        if kjt.keys() != self._expected:
-            kjt = kjt.permute(self._order_of(tuple(kjt.keys())))
+        try:
+            kjt = self._matched(features)
+        except InputError as error:
+            raise InputError(f"rank {self.layout.rank}: {error}") from None
         weights = kjt.weights_or_none()
-        if weights is not None and weights.requires_grad:
-            raise InputError("per-sample weights require a gradient, which tables do not return; "
-                             "pass weights.detach()")
         values = kjt.values()
         if values.device != self.device:
             kjt = kjt.to(self.device)
@@ -107,6 +106,16 @@ class InputReader:
         return Batch(values.contiguous(), offsets, length,
                      None if weights is None else weights.float().contiguous(), kjt.stride(),
                      self.layout)
+
+    def _matched(self, features: Any) -> KeyedJaggedTensor:
+        kjt = as_kjt(features, self._expected)
+        if kjt.keys() != self._expected:
+            kjt = kjt.permute(self._order_of(tuple(kjt.keys())))
+        weights = kjt.weights_or_none()
+        if weights is not None and weights.requires_grad:
+            raise InputError("per-sample weights require a gradient, which tables do not return; "
+                             "pass weights.detach()")
+        return kjt
 
     def _order_of(self, keys: tuple[str, ...]) -> list[int]:
         order = self._orders.get(keys)

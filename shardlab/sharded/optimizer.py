@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from shardlab.comm import Groups
+from shardlab.errors import CheckpointError
 from shardlab.optim.rules import RowOptimizer, step_parameters
 from shardlab.sharded.collection import ShardedEmbeddingBagCollection
 
@@ -82,7 +83,15 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 "dense": None if self.dense is None else self.dense.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # type: ignore[override]
-        """Takes over what `state_dict` gave."""
+        """Takes over what `state_dict` gave.
+
+        Raises:
+            CheckpointError: it was saved by another kind of row optimiser.
+        """
+        saved, mine = state_dict["rows"]["kind"], self.param_groups[0]["kind"]
+        if saved != mine:
+            raise CheckpointError(f"the checkpoint's rows were trained by {saved}, this job uses "
+                                  f"{mine}; use the same optimiser, or start anew")
         self.param_groups[0].update(state_dict["rows"])
         self.steps_taken = state_dict["steps_taken"]
         if self.dense is not None:

@@ -40,8 +40,7 @@ class ShardedModel(nn.Module):
         dense = any(parameter.requires_grad for parameter in module.parameters())
         runner: nn.Module = module
         if groups.process_group is not None and dense:
-            runner = DistributedDataParallel(module, process_group=groups.process_group,
-                                             gradient_as_bucket_view=True)
+            runner = _data_parallel(module, groups)
         # Not registered as a child: its parameters are the module's.
         object.__setattr__(self, "_runner", runner)
 
@@ -67,6 +66,21 @@ class ShardedModel(nn.Module):
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Loads what `state_dict` gave."""
         return self.module.load_state_dict(*args, **kwargs)
+
+
+def _data_parallel(module: nn.Module, groups: Groups) -> DistributedDataParallel:
+    """The dense part under DDP.
+
+    DDP lays its buckets anew after the first step, in the order gradients came. A run that resumes
+    then sums its first step in another order than the run it continues (visible from 4 ranks on).
+    On the CPU, where buckets overlap nothing, they are laid once, here; torch has no public way.
+    """
+    wrapped = DistributedDataParallel(module, process_group=groups.process_group,
+                                      gradient_as_bucket_view=True)
+    if groups.device.type == "cpu":
+        wrapped.reducer._push_all_rebuilt_params()
+        wrapped.reducer._rebuild_buckets()
+    return wrapped
 
 
 def shard(model: nn.Module, plan: ShardingPlan | None = None, *,

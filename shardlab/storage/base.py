@@ -55,7 +55,7 @@ class Storage(Protocol):
         the column ``base`` and nothing in ``step``."""
 
     def update(self, uniques: Uniques, weights: Tensor | None, grads: Tensor,
-               step: StepParameters) -> None:
+               step: StepParameters, row_squares: Tensor | None = None) -> None:
         """One optimiser step per unique row; arguments as in `ops.rows.update_rows`."""
 
     def prefetch(self, ids: Tensor) -> None:

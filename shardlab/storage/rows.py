@@ -68,9 +68,9 @@ class RowsStorage:
         pool_rows(self._elements, jobs, index, offsets, weights, out)
 
     def update(self, uniques: Uniques, weights: Tensor | None, grads: Tensor,
-               step: StepParameters) -> None:
+               step: StepParameters, row_squares: Tensor | None = None) -> None:
         """Steps every unique row once (`ops.rows.update_rows`)."""
-        update_rows(self.arena, self.blocks, uniques, weights, grads, step)
+        update_rows(self.arena, self.blocks, uniques, weights, grads, step, row_squares)
 
     def prefetch(self, ids: Tensor) -> None:
         """Nothing to bring nearer: there is one level."""

@@ -15,8 +15,8 @@ from shardlab.specs import BoundsMode, ExchangeKind, ShardingType, check_tables
 
 
 def test_names_are_those_of_the_files():
-    assert CRITEO_DENSE_NAMES == tuple(f"I{i}" for i in range(1, 14))
-    assert CRITEO_SPARSE_NAMES == tuple(f"C{i}" for i in range(1, 27))
+    assert tuple(f"I{i}" for i in range(1, 14)) == CRITEO_DENSE_NAMES
+    assert tuple(f"C{i}" for i in range(1, 27)) == CRITEO_SPARSE_NAMES
     assert len(CRITEO_KAGGLE_CARDINALITIES) == 26
     assert sum(CRITEO_KAGGLE_CARDINALITIES) == 33_762_577
 

@@ -6,7 +6,7 @@ D + i (2 N - i - 1) / 2 + j - i - 1 of the sample's output row.
 
 Source: Naumov et al., arXiv 1906.00091.
 """
-# ruff: noqa: PLR0913, PLR0917 - a kernel's arguments are flat
+
 
 from __future__ import annotations
 

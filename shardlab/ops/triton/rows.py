@@ -4,7 +4,7 @@ One launch for the jobs of all tables: a program is a tile of R rows x C columns
 are found with int64 offsets; sums run in entry order, and no product is contracted into a fused
 multiply-add, so that a result depends on its inputs alone. Source: own.
 """
-# ruff: noqa: PLR0913, PLR0917 - a kernel's arguments are flat
+
 
 from __future__ import annotations
 
@@ -180,7 +180,7 @@ def _sum_kernel(source, starts, sources, weights, slots, sums, table, out, scale
 
 # ---------------------------------------------------------------- update
 def update_rows(arena: Tensor, blocks: Blocks, uniques: Uniques, weights: Tensor | None,
-                grads: Tensor, step: StepParameters) -> None:
+                grads: Tensor, step: StepParameters, row_squares: Tensor | None = None) -> None:
     """g = clip(scale * sum of the row's entries); one step of the rule on row and state, in place.
 
     Formulas of the rules: `_step_rows` of `shardlab.ops.rows`.
@@ -200,16 +200,19 @@ def update_rows(arena: Tensor, blocks: Blocks, uniques: Uniques, weights: Tensor
     # 1 - beta is taken in fp64 here, as torch's optimisers do: in fp32 0.999 loses 1.3e-5 of it.
     numbers = (step.lr, step.eps, step.beta1, 1 - step.beta1, step.beta2, 1 - step.beta2,
                step.weight_decay, step.scale, clip, step.bias1, step.bias2)
+    given = row_squares is not None
     _update_kernel[(jobs.tiles,)](*_entries(grads, uniques, weights, chunks), jobs.table,
-                                  uniques.ids, _as_fp32(arena), *numbers, *jobs.search,
-                                  RULE=RULES[step.kind], **_constants(jobs, chunks, weights))
+                                  uniques.ids, row_squares if given else grads, _as_fp32(arena),
+                                  *numbers, *jobs.search, RULE=RULES[step.kind], GIVEN=given,
+                                  **_constants(jobs, chunks, weights))
 
 
 @triton.jit(do_not_specialize=["num_jobs", "job_steps"])
-def _update_kernel(source, starts, sources, weights, slots, sums, table, ids, arena, lr, eps,
-                   beta1, rest1, beta2, rest2, weight_decay, scale, clip, bias1, bias2, num_jobs,
-                   job_steps, RULE: tl.constexpr, CHUNKED: tl.constexpr, WIDTH: tl.constexpr,
-                   CHUNK: tl.constexpr, WEIGHTED: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
+def _update_kernel(source, starts, sources, weights, slots, sums, table, ids, squares, arena, lr,
+                   eps, beta1, rest1, beta2, rest2, weight_decay, scale, clip, bias1, bias2,
+                   num_jobs, job_steps, RULE: tl.constexpr, GIVEN: tl.constexpr,
+                   CHUNKED: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr,
+                   WEIGHTED: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
     """Job: (first tile, start, count, columns, 0, then offset and length of rows and of states)."""
     number, row = find_tile(table, 9, num_jobs, job_steps, R)
     job = table + number * 9
@@ -227,6 +230,10 @@ def _update_kernel(source, starts, sources, weights, slots, sums, table, ids, ar
     state = row_state[:, None] + c
     inside = live[:, None] & (c < columns)
     weight = tl.load(rows, mask=inside, other=0.0)
+    row_square = mean_square(grad, columns)
+    if GIVEN:
+        whole = tl.load(squares + unique, mask=live, other=-1.0)
+        row_square = tl.where(whole < 0, row_square, whole)
     if RULE == SGD:
         step = lr * (grad + weight_decay * weight)
     elif RULE == ADAGRAD:
@@ -234,7 +241,7 @@ def _update_kernel(source, starts, sources, weights, slots, sums, table, ids, ar
         tl.store(state, square, mask=inside)
         step = tl.div_rn(lr * grad, tl.sqrt_rn(square) + eps)
     elif RULE == ROW_WISE_ADAGRAD:
-        square = tl.load(row_state, mask=live, other=0.0) + mean_square(grad, columns)
+        square = tl.load(row_state, mask=live, other=0.0) + row_square
         tl.store(row_state, square, mask=live)
         step = tl.div_rn(lr, tl.sqrt_rn(square) + eps)[:, None] * grad
     else:
@@ -248,7 +255,7 @@ def _update_kernel(source, starts, sources, weights, slots, sums, table, ids, ar
         else:
             row_state += columns
             second = (tl.load(row_state, mask=live, other=0.0) * beta2
-                      + mean_square(grad, columns) * rest2)
+                      + row_square * rest2)
             tl.store(row_state, second, mask=live)
             root = (tl.sqrt_rn(tl.div_rn(second, bias2)) + eps)[:, None]
         step = tl.div_rn(lr * tl.div_rn(first, bias1), root)

@@ -8,7 +8,7 @@ lies whole inside one unique is summed by a program of its own first, and the un
 entries before its first whole chunk, then the chunks' sums, then the rest. No atomics: the order
 depends on the entries alone. Source: own.
 """
-# ruff: noqa: PLR0913, PLR0917 - a kernel's arguments are flat
+
 
 from __future__ import annotations
 
