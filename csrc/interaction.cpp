@@ -3,8 +3,6 @@
 // matrix of gradients with X. Nothing of size B x N x N ever exists.
 #include "interaction.h"
 
-#include <omp.h>
-
 #include <algorithm>
 #include <cstring>
 

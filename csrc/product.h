@@ -13,8 +13,6 @@
 // 32 bits wide. Every element of the target is summed by one thread in an order that depends on the
 // shape alone.
 #pragma once
-#include <omp.h>
-
 #include <algorithm>
 
 #include "tile.h"

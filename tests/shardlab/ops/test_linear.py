@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from shardlab.errors import InputError
+from shardlab.ops import registry
 from shardlab.ops.linear import linear_relu, linear_relu_reference
 from shardlab.ops.registry import face_of
 
@@ -25,6 +26,12 @@ def native(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.skip("no native face here")
 
 
+@pytest.fixture
+def native_bf16(native: None) -> None:
+    if not registry.native().has_bf16_products():
+        pytest.skip("this processor has no bf16 products")
+
+
 def make(batch: int, inputs: int, outputs: int) -> list[Tensor]:
     shapes = [(batch, inputs), (outputs, inputs), (outputs,)]
     return [torch.randn(shape, requires_grad=True) for shape in shapes]
@@ -33,6 +40,13 @@ def make(batch: int, inputs: int, outputs: int) -> list[Tensor]:
 def assert_close(actual: Tensor, expected: Tensor) -> None:
     scale = expected.abs().max().item() if expected.numel() else 0.0
     torch.testing.assert_close(actual, expected.to(actual.dtype), rtol=0.0, atol=RELATIVE * scale)
+
+
+def assert_within_bf16(actual: Tensor, expected: Tensor) -> None:
+    """Rounding to 8 bits is off by up to 2^-8 of the value; the sum before it by RELATIVE."""
+    assert actual.dtype == torch.bfloat16
+    scale = expected.abs().max().item() if expected.numel() else 0.0
+    torch.testing.assert_close(actual.double(), expected, rtol=2**-8, atol=RELATIVE * scale)
 
 
 def run(op, inputs: list[Tensor], relu: bool, grad: Tensor) -> list[Tensor]:
@@ -130,6 +144,46 @@ def test_autocast_computes_and_returns_bf16(native: None) -> None:
     assert out.dtype == torch.bfloat16
     out.sum().backward()
     assert weight.grad.dtype == torch.float32
+
+
+def rounded(x: Tensor) -> Tensor:
+    """What a bf16 product sees, in fp64."""
+    return x.detach().bfloat16().double()
+
+
+@pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16], ids=["x=fp32", "x=bf16"])
+@pytest.mark.parametrize("relu", [True, False], ids=["relu", "linear"])
+@pytest.mark.parametrize(("batch", "inputs", "outputs"), SHAPES)
+def test_native_bf16_rounds_operands_and_sums_in_fp32(
+        native_bf16: None, batch: int, inputs: int, outputs: int, relu: bool,
+        x_dtype: torch.dtype) -> None:
+    x, weight, bias = make(batch, inputs, outputs)
+    x = x.detach().to(x_dtype).requires_grad_()
+    grad = torch.randn(batch, outputs).bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = linear_relu(x, weight, bias, relu)
+    out.backward(grad)
+    exact = rounded(x) @ rounded(weight).t() + bias.detach().double()
+    assert_within_bf16(out, exact.relu() if relu else exact)
+    masked = torch.where(out <= 0, 0.0, grad.double()) if relu else grad.double()
+    if x_dtype == torch.bfloat16:
+        assert_within_bf16(x.grad, masked @ rounded(weight))
+    else:
+        assert_close(x.grad, masked @ rounded(weight))
+    assert_close(weight.grad, masked.t() @ rounded(x))
+    assert_close(bias.grad, masked.sum(0))
+
+
+def test_native_bf16_threads_do_not_change_a_bit(native_bf16: None) -> None:
+    tensors, grad = make(300, 70, 90), torch.randn(300, 90)
+    before, results = torch.get_num_threads(), []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            results.append(run(linear_relu, tensors, True, grad))
+    torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
 @pytest.mark.parametrize(("x", "weight", "bias"), [((3, 4), (5, 6), (5,)), ((3, 6), (5, 6), (6,))],

@@ -29,8 +29,10 @@ def installed(monkeypatch):
     def set_installed(*, native: bool, triton: bool) -> None:
         monkeypatch.setattr(registry, "native", lambda: FakeNative() if native else None)
         monkeypatch.setattr(registry, "has_triton", lambda: triton)
+        registry._choose.cache_clear()
 
-    return set_installed
+    yield set_installed
+    registry._choose.cache_clear()
 
 
 @pytest.mark.parametrize(("native", "triton", "device", "expected"), [
