@@ -10,9 +10,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
-# CPU wheels are a tenth of the default's size; where this index is not reachable, pip goes on
-# without it. For CUDA: make TORCH_INDEX=https://download.pytorch.org/whl/cu128
-TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+# More arguments for pip when it installs torch, such as the index of CPU-only or CUDA builds.
+TORCH_ARGS ?=
 EXTRAS ?= dev,tensorboard
 PYTEST_ARGS ?=
 
@@ -43,7 +42,7 @@ $(INSTALLED): pyproject.toml $(wildcard csrc/*)
 	@$(BIN)/python -c 'import sys; assert sys.version_info >= (3, 10), \
 	  f"ShardLab needs Python 3.10 or newer, found {sys.version}; set PYTHON"'
 	@echo "setting up $(VENV): torch first, then ShardLab and its native library"
-	$(PIP) --no-deps --retries 1 --extra-index-url $(TORCH_INDEX) "$(TORCH)"
+	$(PIP) $(TORCH_ARGS) "$(TORCH)"
 	$(PIP) $(BUILD_TOOLS)
 	$(PIP) --no-build-isolation --editable ".[$(EXTRAS)]"
 	@touch $@

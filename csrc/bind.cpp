@@ -148,6 +148,32 @@ void bind_dense(nb::module_& m) {
         });
 }
 
+void bind_dense_bf16(nb::module_& m) {
+  using namespace shardlab;
+  m.def("has_bf16_products", [] { return has_bf16_products(); });
+  m.def("linear_relu_forward_bf16",
+        [](Address x, bool x_is_bf16, int64_t x_stride, Address weight, Address bias, Address out,
+           int64_t batch, int64_t inputs, int64_t outputs, bool relu, int threads) {
+          nb::gil_scoped_release release;
+          active_kernels().linear->forward_bf16({batch, inputs, outputs},
+                                                {at<void>(x), x_is_bf16, x_stride,
+                                                 at<float>(weight), at<float>(bias),
+                                                 at<uint16_t>(out), relu},
+                                                threads);
+        });
+  m.def("linear_relu_backward_bf16",
+        [](Address grad, Address out, Address x, bool x_is_bf16, int64_t x_stride, Address weight,
+           Address grad_x, Address grad_weight, Address grad_bias, int64_t batch, int64_t inputs,
+           int64_t outputs, int threads) {
+          nb::gil_scoped_release release;
+          active_kernels().linear->backward_bf16(
+              {batch, inputs, outputs},
+              {at<uint16_t>(grad), at<uint16_t>(out), at<void>(x), x_is_bf16, x_stride,
+               at<float>(weight), at<void>(grad_x), at<float>(grad_weight), at<float>(grad_bias)},
+              threads);
+        });
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
@@ -161,4 +187,5 @@ NB_MODULE(_native, m) {
   bind_rows(m);
   bind_ids(m);
   bind_dense(m);
+  bind_dense_bf16(m);
 }

@@ -51,6 +51,14 @@ const Kernels& active_kernels() {
   return chosen;
 }
 
+bool has_bf16_products() {
+#if defined(__x86_64__)
+  return active_kernels().linear->forward_bf16 && __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
+
 const char* processor_vendor() {
 #if defined(__x86_64__)
   if (__builtin_cpu_is("amd")) return "amd";

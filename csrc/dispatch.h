@@ -19,6 +19,8 @@ struct Kernels {
 const std::vector<Kernels>& available_kernels();
 // The widest, or the one that the environment variable SHARDLAB_ISA names when it can run here.
 const Kernels& active_kernels();
+// Whether the active kernels and the processor have bf16 products (LinearKernels).
+bool has_bf16_products();
 // "intel", "amd" or "other".
 const char* processor_vendor();
 

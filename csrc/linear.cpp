@@ -89,8 +89,8 @@ struct MaskedRows {
   }
 };
 
-// Columns of the masked gradient as rows, with their sums over the batch on the way. Half the depth:
-// the packed block shares the second-level cache with the panels.
+// Columns of the masked gradient as rows, with their sums over the batch on the way. Half the
+// depth: the packed block shares the second-level cache with the panels.
 struct MaskedColumns {
   using Multiply = MultiplyAdd;
   static constexpr int64_t kBlock = kWideBlock, kSteps = kDepth / 2;

@@ -14,8 +14,8 @@
 namespace shardlab::SHARDLAB_ISA {
 namespace {
 
-// Written out because GCC 12 broadcasts the pair by an instruction of its own, which takes a quarter
-// of the speed; as an operand the broadcast is free.
+// Written out because GCC 12 broadcasts the pair by an instruction of its own, which takes a
+// quarter of the speed; as an operand the broadcast is free.
 struct MultiplyAddPairs {
   static inline __attribute__((always_inline)) Wide run(Wide sum, const float* pair, Wide row) {
     asm("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(row), "m"(*pair));

@@ -1,10 +1,10 @@
 // Matrix products as in Goto & van de Geijn, "Anatomy of High-Performance Matrix Multiplication"
 // (2008): the right operand is packed into panels of kPanel columns that stay in the second-level
-// cache, strips of kTileRows rows of the left one stay in the first-level cache, and a register tile
-// runs over the two. The operands say how they are packed and the target how it is stored, so that
-// masks, sums, biases and conversions ride along.
+// cache, strips of kTileRows rows of the left one stay in the first-level cache, and a register
+// tile runs over the two. The operands say how they are packed and the target how it is stored, so
+// that masks, sums, biases and conversions ride along.
 //
-//   Left     kBlock: rows that it packs at a time; kSteps: most steps at a time; Multiply: of a tile
+//   Left     kBlock: rows packed at a time; kSteps: most steps at a time; Multiply: of a tile
 //            strips(rows, steps, first_pass, scratch) -> Strips
 //   Right    pack(steps, columns, panels): panel after panel, [step][kPanel], zeros beyond the end
 //   Target   store(sum, rows, columns, add, last): add to what earlier steps left; last: no more
@@ -26,8 +26,8 @@ constexpr int64_t kGroup = 8 * kPanel;
 // kTileRows x kDepth x 4 = 16 KiB, half a first-level cache; the panels are at most
 // kDepth x kBreadth x 4 = 1 MiB.
 constexpr int64_t kDepth = 512, kBreadth = 512;
-// Columns of a gradient packed together as rows of a left operand: four cache lines of fp32 of every
-// row that is touched, and the rows to prefetch ahead there (flat between 4 and 16).
+// Columns of a gradient packed together as rows of a left operand: four cache lines of fp32 of
+// every row that is touched, and the rows to prefetch ahead there (flat between 4 and 16).
 constexpr int64_t kWideBlock = 8 * kTileRows, kAhead = 8;
 
 struct Range {

@@ -23,6 +23,7 @@ from shardlab.launch.building import (
 )
 from shardlab.launch.planning import choose_plan
 from shardlab.launch.readers import build_readers
+from shardlab.ops.allocator import keep_freed_memory
 from shardlab.sharded import shard
 from shardlab.train import RunFolder, Summary, Trainer, build_schedule, open_run_folder
 
@@ -44,10 +45,11 @@ def run_job(job: JobConfig) -> int:
         ShardLabError: whatever the job, the data or the machine do not allow.
     """
     _leave_triton_out()
+    keep_freed_memory()
     _set_determinism(job.train.seed, job.train.deterministic)
     groups = comm.init()
     run = open_run_folder(job.train.run_dir, job.train.resume, groups)
-    plan = choose_plan(job, groups, run.path / "plan.json" if run.resume_from else None)
+    plan = choose_plan(job, groups, run.former_plan)
     if groups.rank == 0:
         run.write_job(job.resolved_yaml())
         run.write_plan(plan.to_json())
