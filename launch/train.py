@@ -49,7 +49,7 @@ def run_job(job: JobConfig) -> int:
     _set_determinism(job.train.seed, job.train.deterministic)
     groups = comm.init()
     run = open_run_folder(job.train.run_dir, job.train.resume, groups)
-    plan = choose_plan(job, groups, run.former_plan)
+    plan = choose_plan(job, groups, _former_plan(run))
     if groups.rank == 0:
         run.write_job(job.resolved_yaml())
         run.write_plan(plan.to_json())
@@ -84,6 +84,14 @@ def _leave_triton_out() -> None:
     """Keeps 70 MB a rank: torch.optim imports Triton's compiler, which no CPU rank will use."""
     if not torch.cuda.is_available() and "TRITON_INTERPRET" not in os.environ:
         sys.modules.setdefault("triton", None)  # type: ignore[arg-type]
+
+
+def _former_plan(run: RunFolder) -> Path | None:
+    """The plan of the run that the checkpoint to continue from belongs to, where it is known."""
+    if run.resume_from is None:
+        return None
+    path = run.resume_from.parent.parent / "plan.json"
+    return path if path.is_file() else None
 
 
 def _set_determinism(seed: int, wanted: bool) -> None:

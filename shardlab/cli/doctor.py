@@ -24,15 +24,18 @@ def doctor() -> int:
 
     from shardlab.cli.findings import machine, native_library, torch_and_devices
 
-    console = Console()
     findings = [*machine(), *torch_and_devices()]
-    if all(finding.state != "broken" for finding in findings if finding.subject == "torch"):
+    if not _broken(findings, "torch"):
         findings += [native_library(), _fbgemm()]
-        _print_findings(console, findings)
+    console = Console()
+    _print_findings(console, findings)
+    if not _broken(findings, "torch", "native library"):
         _print_faces(console)
-    else:
-        _print_findings(console, findings)
     return int(any(finding.state == "broken" for finding in findings))
+
+
+def _broken(findings: list[Finding], *subjects: str) -> bool:
+    return any(finding.state == "broken" for finding in findings if finding.subject in subjects)
 
 
 def _fbgemm() -> Finding:

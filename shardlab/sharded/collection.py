@@ -12,7 +12,7 @@ from shardlab.comm import Groups, WireBytes
 from shardlab.errors import ShardLabError
 from shardlab.jagged import KeyedTensor
 from shardlab.plan import ShardingPlan
-from shardlab.sharded.exchange import Exchange, Lookup
+from shardlab.sharded.exchange import Exchange
 from shardlab.sharded.gradients import PendingGradients, RowUpdater
 from shardlab.sharded.inputs import InputReader
 from shardlab.sharded.layout import compile_layout
@@ -142,6 +142,5 @@ class _Lookup(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None]:  # type: ignore[override]
         collection: ShardedEmbeddingBagCollection = ctx.collection
-        lookup: Lookup = ctx.lookup
-        collection.pending.append(collection._exchange.backward(lookup, grad))
+        collection.pending.append(collection._exchange.backward(ctx.lookup, grad))
         return None, None, None

@@ -16,6 +16,7 @@ from shardlab.comm import Groups, WireBytes, Work, all_to_all
 from shardlab.ops.rows import pool_rows, sum_rows
 from shardlab.ops.unique import fill_affine
 from shardlab.sharded.cells import Buffer, CellIndex
+from shardlab.sharded.direct import DirectExchange, DirectLookup
 from shardlab.sharded.gradients import (
     PendingGradients,
     bag_offsets,
@@ -40,6 +41,11 @@ class Lookup:
     outgoing: Outgoing
     incoming: Incoming
 
+    @property
+    def batch(self) -> Batch:
+        """The batch that was looked up."""
+        return self.outgoing.batch
+
 
 class Exchange:
     """The sharded lookup and its gradient for all tables of a collection.
@@ -62,6 +68,7 @@ class Exchange:
         rows = any(slot.feature < 0 for slot in layout.slots)
         # Everything at home and pooled: bags go from the records to the output, nothing between.
         self._direct = layout.world_size == 1 and not rows
+        self._same_length = DirectExchange(layout, storage, self._router) if self._direct else None
         self._has_rows, self._has_pooled = rows, pooled
         self._set_up_reads()
         self._set_up_rows_output()
@@ -117,7 +124,7 @@ class Exchange:
         self._bag_adds = column([self.layout.groups[slot.group].row_start > 0 for _, slot in slots])
 
     # ------------------------------------------------------------------ forward
-    def forward(self, batch: Batch) -> tuple[Tensor, Lookup]:
+    def forward(self, batch: Batch) -> tuple[Tensor, Lookup | DirectLookup]:
         """Looks a batch up.
 
         Returns:
@@ -126,20 +133,26 @@ class Exchange:
         Raises:
             BoundsError: an id outside its table.
         """
-        outgoing = self._router.route(batch)
-        incoming = self._ids.exchange(outgoing)
         out = torch.empty(batch.size, self.layout.total_columns, device=self.groups.device)
-        if self._direct:
-            self._read_bags(incoming, None, out)
-        else:
-            place = self._cells.forward(outgoing, incoming)
-            rows = torch.empty(place.total, device=self.groups.device)
-            self._read(incoming, place, rows)
-            self._send(rows, place, owner_sends=True).wait()
-            self._pool(outgoing, place, rows, out)
+        lookup = self._forward(batch, out)
         if self._has_pooled:
             self._divide_means(batch, out, pooled_only=True)
-        return out, Lookup(outgoing, incoming)
+        return out, lookup
+
+    def _forward(self, batch: Batch, out: Tensor) -> Lookup | DirectLookup:
+        if self._same_length is not None and self._same_length.takes(batch):
+            return self._same_length.forward(batch, out)
+        outgoing = self._router.route(batch)
+        incoming = self._ids.exchange(outgoing)
+        if self._direct:
+            self._read_bags(incoming, None, out)
+            return Lookup(outgoing, incoming)
+        place = self._cells.forward(outgoing, incoming)
+        rows = torch.empty(place.total, device=self.groups.device)
+        self._read(incoming, place, rows)
+        self._send(rows, place, owner_sends=True).wait()
+        self._pool(outgoing, place, rows, out)
+        return Lookup(outgoing, incoming)
 
     def _send(self, buffer: Tensor, place: Buffer, *, owner_sends: bool) -> Work:
         arrives = buffer[place.travels:place.travels + place.arrives]
@@ -179,6 +192,7 @@ class Exchange:
             first = sizes + 1
             jobs[:, 5] = first.cumsum(0) - first
         weights = entry_weights(incoming, self._cells)
+        jobs = self.storage.place_jobs(jobs)
         self.storage.read_pooled(jobs, incoming.ids, offsets, weights, out.view(-1))
 
     def _pool(self, outgoing: Outgoing, place: Buffer, rows: Tensor, out: Tensor) -> None:
@@ -224,19 +238,22 @@ class Exchange:
                 out[:, first:end] /= divisor
 
     # ------------------------------------------------------------------ backward
-    def backward(self, lookup: Lookup, grad: Tensor) -> PendingGradients:
+    def backward(self, lookup: Lookup | DirectLookup, grad: Tensor) -> PendingGradients:
         """Step 6: sums this rank's gradients per slot and starts sending them.
 
         Args:
             lookup: of the forward.
             grad: fp32 [size, total columns], gradient of the output.
         """
-        outgoing, incoming = lookup.outgoing, lookup.incoming
-        batch = outgoing.batch
+        batch = lookup.batch
         grad = grad.float().contiguous()
         if batch.mean_divisors:
             grad = grad.clone()
             self._divide_means(batch, grad, pooled_only=False)
+        if isinstance(lookup, DirectLookup):
+            assert self._same_length is not None
+            return self._same_length.backward(lookup, grad)
+        outgoing, incoming = lookup.outgoing, lookup.incoming
         bags, weights = entry_bags(incoming, self._cells), entry_weights(incoming, self._cells)
         if self._direct:
             base = column([self._first_column(slot) for slot in self._cells.mine])

@@ -138,6 +138,18 @@ class Router:
         return Outgoing(batch, ids, slot_counts, slot_starts, uniques,
                         *self._bag_extras(batch, routed, pieces, source.numel()))
 
+    def check(self, batch: Batch) -> Tensor:
+        """int64 [n]: the batch's ids, checked and clamped; every table pooled and in one block.
+
+        Raises:
+            BoundsError: an id outside its table, where the table's mode says so.
+        """
+        try:
+            return route_bags(batch.values, batch.offsets, batch.length, batch.size, self._route,
+                              positions=False, lengths=False).ids
+        except OutOfBoundsError as error:
+            raise self.reader.bounds_error(batch, error.position) from None
+
     def _unique(self, batch: Batch) -> Uniques:
         chunks = self._chunks.clone()
         edges = batch.feature_starts

@@ -51,8 +51,10 @@ class Storage(Protocol):
 
     def read_pooled(self, jobs: Tensor, index: Tensor, offsets: Tensor | None,
                     weights: Tensor | None, out: Tensor) -> None:
-        """Pools bags straight from the rows; as `ops.rows.pool_rows`, with the block's number in
-        the column ``base`` and nothing in ``step``."""
+        """Pools bags straight from the rows; as `ops.rows.pool_rows`, with placed jobs."""
+
+    def place_jobs(self, jobs: Tensor) -> Tensor:
+        """Pooling jobs of this storage, out of jobs with the block's number in column ``base``."""
 
     def update(self, uniques: Uniques, weights: Tensor | None, grads: Tensor,
                step: StepParameters, row_squares: Tensor | None = None) -> None:

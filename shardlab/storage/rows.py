@@ -60,12 +60,14 @@ class RowsStorage:
 
     def read_pooled(self, jobs: Tensor, index: Tensor, offsets: Tensor | None,
                     weights: Tensor | None, out: Tensor) -> None:
-        """Pools bags straight from the rows; ``jobs[:, 0]`` is the block's number."""
-        jobs = jobs.clone()
-        block = jobs[:, 0]
-        jobs[:, 1] = self._step[block]
-        jobs[:, 0] = self._base[block]
+        """Pools bags straight from the rows; jobs come from `place_jobs`."""
         pool_rows(self._elements, jobs, index, offsets, weights, out)
+
+    def place_jobs(self, jobs: Tensor) -> Tensor:
+        """Fills base and step of pooling jobs whose first column is the block's number."""
+        jobs, block = jobs.clone(), jobs[:, 0]
+        jobs[:, 0], jobs[:, 1] = self._base[block], self._step[block]
+        return jobs
 
     def update(self, uniques: Uniques, weights: Tensor | None, grads: Tensor,
                step: StepParameters, row_squares: Tensor | None = None) -> None:

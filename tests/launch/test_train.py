@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -78,6 +79,23 @@ def test_every_kind_of_job_runs(tmp_path, overrides):
     job = load_job(None, [*SMALL, *ROWS, *overrides, f"train.run_dir={tmp_path}", "ranks=1",
                           "train.max_steps=8"])
     assert run_job(job) == 0
+
+
+def test_a_run_can_go_on_from_another_run_s_checkpoint(tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    common = [*SMALL, *ROWS, "ranks=1"]
+    assert run_job(load_job(None, [*common, f"train.run_dir={first}", "train.max_steps=8"])) == 0
+    plan = json.loads((first / "plan.json").read_text())
+    plan["tables"][2]["exchange"] = "rows"  # another plan than the planner's would be kept
+    (first / "plan.json").write_text(json.dumps(plan))
+    for resume in (first / "checkpoints" / "step-8", tmp_path / "copy"):
+        if not resume.exists():  # nothing but the checkpoint: it is planned anew
+            shutil.copytree(first / "checkpoints" / "step-8", resume)
+        job = load_job(None, [*common, f"train.run_dir={second / resume.name}",
+                              f"train.resume={resume}", "train.max_steps=12"])
+        assert run_job(job) == 0
+        assert (second / resume.name / "checkpoints" / "step-12").is_dir()
+    assert json.loads((second / "step-8" / "plan.json").read_text()) == plan
 
 
 def test_rows_beyond_the_data_are_refused(tmp_path):

@@ -36,11 +36,14 @@ def test_a_working_installation_ends_with_0_and_lists_every_op(capsys, no_probe)
 
 
 def test_something_needed_and_broken_ends_with_1(capsys, monkeypatch, no_probe):
-    monkeypatch.setattr(findings, "native_library",
-                        lambda: Finding("native library", "broken", "cannot be loaded", "rebuild"))
+    def fail() -> None:
+        raise ImportError("undefined symbol: x")
+
+    monkeypatch.setattr("shardlab.ops.registry.native", fail)
     code, out = run(capsys)
     assert code == 1
-    assert "cannot be loaded" in out
+    assert "cannot be loaded: undefined symbol: x" in out
+    assert "faces of ops" not in out
 
 
 def test_without_torch_the_rest_is_still_reported(capsys, monkeypatch):

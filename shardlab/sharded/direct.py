@@ -1,0 +1,97 @@
+"""The exchange of a world of one whose bags all hold the same number of ids.
+
+Nothing travels and no bag is cut, so everything but the ids follows from the shape of the batch:
+pooling jobs and gradient chunks are made once per shape and kept. Steps and results are those of
+`Exchange`; only index arithmetic is saved (200 us a step).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from shardlab.comm import Work
+from shardlab.sharded.gradients import PendingGradients
+from shardlab.sharded.inputs import Batch
+from shardlab.sharded.layout import Layout, column
+from shardlab.sharded.routes import Router
+from shardlab.storage import Storage
+
+#: Shapes remembered; a training run has two: full batches and the last one.
+_MAX_SHAPES = 16
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What follows from (batch size, bag length)."""
+
+    jobs: Tensor
+    chunks: Tensor
+    bags: Tensor | None
+
+
+@dataclass(frozen=True)
+class DirectLookup:
+    """What a direct forward leaves for its backward."""
+
+    batch: Batch
+    ids: Tensor
+    shape: Shape
+
+
+class DirectExchange:
+    """Reads bags straight from the rows into the output.
+
+    Args:
+        layout: the compiled plan; of a world of one, every table pooled.
+        storage: all shards.
+        router: checks the ids.
+    """
+
+    def __init__(self, layout: Layout, storage: Storage, router: Router) -> None:
+        self.layout, self.storage, self._router = layout, storage, router
+        self._shapes: dict[tuple[int, int], Shape] = {}
+
+    def takes(self, batch: Batch) -> bool:
+        """Whether this batch's bags are all of one length, and stay so."""
+        return batch.length >= 0 and not self._router.needs_lengths(batch)
+
+    def forward(self, batch: Batch, out: Tensor) -> DirectLookup:
+        """Pools every bag into ``out``, fp32 [size, total columns].
+
+        Raises:
+            BoundsError: an id outside its table.
+        """
+        shape = self._shape(batch)
+        ids = self._router.check(batch)
+        self.storage.read_pooled(shape.jobs, ids, None, batch.weights, out.view(-1))
+        return DirectLookup(batch, ids, shape)
+
+    def backward(self, lookup: DirectLookup, grad: Tensor) -> PendingGradients:
+        """Gradients stay where they are: in ``grad``, fp32 [size, total columns]."""
+        shape = lookup.shape
+        return PendingGradients(lookup.ids, shape.chunks, shape.bags, lookup.batch.weights,
+                                grad.view(-1), Work(None))
+
+    def _shape(self, batch: Batch) -> Shape:
+        key = (batch.size, batch.length)
+        if key not in self._shapes:
+            if len(self._shapes) == _MAX_SHAPES:
+                self._shapes.pop(next(iter(self._shapes)))
+            self._shapes[key] = self._make_shape(batch)
+        return self._shapes[key]
+
+    def _make_shape(self, batch: Batch) -> Shape:
+        """One job and one chunk per slot: a feature and a column piece of its table."""
+        size, length, total = batch.size, batch.length, self.layout.total_columns
+        jobs, chunks = [], []
+        for slot in self.layout.slots:
+            first = slot.feature * size * length
+            at = self.layout.feature_columns[slot.feature] + slot.shard.col_start
+            jobs.append([slot.block, 0, slot.shard.columns, size, first, 0, length, 0, at, total,
+                         0])
+            chunks.append([slot.block, first, size * length, at, total])
+        bags = batch.bags if length != 1 else None
+        return Shape(self.storage.place_jobs(column(jobs).reshape(-1, 11)),
+                     column(sorted(chunks)).reshape(-1, 5), bags)
