@@ -385,7 +385,7 @@ def run_one(args, turn, case_name, framework, dtype, optimizer, huge) -> None:
         return
     env = dict(os.environ, THP_MEM_ALLOC_ENABLE=str(huge))
     done = subprocess.run([sys.executable, __file__, "--worker", json.dumps(spec)], env=env,
-                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+                          capture_output=True, text=True)
     for line in done.stdout.splitlines():
         if line.startswith("{"):
             print(line, flush=True)

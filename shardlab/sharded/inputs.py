@@ -60,9 +60,11 @@ class Batch:
     def mean_divisors(self) -> list[tuple[int, int, int, Tensor | float]]:
         """(feature, first column, end column, bag lengths [size, 1]) of mean-pooled features."""
         found: list[tuple[int, int, int, Tensor | float]] = []
+        if self.length == 1:
+            return found
         for f, table in enumerate(self.layout.feature_table):
             config = self.layout.tables[table]
-            if config.pooling is not PoolingType.MEAN or self.length == 1:
+            if config.pooling is not PoolingType.MEAN:
                 continue
             first = self.layout.feature_columns[f]
             divisor: Tensor | float = float(max(self.length, 1))
