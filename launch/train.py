@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import random
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
