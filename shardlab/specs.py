@@ -289,7 +289,8 @@ def check_tables(tables: Sequence[EmbeddingBagConfig]) -> None:
     Raises:
         ConfigError: lists every clash.
     """
-    problems, owner = [], {}
+    problems: list[str] = []
+    owner: dict[str, str] = {}
     names = [table.name for table in tables]
     problems += [f"table {name!r} is defined {names.count(name)} times"
                  for name in sorted(set(names)) if names.count(name) > 1]
