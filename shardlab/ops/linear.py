@@ -10,7 +10,6 @@ over the activations is left beside them.
 
 from __future__ import annotations
 
-import os
 from functools import cache
 from typing import Any
 
@@ -65,28 +64,13 @@ def _native_op(x: Tensor, weight: Tensor, bias: Tensor | None) -> type[Any] | No
     parameters = (weight,) if bias is None else (weight, bias)
     fits = x.dim() == 2 and x.shape[1] > 0 and weight.shape[0] >= _FEWEST_OUTPUTS \
         and all(t.dtype == torch.float32 and t.device == x.device for t in parameters)
-    if not fits or face_of("linear_relu", device) != "native" or not _native_pays():
+    if not fits or face_of("linear_relu", device) != "native":
         return None
     if not torch.is_autocast_enabled(device):
         return _NativeLinear if x.dtype == torch.float32 else None
     takes = x.dtype in (torch.float32, torch.bfloat16) and \
         torch.get_autocast_dtype(device) == torch.bfloat16
     return _NativeLinearBf16 if takes and _has_bf16_products() else None
-
-
-def _native_pays() -> bool:
-    """Whether the native products outrun torch's on this processor, or are forced.
-
-    torch multiplies with MKL and oneDNN, which know Intel's processors best (their bf16 products
-    use AMX). On AMD's Zen 4 they reach 80 % of the fp32 peak and leave conversions, masks and bias
-    sums to passes of their own; the native products reach 90 % with all of that inside.
-    """
-    return os.environ.get("SHARDLAB_FACE") == "native" or _processor_vendor() == "amd"
-
-
-@cache
-def _processor_vendor() -> str:
-    return native().processor_vendor()  # type: ignore[union-attr]
 
 
 @cache

@@ -11,7 +11,10 @@ from shardlab.ops.registry import FACES, OPS, address, check_tensor, describe_fa
 
 
 class FakeNative:
-    """Stands for the compiled module: it is only asked for its instruction sets here."""
+    """Stands for the compiled module: it is only asked what it runs on here."""
+
+    def processor_vendor(self) -> str:
+        return "amd"
 
     def isa(self) -> str:
         return "avx2"
