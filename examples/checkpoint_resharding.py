@@ -41,8 +41,9 @@ def train(model, optimizer, groups: sl.comm.Groups, start: int, stop: int) -> to
         world_size=groups.world_size, start=start, stop=stop)
     for batch in reader:
         optimizer.zero_grad()
-        logits = model(batch.dense, batch.sparse)
-        binary_cross_entropy_with_logits(logits, batch.labels).backward()
+        moved = batch.to(groups.device)
+        logits = model(moved.dense, moved.sparse)
+        binary_cross_entropy_with_logits(logits, moved.labels).backward()
         optimizer.step()
     return logits.detach()
 

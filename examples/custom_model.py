@@ -82,6 +82,7 @@ def main() -> None:
     generator = torch.Generator().manual_seed(1)
     for step in range(STEPS):
         users, items, group = batch_of(generator)
+        group = group.to(model.groups.device)  # ids are moved by the collections
         optimizer.zero_grad()
         logits = model(users, items)
         same = (group[:, None] == group).float()

@@ -41,7 +41,7 @@ def main() -> None:
         optimizer.zero_grad()
         total = 0.0
         for _ in range(MICRO_BATCHES):  # gradients add up until step(), for rows as for weights
-            batch = next(batches)
+            batch = next(batches).to(model.groups.device)
             loss = binary_cross_entropy_with_logits(model(batch.dense, batch.sparse), batch.labels)
             (loss / MICRO_BATCHES).backward()
             total += loss.item() / MICRO_BATCHES

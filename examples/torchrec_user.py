@@ -75,7 +75,8 @@ def main() -> None:
         features, clicks = click_batch(generator)
         # torchrec: tables step inside backward(); here all parameters step in optimizer.step()
         optimizer.zero_grad()
-        loss = nn.functional.binary_cross_entropy_with_logits(model(features), clicks)
+        loss = nn.functional.binary_cross_entropy_with_logits(model(features),
+                                                             clicks.to(groups.device))
         loss.backward()
         optimizer.step()
         first, last = (loss.item() if step == 0 else first), loss.item()

@@ -65,8 +65,8 @@ def test_quick_start_runs(tmp_path):
     found = re.fullmatch(r"loss (0\.\d+), tables ([\d,]+) bytes\n", done.stdout)
     assert found, done.stdout
     assert float(found[1]) < 0.56  # a constant gives 0.57
-    # 1,002,088 rows of 8 columns and one state each.
-    assert found[2] == f"{1_002_088 * 9 * 4:,}"
+    rows = 1_460 + 1_000_000 + 3 + 27
+    assert found[2] == f"{rows * (8 + 1) * 4:,}"  # 8 columns and one state each
 
 
 def test_quick_start_is_the_example():
@@ -140,10 +140,9 @@ def test_python_blocks_of_pages_compile(page):
 
 def test_ops_page_lists_the_registry():
     page = (ROOT / "docs" / "ops.md").read_text()
-    rows = re.findall(r"^\| `(\w+)` \|(.+)\|$", page, re.MULTILINE)
-    listed = {op: tuple(face for face, cell in zip(FACES[1:], cells.split("|")[-2:], strict=True)
-                        if cell.strip() == "yes")
-              for op, cells in rows}
+    rows = re.findall(r"^\| `([a-z_]+)` \|[^|]+\| (yes|no) \| (yes|no) \|$", page, re.MULTILINE)
+    listed = {op: tuple(face for face, has in zip(FACES[1:], cells, strict=True) if has == "yes")
+              for op, *cells in rows}
     assert listed == OPS
 
 
