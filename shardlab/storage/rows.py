@@ -51,8 +51,10 @@ class RowsStorage:
         self._elements = self.arena.view(torch.float32)
         self._base = self.blocks.table[:, 0] // _FP32_BYTES
         self._step = self.blocks.table[:, 1] // _FP32_BYTES
-        for block, local in enumerate(shards):  # fresh arenas are zero, and so is fresh state
+        for block, local in enumerate(shards):
             init_uniform(self.blocks.rows(self.arena, block), local.table, local.shard, seed)
+        # A fresh arena reads as zero, but writing it now spares the first steps its page faults.
+        self.begin_load()
 
     def read(self, segments: Tensor, ids: Tensor, out: Tensor) -> None:
         """Copies rows into ``out`` (`ops.rows.gather_rows`)."""
