@@ -38,7 +38,7 @@ class PlainDLRM(nn.Module):
         for table, bag in zip(tables, self.tables, strict=True):
             nn.init.uniform_(bag.weight, *table.init_range)
         dim, count = tables[0].embedding_dim, len(tables) + 1
-        self.bottom = mlp([job.data.num_dense, *job.model.bottom_mlp], last_relu=True)
+        self.bottom = mlp([job.data.num_dense, *job.model.bottom_mlp, dim], last_relu=True)
         self.top = mlp([dim + count * (count - 1) // 2, *job.model.top_mlp, 1], last_relu=False)
         self.register_buffer("pairs", torch.triu_indices(count, count, 1), persistent=False)
 
@@ -101,7 +101,7 @@ def train_sharded(path, overrides, seed, ranks):
     """Validation AUC that `shardlab train` reports."""
     with tempfile.TemporaryDirectory() as folder:
         settings = [*overrides, f"train.seed={seed}", f"train.run_dir={folder}/run"]
-        command = [sys.executable, "-m", "shardlab.cli.main", "train", path, "--ranks", str(ranks)]
+        command = [sys.executable, "-m", "shardlab.cli", "train", path, "--ranks", str(ranks)]
         for setting in settings:
             command += ["--set", setting]
         subprocess.run(command, check=True, capture_output=True)

@@ -1,8 +1,8 @@
 """The ``rows`` storage: fp32 rows and their optimiser state, one level, in memory.
 
 A level in memory keeps payloads together and states together: a row of 64 B is then one cache line
-to read, where a record of 68 B is two (measured: pooling 10 to 15 % faster, updates 15 %). A level
-on a block device wants both side by side, in one I/O; the bytes are the same.
+to read, where a record of 68 B is two (measured: pooling 10 to 15 % faster). A level on a block
+device wants both side by side, in one I/O; the bytes are the same.
 """
 
 from __future__ import annotations
