@@ -73,8 +73,8 @@ def _command(wanted: str, cuda: str | None, installed: list[str]) -> str:
     remove = f"pip uninstall -y {' '.join(installed)} && " if installed else ""
     if cuda is None:
         return f'{remove}pip install "fbgemm-gpu-cpu=={wanted}.*"'
-    index = f"https://download.pytorch.org/whl/cu{cuda.replace('.', '')}"
-    return f'{remove}pip install "fbgemm-gpu=={wanted}.*" --index-url {index}'
+    build = f"cu{cuda.replace('.', '')}"
+    return f'{remove}pip install "fbgemm-gpu=={wanted}.*" (the {build} build, as torch is)'
 
 
 def _import_problem() -> str | None:

@@ -62,7 +62,7 @@ def test_other_release_is_noted_even_if_it_imports(world):
     found = check_fbgemm("2.13.0+cu128", "12.8")
     assert found.text == "fbgemm-gpu 1.7.0 can be imported, but torch 2.13 goes with 1.8"
     assert found.advice == ('pip uninstall -y fbgemm-gpu && pip install "fbgemm-gpu==1.8.*" '
-                            "--index-url https://download.pytorch.org/whl/cu128")
+                            "(the cu128 build, as torch is)")
 
 
 def test_two_packages_at_once_are_noted(world):
