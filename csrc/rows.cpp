@@ -17,6 +17,9 @@ namespace {
 
 // Rows ahead to prefetch. 390 ns of latency at about 20 ns a row; flat between 8 and 32.
 constexpr int64_t kAhead = 16;
+// Bags pooled for all features before the next: their output lines stay in the second-level cache
+// and their pages in the TLB.
+constexpr int64_t kBagBlock = 128;
 constexpr int kBlockVecs = 8;  // accumulators of a column block
 
 // ---------------------------------------------------------------- gather
@@ -154,14 +157,19 @@ void pool(const float* source, const PoolJob* jobs, int64_t num_jobs, const int6
 #pragma omp parallel num_threads(threads)
   {
     const int64_t parts = omp_get_num_threads(), me = omp_get_thread_num();
-    for (int64_t j = 0; j < num_jobs; ++j) {
-      const PoolJob& job = jobs[j];
-      const int64_t begin = job.bags * me / parts, end = job.bags * (me + 1) / parts;
-      if (weights)
-        pool_bags(source, job, begin, end, index, offsets, ArrayWeight{weights}, out);
-      else
-        pool_bags(source, job, begin, end, index, offsets, UnitWeight{}, out);
-    }
+    int64_t longest = 0;
+    for (int64_t j = 0; j < num_jobs; ++j) longest = std::max(longest, jobs[j].bags / parts + 1);
+    for (int64_t block = 0; block < longest; block += kBagBlock)
+      for (int64_t j = 0; j < num_jobs; ++j) {
+        const PoolJob& job = jobs[j];
+        const int64_t begin = job.bags * me / parts + block;
+        const int64_t end = std::min(job.bags * (me + 1) / parts, begin + kBagBlock);
+        if (begin >= end) continue;
+        if (weights)
+          pool_bags(source, job, begin, end, index, offsets, ArrayWeight{weights}, out);
+        else
+          pool_bags(source, job, begin, end, index, offsets, UnitWeight{}, out);
+      }
   }
 }
 
