@@ -66,7 +66,7 @@ class Exchange:
         self._cells = CellIndex(layout)
         pooled = any(slot.feature >= 0 for slot in layout.slots)
         rows = any(slot.feature < 0 for slot in layout.slots)
-        # Everything at home and pooled: bags go from the records to the output, nothing between.
+        # Everything at home and pooled: bags go from the rows to the output, nothing between.
         self._direct = layout.world_size == 1 and not rows
         self._same_length = DirectExchange(layout, storage, self._router) if self._direct else None
         self._has_rows, self._has_pooled = rows, pooled
