@@ -7,29 +7,38 @@ Every sharding type is only another set of rectangles; `build_table_plan` makes 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from typing import Any
 
-from shardlab.errors import PlanError
-from shardlab.specs import EmbeddingBagConfig, ExchangeKind, ShardingType, Tier
+from shardlab.errors import ConfigError, PlanError
+from shardlab.specs import EmbeddingBagConfig, ExchangeKind, ShardingType
+from shardlab.storage_bytes import TierBytes
+from shardlab.storage_specs import Choice, LevelSpec, RowsSpec, StorageSpec, Tier, place_home
+from shardlab.storage_text import parse_storage, storage_to_data
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 #: Top-level fields that the planner adds for readers and that a run ignores.
 ANNOTATIONS = ("predicted",)
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One rectangle of a table on one rank, with the tier of its home level."""
+    """One rectangle of a table on one rank.
+
+    Attributes:
+        bytes: predicted by the planner, optimiser state included; zero where nobody predicted.
+        ms: predicted milliseconds of a step on its rank.
+    """
 
     rank: int
     row_start: int
     row_end: int
     col_start: int
     col_end: int
-    tier: Tier = Tier.HBM
+    bytes: TierBytes = field(default_factory=TierBytes)
+    ms: float = 0.0
 
     @property
     def rows(self) -> int:
@@ -41,13 +50,27 @@ class Shard:
 
 
 @dataclass(frozen=True)
+class WireDtypes:
+    """Dtypes that a table's rows and gradients travel in."""
+
+    forward: str = "fp32"
+    backward: str = "fp32"
+
+
+@dataclass(frozen=True)
 class TablePlan:
-    """Where one table goes. A ``data_parallel`` table has one whole-table shard per rank."""
+    """Where one table goes. A ``data_parallel`` table has one whole-table shard per rank.
+
+    Attributes:
+        storage: how every shard is held; every level names its tier.
+    """
 
     table: str
     sharding: ShardingType
     exchange: ExchangeKind
     shards: tuple[Shard, ...]
+    storage: StorageSpec = field(default_factory=lambda: RowsSpec((LevelSpec(tier=Tier.HBM),)))
+    wire: WireDtypes = field(default_factory=WireDtypes)
 
     @property
     def replicated(self) -> bool:
@@ -62,9 +85,16 @@ class ShardingPlan:
     tables: tuple[TablePlan, ...]
     version: int = SCHEMA_VERSION
 
-    def to_json(self) -> str:
-        """JSON text with a schema version; `from_json` reads it back to an equal plan."""
-        return json.dumps(asdict(self), indent=1, default=str)
+    def to_json(self, predicted: Mapping[str, Any] | None = None) -> str:
+        """JSON text with a schema version; `from_json` reads it back to an equal plan.
+
+        Args:
+            predicted: plain data that goes beside the plan, for readers.
+        """
+        tables = [{**asdict(entry), "storage": storage_to_data(entry.storage)}
+                  for entry in self.tables]
+        beside = {} if predicted is None else {"predicted": predicted}
+        return json.dumps({**asdict(self), "tables": tables, **beside}, indent=1, default=str)
 
     @staticmethod
     def from_json(text: str) -> ShardingPlan:
@@ -88,7 +118,7 @@ class ShardingPlan:
         try:
             return ShardingPlan(int(data["world_size"]),
                                 tuple(_table_from(entry) for entry in data["tables"]))
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, ConfigError) as error:
             raise PlanError(f"plan is malformed: {type(error).__name__}: {error}") from None
 
     def check(self, tables: Sequence[EmbeddingBagConfig], world_size: int) -> None:
@@ -115,9 +145,14 @@ class ShardingPlan:
 
 
 def _table_from(entry: dict[str, Any]) -> TablePlan:
-    shards = tuple(Shard(**{**shard, "tier": Tier(shard["tier"])}) for shard in entry["shards"])
+    shards = tuple(Shard(**{**shard, "bytes": TierBytes(**shard.get("bytes", {}))})
+                   for shard in entry["shards"])
+    storage = parse_storage(entry.get("storage"), f"table {entry['table']!r}: storage")
+    if isinstance(storage, Choice):
+        raise ValueError(f"table {entry['table']!r}: a plan holds one storage, not a choice")
     return TablePlan(**{**entry, "sharding": ShardingType(entry["sharding"]),
-                        "exchange": ExchangeKind(entry["exchange"]), "shards": shards})
+                        "exchange": ExchangeKind(entry["exchange"]), "shards": shards,
+                        "storage": storage, "wire": WireDtypes(**entry.get("wire", {}))})
 
 
 def _cover_problems(plan: TablePlan, table: EmbeddingBagConfig, world: int) -> list[str]:
@@ -162,7 +197,7 @@ def even_splits(size: int, parts: int) -> list[tuple[int, int]]:
 
 def build_table_plan(table: EmbeddingBagConfig, sharding: ShardingType, ranks: Sequence[int], *,
                      columns: int = 1, exchange: ExchangeKind | None = None,
-                     tier: Tier | None = None) -> TablePlan:
+                     storage: StorageSpec | None = None) -> TablePlan:
     """Lays one table over ranks.
 
     Args:
@@ -174,15 +209,20 @@ def build_table_plan(table: EmbeddingBagConfig, sharding: ShardingType, ranks: S
             group holding one column block cut by rows. ``data_parallel``: every rank.
         columns: column blocks of a ``grid_shard``.
         exchange: what crosses the wire; None takes the table's own choice.
-        tier: tier of the home level; None takes the storage's own choice, else hbm.
+        storage: how the shards are held; None takes the table's own. Levels that name no tier
+            lie on hbm.
 
     Raises:
-        PlanError: more column blocks than columns, or ranks that do not divide into groups.
+        PlanError: more column blocks than columns, ranks that do not divide into groups, or a
+            storage that is still a choice.
     """
     rows, dim = table.num_embeddings, table.embedding_dim
     ranks = list(ranks)
     where = f"table {table.name!r}, {sharding.value}"
-    home = tier or table.storage.home.tier or Tier.HBM
+    held = storage or table.storage
+    if isinstance(held, Choice):
+        raise PlanError(f"{where}: the table's storage is still a choice of "
+                        f"{len(held.options)}; let the planner choose, or name one")
     if not ranks or (sharding is ShardingType.TABLE_WISE and len(ranks) != 1):
         raise PlanError(f"{where}: wrong number of ranks: {ranks}")
     by_row = {ShardingType.ROW_WISE, ShardingType.TABLE_ROW_WISE}
@@ -199,13 +239,14 @@ def build_table_plan(table: EmbeddingBagConfig, sharding: ShardingType, ranks: S
     else:
         groups = [[rank] for rank in ranks]
     if sharding is ShardingType.DATA_PARALLEL:
-        shards = [Shard(rank, 0, rows, 0, dim, home) for rank in ranks]
+        shards = [Shard(rank, 0, rows, 0, dim) for rank in ranks]
     else:
         if len(groups) > dim:
             raise PlanError(f"{where}: {len(groups)} column blocks asked, "
                             f"the table has {dim} columns")
         spans = even_splits(dim, len(groups))
-        shards = [Shard(rank, *block, *span, home)
+        shards = [Shard(rank, *block, *span)
                   for group, span in zip(groups, spans, strict=True)
                   for rank, block in zip(group, even_splits(rows, len(group)), strict=False)]
-    return TablePlan(table.name, sharding, exchange or table.exchange, tuple(shards))
+    return TablePlan(table.name, sharding, exchange or table.exchange, tuple(shards),
+                     place_home(held, Tier.HBM))

@@ -3,14 +3,8 @@
 from __future__ import annotations
 
 from shardlab.errors import ConfigError
-from shardlab.specs import (
-    BoundsMode,
-    EmbeddingBagConfig,
-    ExchangeKind,
-    RowsSpec,
-    ShardingType,
-    StorageSpec,
-)
+from shardlab.specs import BoundsMode, EmbeddingBagConfig, ExchangeKind, ShardingType
+from shardlab.storage_specs import RowsSpec, StorageSpec
 
 #: Distinct values of C1..C26 over the full Criteo Kaggle week (45.8 million rows).
 CRITEO_KAGGLE_CARDINALITIES: tuple[int, ...] = (
@@ -30,7 +24,7 @@ def criteo_kaggle_tables(
     max_rows: int | None = None,
     *,
     storage: StorageSpec | None = None,
-    sharding: ShardingType | None = None,
+    sharding: ShardingType | tuple[ShardingType, ...] | None = None,
     exchange: ExchangeKind = ExchangeKind.AUTO,
     bounds: BoundsMode = BoundsMode.ERROR,
 ) -> list[EmbeddingBagConfig]:
@@ -41,7 +35,8 @@ def criteo_kaggle_tables(
         max_rows: rows that no table may exceed (readers hash ids to the table's size); None
             keeps the full cardinalities.
         storage: how rows are held, for every table; None: fp32 rows.
-        sharding: wanted sharding type, for every table; None lets the planner choose.
+        sharding: wanted sharding type, or those allowed, for every table; None lets the planner
+            choose.
         exchange: what crosses the wire, for every table.
         bounds: what happens to an id outside its table.
 

@@ -17,7 +17,8 @@ from shardlab.plan import (
     build_table_plan,
     even_splits,
 )
-from shardlab.specs import EmbeddingBagConfig, ExchangeKind, ShardingType, Tier
+from shardlab.specs import EmbeddingBagConfig, ExchangeKind, ShardingType
+from shardlab.storage_specs import LevelSpec, RowsSpec, Tier
 
 KINDS = list(ShardingType)
 
@@ -83,10 +84,10 @@ def test_exchange_and_tier_default_to_the_table():
     table = _table(exchange="pooled", storage={"tier": "ddr"})
     plan = build_table_plan(table, ShardingType.ROW_WISE, [0, 1])
     assert plan.exchange is ExchangeKind.POOLED
-    assert {shard.tier for shard in plan.shards} == {Tier.DDR}
+    assert plan.storage.home.tier is Tier.DDR
     plan = build_table_plan(table, ShardingType.ROW_WISE, [0], exchange=ExchangeKind.ROWS,
-                            tier=Tier.SSD)
-    assert (plan.exchange, plan.shards[0].tier) == (ExchangeKind.ROWS, Tier.SSD)
+                            storage=RowsSpec((LevelSpec(tier=Tier.SSD),)))
+    assert (plan.exchange, plan.storage.home.tier) == (ExchangeKind.ROWS, Tier.SSD)
 
 
 @pytest.mark.parametrize(("kind", "ranks", "columns", "text"), [
@@ -141,12 +142,12 @@ def test_every_misfit_is_listed():
 
 @pytest.mark.parametrize(("change", "text"), [
     (lambda data: "no", "plan is malformed|schema version None"),
-    (lambda data: {**data, "version": 99}, "plan has schema version 99, this ShardLab reads 1"),
+    (lambda data: {**data, "version": 99}, "plan has schema version 99, this ShardLab reads 2"),
     (lambda data: {key: data[key] for key in ("version", "tables")}, "malformed: .*world_size"),
     (lambda data: {**data, "tables": [{**data["tables"][0], "sharding": "wavy"}]},
      "malformed: .*wavy"),
     (lambda data: {**data, "tables": [{**data["tables"][0],
-                                       "shards": [{"rank": 0, "tier": "hbm"}]}]},
+                                       "shards": [{"rank": 0}]}]},
      "malformed: .*row_start"),
 ], ids=["text", "version", "missing", "sharding", "shard"])
 def test_json_that_is_no_plan_is_refused(change, text):

@@ -1,0 +1,132 @@
+"""Bytes that a storage takes, by tier: the arithmetic that planner and runtime share.
+
+The runtime allocates by these functions, so that prediction and allocation cannot drift apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from shardlab.cache_layout import cache_layout
+from shardlab.pages import file_bytes
+from shardlab.storage_specs import (
+    DTYPES,
+    LevelSpec,
+    PrunedSpec,
+    RowsSpec,
+    StorageSpec,
+    TensorTrainSpec,
+    Tier,
+)
+
+#: Optimiser state of one row: (elements per column, elements per row).
+OPTIMIZER_STATE: dict[str, tuple[int, int]] = {
+    "sgd": (0, 0),
+    "adagrad": (1, 0),
+    "row_wise_adagrad": (0, 1),
+    "adam": (2, 0),
+    "row_wise_adam": (1, 1),
+}
+_FP32_BYTES = 4
+
+
+@dataclass(frozen=True)
+class RecordLayout:
+    """Bytes of one row of a shard: payload with its scale, then optimiser state.
+
+    Attributes:
+        payload_bytes: the row itself in its storage dtype.
+        state_bytes: optimiser state.
+        record_bytes: both together.
+    """
+
+    payload_bytes: int
+    state_bytes: int
+
+    @property
+    def record_bytes(self) -> int:
+        return self.payload_bytes + self.state_bytes
+
+
+def payload_bytes(dtype: str, columns: int) -> int:
+    """Bytes of a row of ``columns`` elements with its scale."""
+    bits, scale = DTYPES[dtype]
+    return -(-columns * bits // 8) + scale
+
+
+def record_layout(level: LevelSpec, columns: int, optimizer: str,
+                  state_dtype: str = "fp32") -> RecordLayout:
+    """Layout of a record of ``columns`` elements under an optimiser of `OPTIMIZER_STATE`."""
+    per_column, per_row = OPTIMIZER_STATE[optimizer]
+    return RecordLayout(payload_bytes=payload_bytes(level.dtype, columns),
+                        state_bytes=payload_bytes(state_dtype, per_column * columns + per_row))
+
+
+@dataclass(frozen=True)
+class TierBytes:
+    """Bytes held on each tier."""
+
+    hbm: int = 0
+    ddr: int = 0
+    ssd: int = 0
+
+    def __add__(self, other: TierBytes) -> TierBytes:
+        return TierBytes(self.hbm + other.hbm, self.ddr + other.ddr, self.ssd + other.ssd)
+
+    @property
+    def total(self) -> int:
+        return self.hbm + self.ddr + self.ssd
+
+    @staticmethod
+    def on(tier: Tier | None, count: int) -> TierBytes:
+        """``count`` bytes on one tier; None counts as hbm."""
+        return TierBytes(**{(tier or Tier.HBM).value: count})
+
+
+def tier_bytes(spec: StorageSpec, rows: int, columns: int, optimizer: str) -> TierBytes:
+    """Bytes that a shard of ``rows`` x ``columns`` takes, optimiser state and tags included."""
+    counter: Callable[..., TierBytes] = _BYTES[type(spec)]
+    return counter(spec, rows, columns, optimizer)
+
+
+def _rows_bytes(spec: RowsSpec, rows: int, columns: int, optimizer: str) -> TierBytes:
+    record = record_layout(spec.home, columns, optimizer, spec.state_dtype).record_bytes
+    on_disk = spec.home.tier is Tier.SSD
+    total = TierBytes.on(spec.home.tier, file_bytes(rows, record) if on_disk else rows * record)
+    for level in spec.levels[:-1]:
+        total += TierBytes.on(level.tier, cache_bytes(level, rows, columns, optimizer,
+                                                      spec.state_dtype))
+    return total
+
+
+def cache_bytes(level: LevelSpec, rows: int, columns: int, optimizer: str,
+                state_dtype: str = "fp32") -> int:
+    """Bytes of a cache level of a shard: slots with their state, tags and counters."""
+    layout = cache_layout(rows, level.fraction, level.ways)
+    record = record_layout(level, columns, optimizer, state_dtype).record_bytes
+    return layout.slots * record + layout.metadata_bytes
+
+
+def _tensor_train_bytes(spec: TensorTrainSpec, rows: int, columns: int,
+                        optimizer: str) -> TierBytes:
+    shape = spec.shape(rows, columns)
+    per_column, per_row = OPTIMIZER_STATE[optimizer]
+    state = _FP32_BYTES * (per_column * shape.parameters + per_row * sum(shape.row_factors))
+    total = payload_bytes(spec.dtype, shape.parameters) + state
+    if spec.cache_fraction:
+        level = LevelSpec("fp32", spec.tier, spec.cache_fraction)
+        total += cache_bytes(level, rows, columns, optimizer)
+    return TierBytes.on(spec.tier, total)
+
+
+def _pruned_bytes(spec: PrunedSpec, rows: int, columns: int, optimizer: str) -> TierBytes:
+    per_column, per_row = OPTIMIZER_STATE[optimizer]
+    budget = spec.budget(rows, columns)
+    present = budget / (rows * columns * _FP32_BYTES)
+    state = _FP32_BYTES * rows * (per_column * columns + per_row * spec.chunks)
+    return TierBytes.on(spec.tier, budget + round(present * state))
+
+
+_BYTES: dict[type, Callable[..., TierBytes]] = {
+    RowsSpec: _rows_bytes, TensorTrainSpec: _tensor_train_bytes, PrunedSpec: _pruned_bytes}
