@@ -42,6 +42,10 @@ class CheckpointError(ShardLabError, RuntimeError):
     """A checkpoint is missing, torn, corrupted or foreign; names the file and the reason."""
 
 
+class StorageError(ShardLabError, RuntimeError):
+    """A file of the SSD tier failed or is not what it should be; names table, file and rows."""
+
+
 class LaunchError(ShardLabError, RuntimeError):
     """Ranks could not be started, or one of them failed; names the rank."""
 

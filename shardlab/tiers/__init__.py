@@ -1,5 +1,10 @@
-"""Where bytes live."""
+"""Where bytes live: memory, and files on a disk."""
 
+from shardlab.tiers.disk import Disk
+from shardlab.tiers.disk_failures import FileSpec
+from shardlab.tiers.disk_tickets import ReadTicket, RecordRequest, WriteTicket
 from shardlab.tiers.memory import allocate
+from shardlab.tiers.record_file import RecordFile
 
-__all__ = ["allocate"]
+__all__ = ["Disk", "FileSpec", "ReadTicket", "RecordFile", "RecordRequest", "WriteTicket",
+           "allocate"]
