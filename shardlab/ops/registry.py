@@ -18,7 +18,8 @@ from shardlab.errors import ConfigError
 FACES = ("reference", "native", "triton")
 
 #: op -> faces it has beside the reference. Index arithmetic has no Triton face: on CUDA its plain
-#: torch form is already a handful of device-wide sorts and scans.
+#: torch form is already a handful of device-wide sorts and scans. Reads in sorted order
+#: (scatter_rows) are for CPUs.
 OPS: dict[str, tuple[str, ...]] = {
     "unique_segments": ("native",),
     "route_bags": ("native",),
@@ -26,10 +27,17 @@ OPS: dict[str, tuple[str, ...]] = {
     "pack_ids": ("native",),
     "fill_affine": ("native",),
     "init_uniform": ("native",),
+    "cache_place": ("native",),
+    "cache_lookup": ("native",),
     "gather_rows": ("native", "triton"),
+    "scatter_rows": ("native",),
     "pool_rows": ("native", "triton"),
+    "pool_blocks": ("native", "triton"),
     "sum_rows": ("native", "triton"),
     "update_rows": ("native", "triton"),
+    "move_rows": ("native", "triton"),
+    "encode_rows": ("native", "triton"),
+    "decode_rows": ("native", "triton"),
     "dot_interaction": ("native", "triton"),
     "linear_relu": ("native",),
 }
@@ -67,12 +75,14 @@ def face_of(op: str, device_type: str) -> str:
     Raises:
         ConfigError: SHARDLAB_FACE names no face.
     """
-    return _choose(op, device_type, os.environ.get("SHARDLAB_FACE"),
-                   os.environ.get("TRITON_INTERPRET"))
+    # As bytes: os.environ encodes every key anew, a microsecond each, ten times a step.
+    return _choose(op, device_type, os.environb.get(b"SHARDLAB_FACE"),
+                   os.environb.get(b"TRITON_INTERPRET"))
 
 
 @cache
-def _choose(op: str, device_type: str, forced: str | None, interpret: str | None) -> str:
+def _choose(op: str, device_type: str, face: bytes | None, interpret: bytes | None) -> str:
+    forced = None if face is None else os.fsdecode(face)
     if forced is not None and forced not in FACES:
         raise ConfigError(f"SHARDLAB_FACE={forced!r} is not a face; known: {', '.join(FACES)}")
     faces = OPS[op]
@@ -92,11 +102,11 @@ def _native_pays(op: str) -> bool:
     return module is not None and _VENDOR.get(op) in (None, module.processor_vendor())
 
 
-def _can_run(face: str, device_type: str, interpret: str | None) -> bool:
+def _can_run(face: str, device_type: str, interpret: bytes | None) -> bool:
     if face == "native":
         return device_type == "cpu" and native() is not None
     if face == "triton":
-        return has_triton() and (device_type == "cuda" or interpret == "1")
+        return has_triton() and (device_type == "cuda" or interpret == b"1")
     return True
 
 

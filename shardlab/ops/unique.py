@@ -63,7 +63,8 @@ class Uniques:
 
 
 def unique_segments(ids: Tensor, chunks: Tensor, segments: Segments, bags: Tensor | None = None, *,
-                    positions: bool = False, inverse: bool = False) -> Uniques:
+                    positions: bool = False, inverse: bool = False,
+                    num_ids: int | None = None) -> Uniques:
     """Finds the unique ids of every segment.
 
     Args:
@@ -75,6 +76,7 @@ def unique_segments(ids: Tensor, chunks: Tensor, segments: Segments, bags: Tenso
         bags: int64 [n], or None.
         positions: also return every entry's position.
         inverse: also return every position's unique.
+        num_ids: ids of all chunks together, where the caller knows.
 
     Raises:
         OutOfBoundsError: an id outside its segment where the mode is ``error``.
@@ -82,24 +84,28 @@ def unique_segments(ids: Tensor, chunks: Tensor, segments: Segments, bags: Tenso
     if ids.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"ids: expected int32 or int64, found {ids.dtype}")
     if face_of("unique_segments", ids.device.type) == "native":
-        return _native(ids, chunks, segments, bags, positions, inverse)
+        if num_ids is None:
+            num_ids = int(chunks[:, 2].sum())
+        return _native(ids, chunks, segments, bags,
+                       (num_ids, num_ids if positions else None,
+                        ids.numel() if inverse else None))
     return unique_segments_reference(ids, chunks, segments, bags, positions=positions,
                                      inverse=inverse)
 
 
 def _native(ids: Tensor, chunks: Tensor, segments: Segments, bags: Tensor | None,
-            positions: bool, inverse: bool) -> Uniques:
+            sizes: tuple[int, int | None, int | None]) -> Uniques:
+    """The native face; ``sizes``: ids, and positions and inverse where they are wanted."""
     check_tensor("ids", ids, ids.dtype)
     check_tensor("chunks", chunks, torch.int64)
     if bags is not None:
         check_tensor("bags", bags, torch.int64)
-    n = int(chunks[:, 2].sum())
-    unique, splits = torch.empty(n, dtype=torch.int64), torch.empty(len(segments) + 1,
-                                                                    dtype=torch.int64)
-    starts, sources = torch.empty(n + 1, dtype=torch.int64), torch.empty(n, dtype=torch.int64)
-    where = torch.empty(n, dtype=torch.int64) if positions else None
-    back = torch.empty(ids.numel(), dtype=torch.int64) if inverse else None
-    if back is not None and n < ids.numel():
+    n, positions, inverse = sizes
+    unique, splits = _int64(n), _int64(len(segments) + 1)
+    starts, sources = _int64(n + 1), _int64(n)
+    where = None if positions is None else _int64(positions)
+    back = None if inverse is None else _int64(inverse)
+    if back is not None and n < back.numel():
         back.fill_(-1)  # the kernel writes the positions of the chunks only
     outputs = [address(t) for t in (unique, splits, starts, sources, where, back)]
     count = native().unique_segments(  # type: ignore[union-attr]
@@ -111,6 +117,10 @@ def _native(ids: Tensor, chunks: Tensor, segments: Segments, bags: Tensor | None
     kept = int(starts[count])
     return Uniques(unique[:count], splits, starts[:count + 1], sources[:kept],
                    None if where is None else where[:kept], back)
+
+
+def _int64(size: int) -> Tensor:
+    return torch.empty(size, dtype=torch.int64)
 
 
 def unique_segments_reference(ids: Tensor, chunks: Tensor, segments: Segments,
