@@ -29,7 +29,8 @@ from shardlab.errors import DataError, nearest_name
 from shardlab.presets import CRITEO_DENSE_NAMES
 
 #: Rows decoded at once: enough to spread the cost of a column's dictionary, 5 MB for Criteo.
-CHUNK_ROWS = 32_768
+CHUNK_ROWS = 8_192
+_BUFFER_BYTES = 1 << 16
 _SHOWN_COLUMNS = 12
 
 
@@ -115,7 +116,9 @@ class ParquetSource:
         """
         try:
             # Strings stay dictionary-encoded: each distinct one is then hashed once a chunk.
-            return pq.ParquetFile(file, read_dictionary=self._strings[file])
+            # Without a buffer a whole row group's bytes are read at once.
+            return pq.ParquetFile(file, read_dictionary=self._strings[file],
+                                  buffer_size=_BUFFER_BYTES)
         except (pa.ArrowException, OSError) as error:
             raise DataError(f"{file}: not a readable Parquet file: {_reason(error)}") from error
 

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from shardlab.sharded import ShardedEmbeddingBagCollection
 
 #: A file is closed once it holds this much: with chunks of half of it, the memory that saving
-#: takes stays below 1.5 x this, while a 100 GB model is a few thousand files.
-FILE_BYTES = 32 << 20
+#: takes stays below 1.5 x this, while a 100 GB model is some six thousand files.
+FILE_BYTES = 16 << 20
 _CHUNK_BYTES = FILE_BYTES // 2
 
 
