@@ -5,6 +5,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include "bind.h"
 #include "dispatch.h"
 #include "unique.h"
 
@@ -18,43 +19,8 @@ T* at(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
-shardlab::Step step_from(const std::vector<float>& v) {
-  if (v.size() != 11) throw nb::value_error("step needs 11 numbers");
-  return {v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7], v[8], v[9], v[10]};
-}
-
-void bind_rows(nb::module_& m) {
+void bind_init(nb::module_& m) {
   using namespace shardlab;
-  m.def("gather", [](Address arena, Address blocks, Address segments, int64_t num_segments,
-                     Address ids, Address out, int threads) {
-    nb::gil_scoped_release release;
-    active_kernels().rows->gather(at<char>(arena), at<Block>(blocks), at<GatherSegment>(segments),
-                            num_segments, at<int64_t>(ids), at<float>(out), threads);
-  });
-  m.def("pool", [](Address source, Address jobs, int64_t num_jobs, Address index, Address offsets,
-                   Address weights, Address out, int threads) {
-    nb::gil_scoped_release release;
-    active_kernels().rows->pool(at<float>(source), at<PoolJob>(jobs), num_jobs, at<int64_t>(index),
-                          at<int64_t>(offsets), at<float>(weights), at<float>(out), threads);
-  });
-  m.def("sum", [](Address source, Address starts, Address sources, Address weights, Address pieces,
-                  int64_t num_pieces, float scale, Address out, int threads) {
-    nb::gil_scoped_release release;
-    const Csr csr{at<int64_t>(starts), at<int64_t>(sources), at<float>(weights)};
-    active_kernels().rows->sum(at<float>(source), csr, at<SumPiece>(pieces), num_pieces, scale,
-                         at<float>(out), threads);
-  });
-  m.def("update", [](Address arena, Address blocks, int64_t num_blocks, Address ids,
-                     Address splits, Address starts, Address sources, Address weights,
-                     Address grads, Address row_squares, int64_t rule,
-                     const std::vector<float>& step, int threads) {
-    const Step s = step_from(step);
-    nb::gil_scoped_release release;
-    const Csr csr{at<int64_t>(starts), at<int64_t>(sources), at<float>(weights)};
-    active_kernels().rows->update(at<char>(arena), at<Block>(blocks), num_blocks, at<int64_t>(ids),
-                            at<int64_t>(splits), csr, at<float>(grads),
-                                  at<float>(row_squares), (Rule)rule, s, threads);
-  });
   m.def("init_uniform", [](Address rows, int64_t row_bytes, int64_t num_rows, int64_t columns,
                            uint64_t seed, int64_t first_row, int64_t first_column,
                            int64_t table_columns, float low, float high, int threads) {
@@ -185,7 +151,11 @@ NB_MODULE(_native, m) {
     return names;
   });
   bind_rows(m);
+  bind_init(m);
   bind_ids(m);
   bind_dense(m);
   bind_dense_bf16(m);
+  bind_cache(m);
+  bind_scatter(m);
+  bind_disk(m);
 }

@@ -11,7 +11,10 @@ namespace shardlab {
   extern const RowKernels row_kernels;                     \
   extern const InteractionKernels interaction_kernels;     \
   extern const LinearKernels linear_kernels;               \
-  static const Kernels all{#isa, &row_kernels, &interaction_kernels, &linear_kernels}; \
+  extern const CodecKernels codec_kernels;                 \
+  extern const ScatterKernels scatter_kernels;             \
+  static const Kernels all{#isa,            &row_kernels,   &interaction_kernels, \
+                           &linear_kernels, &codec_kernels, &scatter_kernels};    \
   }
 
 SHARDLAB_DECLARE(portable)
@@ -31,7 +34,8 @@ const std::vector<Kernels>& available_kernels() {
       kernels.push_back(avx512::all);
 #endif
 #ifdef SHARDLAB_HAVE_avx2
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+        __builtin_cpu_supports("f16c"))
       kernels.push_back(avx2::all);
 #endif
     kernels.push_back(portable::all);

@@ -1,9 +1,11 @@
 #pragma once
 #include <vector>
 
+#include "codecs.h"
 #include "interaction.h"
 #include "linear.h"
 #include "rows.h"
+#include "scatter.h"
 
 namespace shardlab {
 
@@ -13,6 +15,8 @@ struct Kernels {
   const RowKernels* rows;
   const InteractionKernels* interaction;
   const LinearKernels* linear;
+  const CodecKernels* codecs;
+  const ScatterKernels* scatter;
 };
 
 // Those that this build and this processor have, widest first; the portable ones are always last.

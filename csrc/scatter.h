@@ -6,11 +6,11 @@
 
 namespace shardlab {
 
-// Segment s of the uniques (ids[splits[s] .. splits[s + 1])) are rows of blocks[s]. Entry k of the
-// CSR gets weights[k] * row at out + sources[k].
+// Segment s of the uniques (ids[splits[s] .. splits[s + 1])) are rows of block s. Entry k of the CSR
+// gets weights[k] * row, as fp32, at out + sources[k].
 struct ScatterKernels {
-  void (*scatter)(const char* arena, const Block* blocks, int64_t num_blocks, const int64_t* ids,
-                  const int64_t* splits, const Csr& csr, float* out, int threads);
+  void (*scatter)(const Arena& arena, const int64_t* ids, const int64_t* splits, const Csr& csr,
+                  float* out, int threads);
 };
 
 }  // namespace shardlab

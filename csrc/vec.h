@@ -67,10 +67,14 @@ inline float reduce_add(Vec v) {
   return (quarter[0][0] + quarter[0][2]) + (quarter[0][1] + quarter[0][3]);
 }
 
-inline void prefetch_read(const void* p, int64_t bytes) {
+// Functions that only prefetch have no effect that the compiler knows: unless they are inlined, it
+// drops the calls.
+#define SHARDLAB_INLINE __attribute__((always_inline))
+
+SHARDLAB_INLINE inline void prefetch_read(const void* p, int64_t bytes) {
   for (int64_t b = 0; b < bytes; b += kCacheLine) __builtin_prefetch((const char*)p + b, 0, 3);
 }
-inline void prefetch_write(const void* p, int64_t bytes) {
+SHARDLAB_INLINE inline void prefetch_write(const void* p, int64_t bytes) {
   for (int64_t b = 0; b < bytes; b += kCacheLine) __builtin_prefetch((const char*)p + b, 1, 3);
 }
 

@@ -1,53 +1,31 @@
 """Gather, pool, sum and update of row records. Sources: own; exact fused optimisers as in
 arXiv 2104.05158 (a row's gradients are summed in a fixed order, then one optimiser step).
 
-An arena is one uint8 tensor with the blocks of all shards of a rank; `Blocks` says where each lies.
-A block keeps its rows' payloads together and their optimiser states together behind them.
+An arena is one uint8 tensor with the blocks of all shards of a rank; `Blocks` says where each lies
+and in what precision. Rows narrower than fp32 are decoded, stepped in fp32 and encoded in one pass;
+no fp32 copy of them exists.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from shardlab.codecs import decode
+from shardlab.ops.blocks import NAMES
+from shardlab.ops.blocks import Blocks as Blocks
+from shardlab.ops.records import Records
 from shardlab.ops.registry import address, check_tensor, face_of, native
 from shardlab.ops.unique import Uniques
-
-_FP32_BYTES = 4
+from shardlab.storage_bytes import payload_bytes
 
 #: Kinds whose state is the mean over a row's columns.
 #: optimiser kind -> number of its rule in the kernels.
 ROW_WISE = ("row_wise_adagrad", "row_wise_adam")
 RULES = {"sgd": 0, "adagrad": 1, "row_wise_adagrad": 2, "adam": 3, "row_wise_adam": 4}
-
-
-@dataclass(frozen=True)
-class Blocks:
-    """Where the shards of an arena lie.
-
-    Attributes:
-        table: int64 [S, 6] on CPU: (row offset, row bytes, state offset, state bytes, columns,
-            rows), offsets in bytes.
-    """
-
-    table: Tensor
-
-    def rows(self, arena: Tensor, block: int) -> Tensor:
-        """The payloads of one block as an fp32 view [rows, columns]."""
-        offset, row_bytes, _, _, _, rows = self.table[block].tolist()
-        return _matrix(arena, offset, rows, row_bytes)
-
-    def state(self, arena: Tensor, block: int) -> Tensor:
-        """The optimiser states of one block as an fp32 view [rows, state_bytes / 4]."""
-        _, _, offset, state_bytes, _, rows = self.table[block].tolist()
-        return _matrix(arena, offset, rows, state_bytes)
-
-
-def _matrix(arena: Tensor, offset: int, rows: int, row_bytes: int) -> Tensor:
-    span = arena[offset:offset + rows * row_bytes]
-    return span.view(torch.float32).view(rows, row_bytes // _FP32_BYTES)
 
 
 @dataclass(frozen=True)
@@ -59,6 +37,9 @@ class StepParameters:
         scale: multiplies every summed gradient first.
         clip_value: bounds every element of the scaled gradient; 0 for none.
         bias1, bias2: Adam's 1 - beta^t.
+        key: of the random bits of encoded rows, `shardlab.codecs.rounding_key`.
+        rows: int64 [m]: row of the whole table of every unique, for the random bits, where uniques
+            are places of a cache; None: the block's first row + id.
     """
 
     kind: str
@@ -71,6 +52,8 @@ class StepParameters:
     clip_value: float = 0.0
     bias1: float = 1.0
     bias2: float = 1.0
+    key: int = 0
+    rows: Tensor | None = field(default=None, compare=False)
 
     def numbers(self) -> list[float]:
         """The kernels' numbers, in their order; 1 - beta is taken here, where it is exact."""
@@ -80,7 +63,7 @@ class StepParameters:
 
 # ---------------------------------------------------------------- gather
 def gather_rows(arena: Tensor, blocks: Blocks, segments: Tensor, ids: Tensor, out: Tensor) -> None:
-    """Copies rows of blocks densely into ``out``.
+    """Copies rows of blocks densely into ``out``, as fp32.
 
     Args:
         arena: uint8.
@@ -93,13 +76,23 @@ def gather_rows(arena: Tensor, blocks: Blocks, segments: Tensor, ids: Tensor, ou
     face = face_of("gather_rows", out.device.type)
     if face == "native":
         check_tensor("ids", ids, torch.int64)
-        native().gather(address(arena), address(blocks.table),  # type: ignore[union-attr]
-                        address(segments), segments.shape[0], address(ids), address(out),
-                        torch.get_num_threads())
+        rest = (address(segments), segments.shape[0], address(ids), address(out),
+                torch.get_num_threads())
+        if blocks.encodings is None:
+            native().gather(address(arena), address(blocks.table),  # type: ignore[union-attr]
+                            *rest)
+        else:
+            native().gather_encoded(address(arena),  # type: ignore[union-attr]
+                                    address(blocks.table), address(blocks.encodings), *rest)
     elif face == "triton":
-        from shardlab.ops.triton import rows as kernels
+        if blocks.encodings is None:
+            from shardlab.ops.triton import rows as kernels
 
-        kernels.gather_rows(arena, blocks, segments, ids, out)
+            kernels.gather_rows(arena, blocks, segments, ids, out)
+        else:
+            from shardlab.ops.triton import encoded
+
+            encoded.gather_rows(arena, blocks, segments, ids, out)
     else:
         gather_rows_reference(arena, blocks, segments, ids, out)
 
@@ -108,7 +101,7 @@ def gather_rows_reference(arena: Tensor, blocks: Blocks, segments: Tensor, ids: 
                           out: Tensor) -> None:
     """Plain-torch face of `gather_rows`."""
     for block, start, count, out_start in segments.tolist():
-        rows = blocks.rows(arena, block)[ids[start:start + count]]
+        rows = Records(arena, blocks, block, ids[start:start + count]).read_rows()
         out[out_start:out_start + rows.numel()] = rows.reshape(-1)
 
 
@@ -146,29 +139,74 @@ def pool_rows(source: Tensor, jobs: Tensor, index: Tensor, offsets: Tensor | Non
 def pool_rows_reference(source: Tensor, jobs: Tensor, index: Tensor, offsets: Tensor | None,
                         weights: Tensor | None, out: Tensor) -> None:
     """Plain-torch face of `pool_rows`."""
-    for (base, step, columns, bags, first, first_bag, length, mean, out_start, out_step,
-         add) in jobs.tolist():
-        if length >= 0:
-            edges = first + length * torch.arange(bags + 1, device=index.device)
-        else:
-            assert offsets is not None
-            edges = offsets[first_bag:first_bag + bags + 1]
-        begin, end = int(edges[0]), int(edges[-1])
-        lengths = edges[1:] - edges[:-1]
-        bag = torch.repeat_interleave(torch.arange(bags, device=index.device), lengths)
-        where = index[begin:end]
-        keep = where >= 0
-        columns_at = torch.arange(columns, device=index.device)
-        rows = source[(base + where[keep] * step)[:, None] + columns_at]
-        if weights is not None:
-            rows = rows * weights[begin:end][keep][:, None]
-        pooled = torch.zeros(bags, columns, device=out.device).index_add_(0, bag[keep], rows)
-        if mean:
-            pooled = pooled / lengths.clamp(min=1)[:, None]
-        if bags == 0:
-            continue
-        target = out.as_strided((bags, columns), (out_step, 1), out_start)
-        target.copy_(target + pooled if add else pooled)
+    for job in jobs.tolist():
+        columns_at = torch.arange(job[2], device=index.device)
+        _pool_bags(job, lambda at, columns_at=columns_at: source[at[:, None] + columns_at], index,
+                   offsets, weights, out)
+
+
+def pool_blocks(arena: Tensor, jobs: Tensor, index: Tensor, offsets: Tensor | None,
+                weights: Tensor | None, out: Tensor) -> None:
+    """Pools bags of rows of any codec.
+
+    Args:
+        arena: uint8.
+        jobs: int64 [J, 12] on CPU: the numbers of a job of `pool_rows` with base and step in bytes,
+            then the codec's number.
+        index, offsets, weights, out: as in `pool_rows`.
+    """
+    face = face_of("pool_blocks", out.device.type)
+    if face == "native":
+        check_tensor("index", index, torch.int64)
+        native().pool_encoded(address(arena), address(jobs),  # type: ignore[union-attr]
+                              jobs.shape[0], address(index), address(offsets), address(weights),
+                              address(out), torch.get_num_threads())
+    elif face == "triton":
+        from shardlab.ops.triton import encoded as kernels
+
+        kernels.pool_blocks(arena, jobs, index, offsets, weights, out)
+    else:
+        pool_blocks_reference(arena, jobs, index, offsets, weights, out)
+
+
+def pool_blocks_reference(arena: Tensor, jobs: Tensor, index: Tensor, offsets: Tensor | None,
+                          weights: Tensor | None, out: Tensor) -> None:
+    """Plain-torch face of `pool_blocks`."""
+    for *job, number in jobs.tolist():
+        codec, columns = NAMES[number], job[2]
+        bytes_at = torch.arange(payload_bytes(codec, columns), device=index.device)
+
+        def read(at: Tensor, codec: str = codec, columns: int = columns,
+                 bytes_at: Tensor = bytes_at) -> Tensor:
+            return decode(arena[at[:, None] + bytes_at], codec, columns)
+
+        _pool_bags(job, read, index, offsets, weights, out)
+
+
+def _pool_bags(job: list[int], read: Callable[[Tensor], Tensor], index: Tensor,
+               offsets: Tensor | None, weights: Tensor | None, out: Tensor) -> None:
+    """One job; ``read`` gives the rows fp32 [n, columns] that begin at int64 [n]."""
+    base, step, columns, bags, first, first_bag, length, mean, out_start, out_step, add = job
+    if length >= 0:
+        edges = first + length * torch.arange(bags + 1, device=index.device)
+    else:
+        assert offsets is not None
+        edges = offsets[first_bag:first_bag + bags + 1]
+    begin, end = int(edges[0]), int(edges[-1])
+    lengths = edges[1:] - edges[:-1]
+    bag = torch.repeat_interleave(torch.arange(bags, device=index.device), lengths)
+    where = index[begin:end]
+    keep = where >= 0
+    rows = read(base + where[keep] * step)
+    if weights is not None:
+        rows = rows * weights[begin:end][keep][:, None]
+    pooled = torch.zeros(bags, columns, device=out.device).index_add_(0, bag[keep], rows)
+    if mean:
+        pooled = pooled / lengths.clamp(min=1)[:, None]
+    if bags == 0:
+        return
+    target = out.as_strided((bags, columns), (out_step, 1), out_start)
+    target.copy_(target + pooled if add else pooled)
 
 
 # ---------------------------------------------------------------- sums per unique id
@@ -231,7 +269,8 @@ def update_rows(arena: Tensor, blocks: Blocks, uniques: Uniques, weights: Tensor
 
     Args:
         arena: uint8; stepped in place.
-        blocks: where the shards lie; segment s of ``uniques`` are rows of block s.
+        blocks: where the shards lie; segment s of ``uniques`` are rows of block s. Encoded rows and
+            states are rounded as their block's encoding says.
         uniques: rows to step, and the entries of each.
         weights: fp32 [k] per entry, or None.
         grads: fp32, flat: what ``uniques.sources`` points into.
@@ -240,16 +279,28 @@ def update_rows(arena: Tensor, blocks: Blocks, uniques: Uniques, weights: Tensor
             hold only some of its columns, -1 where the block's own mean is right; or None.
     """
     face = face_of("update_rows", grads.device.type)
-    if face == "native":
+    if face == "native" and blocks.encodings is None:
         native().update(address(arena), address(blocks.table),  # type: ignore[union-attr]
                         blocks.table.shape[0], address(uniques.ids), address(uniques.splits),
                         address(uniques.starts), address(uniques.sources), address(weights),
                         address(grads), address(row_squares), RULES[step.kind],
                         step.numbers(), torch.get_num_threads())
-    elif face == "triton":
+    elif face == "native":
+        native().update_encoded(  # type: ignore[union-attr]
+            [address(arena), address(blocks.table), address(blocks.encodings)],
+            blocks.table.shape[0],
+            [address(tensor) for tensor in (uniques.ids, uniques.splits, uniques.starts,
+                                            uniques.sources, weights, grads, row_squares)],
+            RULES[step.kind], step.numbers(), step.key, address(step.rows),
+            torch.get_num_threads())
+    elif face == "triton" and blocks.encodings is None:
         from shardlab.ops.triton import rows as kernels
 
         kernels.update_rows(arena, blocks, uniques, weights, grads, step, row_squares)
+    elif face == "triton":
+        from shardlab.ops.triton import encoded
+
+        encoded.update_rows(arena, blocks, uniques, weights, grads, step, row_squares)
     else:
         update_rows_reference(arena, blocks, uniques, weights, grads, step, row_squares)
 
@@ -263,18 +314,20 @@ def update_rows_reference(arena: Tensor, blocks: Blocks, uniques: Uniques,
         start, count = splits[block], splits[block + 1] - splits[block]
         if count == 0:
             continue
-        rows, state = blocks.rows(arena, block), blocks.state(arena, block)
-        grad = _summed(grads, uniques, weights, (start, count, rows.shape[1], 0)) * step.scale
+        records = Records(arena, blocks, block, uniques.ids[start:start + count])
+        grad = _summed(grads, uniques, weights, (start, count, records.columns, 0)) * step.scale
         if step.clip_value > 0:
             grad = grad.clamp(-step.clip_value, step.clip_value)
-        ids = uniques.ids[start:start + count]
-        row, row_state = rows[ids], state[ids]
+        row, state = records.read_rows(), records.read_states()
         square = (grad * grad).mean(1, keepdim=True)
         if row_squares is not None:
             given = row_squares[start:start + count, None]
             square = torch.where(given < 0, square, given)
-        _step_rows(row, row_state, grad, square, step)
-        rows[ids], state[ids] = row, row_state
+        _step_rows(row, state, grad, square, step)
+        given_rows = None if step.rows is None else step.rows[start:start + count]
+        words = records.words(step.key, given_rows)
+        records.write_rows(row, words)
+        records.write_states(state, words)
 
 
 def _step_rows(row: Tensor, state: Tensor, grad: Tensor, row_square: Tensor,
@@ -285,13 +338,19 @@ def _step_rows(row: Tensor, state: Tensor, grad: Tensor, row_square: Tensor,
         row -= step.lr * (grad + step.weight_decay * row)
     elif step.kind == "adagrad":
         state += grad * grad
-        row -= step.lr * grad / (state.sqrt() + step.eps)
+        row -= step.lr * grad / (_root(state) + step.eps)
     elif step.kind == "row_wise_adagrad":
         state += row_square
-        row -= step.lr / (state.sqrt() + step.eps) * grad
+        # A number over a tensor would be its reciprocal times the number, rounded twice.
+        row -= torch.full_like(state, step.lr) / (_root(state) + step.eps) * grad
     else:
         first, second = state[:, :columns], state[:, columns:]
         square = row_square if step.kind == "row_wise_adam" else grad * grad
         first.mul_(step.beta1).add_(grad * (1 - step.beta1))
         second.mul_(step.beta2).add_(square * (1 - step.beta2))
-        row -= step.lr * (first / step.bias1) / ((second / step.bias2).sqrt() + step.eps)
+        row -= step.lr * (first / step.bias1) / (_root(second / step.bias2) + step.eps)
+
+
+def _root(x: Tensor) -> Tensor:
+    """Square root to the nearest fp32; torch's own on CPU is a unit off at one in five."""
+    return x.double().sqrt().float()

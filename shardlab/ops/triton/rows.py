@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from shardlab.ops.rows import RULES, Blocks, StepParameters
+from shardlab.ops.blocks import Blocks
+from shardlab.ops.rows import RULES, StepParameters
 from shardlab.ops.triton.sums import (
     CHUNK,
     COLUMNS,
@@ -30,7 +31,7 @@ from shardlab.ops.unique import Uniques
 
 _FP32_BYTES = 4
 #: Elements of a tile: 16 a thread where rows are only copied, 8 where sums are held.
-_COPY_ELEMENTS, _SUM_ELEMENTS = 2048, 1024
+_COPY_ELEMENTS, SUM_ELEMENTS = 2048, 1024
 #: Numbers of a pool job that reach pointers: base, step, columns, out start, out step.
 _POOL_POINTERS = (0, 1, 2, 8, 9)
 
@@ -88,7 +89,7 @@ def pool_rows(source: Tensor, jobs: Tensor, index: Tensor, offsets: Tensor | Non
     """out[bag] (+)= sum over p of the bag of weights[p] * source[base + index[p] * step + c]."""
     if len(jobs) == 0:
         return
-    cut = build_jobs(jobs, jobs[:, 3], jobs[:, 2], _SUM_ELEMENTS, out.device)
+    cut = build_jobs(jobs, jobs[:, 3], jobs[:, 2], SUM_ELEMENTS, out.device)
     if cut.tiles:
         _pool_kernel[(cut.tiles,)](source, cut.table, index, index if offsets is None else offsets,
                                    source if weights is None else weights, out, *cut.search,
@@ -139,15 +140,15 @@ def sum_rows(source: Tensor, uniques: Uniques, weights: Tensor | None, pieces: T
     """out[out start + i * out step + c] = scale * sum of the entries of unique start + i."""
     if len(pieces) == 0:
         return
-    jobs = build_jobs(pieces, pieces[:, 1], pieces[:, 2], _SUM_ELEMENTS, out.device)
+    jobs = build_jobs(pieces, pieces[:, 1], pieces[:, 2], SUM_ELEMENTS, out.device)
     if jobs.tiles == 0:
         return
     chunks = sum_chunks(source, uniques, weights, pieces, jobs)
-    _sum_kernel[(jobs.tiles,)](*_entries(source, uniques, weights, chunks), jobs.table, out,
-                               scale, *jobs.search, **_constants(jobs, chunks, weights))
+    _sum_kernel[(jobs.tiles,)](*entries_of(source, uniques, weights, chunks), jobs.table, out,
+                               scale, *jobs.search, **constants_of(jobs, chunks, weights))
 
 
-def _entries(source: Tensor, uniques: Uniques, weights: Tensor | None,
+def entries_of(source: Tensor, uniques: Uniques, weights: Tensor | None,
              chunks: Chunks | None) -> tuple[Tensor, ...]:
     """(source, starts, sources, weights, slots, sums): what `sum_entries` reads."""
     return (source, uniques.starts, uniques.sources, source if weights is None else weights,
@@ -155,7 +156,9 @@ def _entries(source: Tensor, uniques: Uniques, weights: Tensor | None,
             source if chunks is None else chunks.sums)
 
 
-def _constants(jobs: Jobs, chunks: Chunks | None, weights: Tensor | None) -> dict[str, int | bool]:
+def constants_of(jobs: Jobs, chunks: Chunks | None,
+                 weights: Tensor | None) -> dict[str, int | bool]:
+    """What kernels that sum entries are compiled for."""
     return {"CHUNKED": chunks is not None, "WIDTH": 1 if chunks is None else chunks.sums.shape[1],
             "CHUNK": CHUNK, "WEIGHTED": weights is not None, "R": jobs.R, "C": jobs.C,
             "enable_fp_fusion": False}
@@ -192,19 +195,23 @@ def update_rows(arena: Tensor, blocks: Blocks, uniques: Uniques, weights: Tensor
     columns, no_shift = blocks.table[:, 4], torch.zeros_like(start)
     fields = torch.stack([start, count, columns, no_shift,
                           *_elements(blocks.table[:, :4]).unbind(1)], 1)
-    jobs = build_jobs(fields, count, columns, _SUM_ELEMENTS, grads.device)
+    jobs = build_jobs(fields, count, columns, SUM_ELEMENTS, grads.device)
     if jobs.tiles == 0:
         return
     chunks = sum_chunks(grads, uniques, weights, fields, jobs)
+    given = row_squares is not None
+    _update_kernel[(jobs.tiles,)](*entries_of(grads, uniques, weights, chunks), jobs.table,
+                                  uniques.ids, row_squares if given else grads, _as_fp32(arena),
+                                  *numbers_of(step), *jobs.search, RULE=RULES[step.kind],
+                                  GIVEN=given, **constants_of(jobs, chunks, weights))
+
+
+def numbers_of(step: StepParameters) -> tuple[float, ...]:
+    """(lr, eps, beta1, 1 - beta1, beta2, 1 - beta2, weight decay, scale, clip, bias1, bias2)."""
     clip = step.clip_value if step.clip_value > 0 else math.inf
     # 1 - beta is taken in fp64 here, as torch's optimisers do: in fp32 0.999 loses 1.3e-5 of it.
-    numbers = (step.lr, step.eps, step.beta1, 1 - step.beta1, step.beta2, 1 - step.beta2,
-               step.weight_decay, step.scale, clip, step.bias1, step.bias2)
-    given = row_squares is not None
-    _update_kernel[(jobs.tiles,)](*_entries(grads, uniques, weights, chunks), jobs.table,
-                                  uniques.ids, row_squares if given else grads, _as_fp32(arena),
-                                  *numbers, *jobs.search, RULE=RULES[step.kind], GIVEN=given,
-                                  **_constants(jobs, chunks, weights))
+    return (step.lr, step.eps, step.beta1, 1 - step.beta1, step.beta2, 1 - step.beta2,
+            step.weight_decay, step.scale, clip, step.bias1, step.bias2)
 
 
 @triton.jit(do_not_specialize=["num_jobs", "job_steps"])
@@ -234,32 +241,57 @@ def _update_kernel(source, starts, sources, weights, slots, sums, table, ids, sq
     if GIVEN:
         whole = tl.load(squares + unique, mask=live, other=-1.0)
         row_square = tl.where(whole < 0, row_square, whole)
+    first = grad
+    second = grad
+    single = row_square
+    if (RULE == ADAGRAD) | (RULE == ADAM) | (RULE == ROW_WISE_ADAM):
+        first = tl.load(state, mask=inside, other=0.0)
+    if RULE == ADAM:
+        second = tl.load(state + columns, mask=inside, other=0.0)
+    if RULE == ROW_WISE_ADAGRAD:
+        single = tl.load(row_state, mask=live, other=0.0)
+    if RULE == ROW_WISE_ADAM:
+        single = tl.load(row_state + columns, mask=live, other=0.0)
+    weight, first, second, single = step_rule(
+        weight, grad, row_square, first, second, single, lr, eps, beta1, rest1, beta2, rest2,
+        weight_decay, bias1, bias2, RULE)
+    if (RULE == ADAGRAD) | (RULE == ADAM) | (RULE == ROW_WISE_ADAM):
+        tl.store(state, first, mask=inside)
+    if RULE == ADAM:
+        tl.store(state + columns, second, mask=inside)
+    if RULE == ROW_WISE_ADAGRAD:
+        tl.store(row_state, single, mask=live)
+    if RULE == ROW_WISE_ADAM:
+        tl.store(row_state + columns, single, mask=live)
+    tl.store(rows, weight, mask=inside)
+
+
+@triton.jit
+def step_rule(weight, grad, row_square, first, second, single, lr, eps, beta1, rest1, beta2, rest2,
+              weight_decay, bias1, bias2, RULE: tl.constexpr):
+    """One step of a rule: new (weight, first, second, single).
+
+    weight, grad fp32 [R, C]; first, second: states by element, in that order, [R, C]; single: state
+    by row, [R]. A rule leaves the states alone that it does not have.
+    """
     if RULE == SGD:
         step = lr * (grad + weight_decay * weight)
     elif RULE == ADAGRAD:
-        square = tl.load(state, mask=inside, other=0.0) + grad * grad
-        tl.store(state, square, mask=inside)
-        step = tl.div_rn(lr * grad, tl.sqrt_rn(square) + eps)
+        first += grad * grad
+        step = tl.div_rn(lr * grad, tl.sqrt_rn(first) + eps)
     elif RULE == ROW_WISE_ADAGRAD:
-        square = tl.load(row_state, mask=live, other=0.0) + row_square
-        tl.store(row_state, square, mask=live)
-        step = tl.div_rn(lr, tl.sqrt_rn(square) + eps)[:, None] * grad
+        single += row_square
+        step = tl.div_rn(lr, tl.sqrt_rn(single) + eps)[:, None] * grad
     else:
-        first = tl.load(state, mask=inside, other=0.0) * beta1 + grad * rest1
-        tl.store(state, first, mask=inside)
+        first = first * beta1 + grad * rest1
         if RULE == ADAM:
-            state += columns
-            second = tl.load(state, mask=inside, other=0.0) * beta2 + grad * grad * rest2
-            tl.store(state, second, mask=inside)
+            second = second * beta2 + grad * grad * rest2
             root = tl.sqrt_rn(tl.div_rn(second, bias2)) + eps
         else:
-            row_state += columns
-            second = (tl.load(row_state, mask=live, other=0.0) * beta2
-                      + row_square * rest2)
-            tl.store(row_state, second, mask=live)
-            root = (tl.sqrt_rn(tl.div_rn(second, bias2)) + eps)[:, None]
+            single = single * beta2 + row_square * rest2
+            root = (tl.sqrt_rn(tl.div_rn(single, bias2)) + eps)[:, None]
         step = tl.div_rn(lr * tl.div_rn(first, bias1), root)
-    tl.store(rows, weight - step, mask=inside)
+    return weight - step, first, second, single
 
 
 @triton.jit

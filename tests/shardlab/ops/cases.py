@@ -21,7 +21,8 @@ from shardlab.ops.rows import (
     update_rows,
 )
 from shardlab.ops.unique import BOUNDS_CODE, Segments, Uniques, unique_segments_reference
-from shardlab.specs import OPTIMIZER_STATE, BoundsMode
+from shardlab.specs import BoundsMode
+from shardlab.storage_bytes import OPTIMIZER_STATE
 
 DIMS = (1, 4, 16, 17, 24, 64, 100, 130)
 KINDS = tuple(OPTIMIZER_STATE)

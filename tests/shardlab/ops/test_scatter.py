@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from shardlab.ops.rows import Blocks
+from shardlab.ops.blocks import Blocks, Encoding
+from shardlab.ops.codecs import Rounding, decode_rows, encode_rows
 from shardlab.ops.scatter import scatter_rows, scatter_rows_reference
 from shardlab.ops.unique import Segments, unique_segments
+from shardlab.storage_bytes import payload_bytes
 
 ROWS = (7, 1, 300)
 COLUMNS = (5, 16, 70)
@@ -49,3 +51,25 @@ def test_native_face_equals_the_reference(batch, threads, weighted):
         if not weighted and batch:
             assert torch.equal(outs[0][:, first[s]:first[s + 1]],
                                table[ids[s * batch:(s + 1) * batch]]), rows
+
+
+@pytest.mark.parametrize("codec", ["fp16", "bf16", "fp8", "int8", "int4"])
+@pytest.mark.parametrize("columns", [1, 15, 16, 40])
+def test_rows_of_any_codec_arrive_as_fp32(codec, columns):
+    rows, batch = 9, 21
+    width = payload_bytes(codec, columns)
+    values = torch.randn(rows, columns, generator=torch.Generator().manual_seed(columns))
+    arena = torch.empty(rows * width, dtype=torch.uint8)
+    encode_rows(values, codec, arena.view(rows, width), Rounding(stochastic=False))
+    blocks = Blocks.build(torch.tensor([[0, width, 0, 0, columns, rows]]), [Encoding(codec)])
+    ids = torch.randint(rows, (batch,), generator=torch.Generator().manual_seed(3))
+    uniques = unique_segments(ids, torch.tensor([[0, 0, batch, 0, columns]]),
+                              Segments(torch.tensor([rows]), torch.tensor([0])))
+    out = torch.full((batch, columns), torch.nan)
+    scatter_rows(arena, blocks, uniques, None, out.view(-1))
+    decoded = torch.empty(rows, columns)
+    decode_rows(arena.view(rows, width), codec, decoded)
+    assert torch.equal(out, decoded[ids])
+    again = torch.full((batch, columns), torch.nan)
+    scatter_rows_reference(arena, blocks, uniques, None, again.view(-1))
+    assert torch.equal(out, again)

@@ -1,0 +1,175 @@
+// fp32 lanes to codes, to the nearest (ties to even) or stochastically.
+//
+// Stochastic rounding is unbiased for every value that the codec can reach, subnormals included:
+// noise is added at the codec's own step there. Beyond the largest finite value it saturates; what
+// a code can hold exactly never moves. Sources: fp16 as in arXiv 2010.11305's lineage, with the
+// subnormals done right; the scale's choice is own.
+#pragma once
+#include "codec.h"
+#include "random.h"
+
+namespace shardlab::SHARDLAB_ISA {
+
+constexpr int32_t kInfBits = 0x7f800000, kSignBit = INT32_MIN;
+
+inline Int magnitude_bits(Vec v) { return (Int)v & 0x7fffffff; }
+
+// A float of kMantissa bits whose exponent has the bias kBias and whose largest finite value has
+// the fp32 bits kMaxBits. Returns magnitudes; a NaN becomes the largest value.
+template <int kMantissa, int kBias, int32_t kMaxBits>
+struct MiniFloat {
+  static constexpr int kShift = 23 - kMantissa, kRebias = (127 - kBias) << kMantissa;
+  static constexpr int32_t kMinNormal = (127 - kBias + 1) << 23;
+  static constexpr int kSteps = kBias - 1 + kMantissa;  // a subnormal step is 2^-kSteps
+  // Subnormals in fixed point: kMantissa bits before the point and kFraction behind fill 30.
+  static constexpr int kFraction = 30 - kMantissa;
+
+  template <bool kStochastic>
+  SHARDLAB_INLINE static Int encode(Vec v, Bits random) {
+    const Int bits = smaller(magnitude_bits(v), Int{} + kMaxBits);
+    const auto subnormal = bits < kMinNormal;
+    Int normal, tiny;
+    if (kStochastic) {
+      normal = bits + (Int)(random >> (32 - kShift));
+      const Vec fixed = (Vec)(subnormal ? bits : 0) * as_float((127 + kSteps + kFraction) << 23);
+      tiny = __builtin_convertvector(fixed, Int) + (Int)(random >> (32 - kFraction));
+      tiny >>= kFraction;
+    } else {
+      normal = bits + ((1 << (kShift - 1)) - 1) + ((bits >> kShift) & 1);
+      const float magic = as_float((127 + 23 - kSteps) << 23);  // its fp32 step is 2^-kSteps
+      tiny = (Int)((Vec)bits + magic) - ((127 + 23 - kSteps) << 23);
+    }
+    return subnormal ? tiny : (normal >> kShift) - kRebias;
+  }
+};
+
+template <bool kStochastic>
+SHARDLAB_INLINE inline Shorts encode_fp16(Vec v, Bits random) {
+  Int code = MiniFloat<10, 15, 0x477fe000>::encode<kStochastic>(v, random);
+  code = magnitude_bits(v) > kInfBits ? Int{} + 0x7e00 : code;
+  return narrow_to_shorts(code | (((Int)v >> 16) & 0x8000));
+}
+
+template <bool kStochastic>
+SHARDLAB_INLINE inline Shorts encode_bf16(Vec v, Bits random) {
+  constexpr int32_t kMaxBits = 0x7f7f0000;
+  const Int magnitude = magnitude_bits(v), bits = smaller(magnitude, Int{} + kMaxBits);
+  const Int noise = kStochastic ? (Int)(random >> 16) : ((bits >> 16) & 1) + 0x7fff;
+  Int code = (bits + noise) >> 16;
+  code = magnitude > kInfBits ? Int{} + 0x7fc0 : code;
+  return narrow_to_shorts(code | (((Int)v >> 16) & 0x8000));
+}
+
+template <bool kStochastic>
+SHARDLAB_INLINE inline Bytes encode_fp8(Vec v, Bits random) {
+  const Int code = MiniFloat<3, 7, 0x43e00000>::encode<kStochastic>(v, random);
+  return narrow_to_bytes(code | (((Int)v >> 24) & 0x80));
+}
+
+// round(v / scale), within +-kLargest. The nearest integer first; the remainder is exact, so that
+// v = q * scale never moves.
+template <bool kStochastic, int kLargest>
+SHARDLAB_INLINE inline Int quantise(Vec v, float scale, float inverse, Bits random) {
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves integers
+  Vec q = (v * inverse + kRound) - kRound;
+  if (kStochastic) {
+    const Vec rest = v - q * scale;
+    const Vec unit = __builtin_convertvector((Int)(random >> 8), Vec);
+    const Int away = (Vec)magnitude_bits(rest) > unit * (scale * 0x1p-24f);
+    const Int one = ((Int)rest & kSignBit) | 0x3f800000;  // 1 with the remainder's sign
+    q += (Vec)(one & away);
+  }
+  const Vec top = splat(kLargest), bottom = splat(-kLargest);
+  q = q < top ? q : top;
+  q = q > bottom ? q : bottom;
+  return __builtin_convertvector(q, Int);
+}
+
+// ---------------------------------------------------------------- scales
+// Of up to sixteen rows, one a lane. The least scale s whose largest value Q s reaches amax would
+// drift: a row could round to a largest value that fits the next lower scale r, and be encoded
+// anew in it. So, where amax lies between Q r and the next step of s above that, either r is taken
+// and everything beyond Q r becomes Q r, or s, and those values are stretched up to that step:
+// with such odds that the mean stays. A row then encodes to itself ever after.
+struct Scales {
+  float scale[kLanes], inverse[kLanes];
+  float amax[kLanes], low[kLanes], high[kLanes], stretch[kLanes];  // (low, amax) -> (low, high)
+  int32_t code[kLanes], stretched[kLanes];
+};
+
+struct IntScale {
+  static constexpr int kStep = 1;
+  static Int least(Vec amax, float largest) {
+    const Vec wanted = amax * (1.0f / largest);
+    // Some units too low, so that a product that rounded up does not count; one step up if so.
+    Int code = ((Int)wanted + ((1 << kScaleShift) - 1 - 8) - kScaleBias) >> kScaleShift;
+    code = smaller(larger(code, Int{}), Int{} + kTopScale);
+    const Vec scale = (Vec)((code << kScaleShift) + kScaleBias);
+    code -= (Int)(scale * largest < amax);
+    return smaller(code, Int{} + kTopScale);
+  }
+  // The next step of `scale` above low = largest * lower scale.
+  static Vec next_step(Vec low, Vec scale) {
+    const Vec steps = __builtin_convertvector(__builtin_convertvector(low / scale, Int), Vec);
+    return (steps + 1.0f) * scale;
+  }
+};
+
+struct Fp8Scale {
+  static constexpr int kStep = 8;  // powers of two: an exponent more is exact
+  static Int least(Vec amax, float) {
+    // The exponent of amax / 448, up where the fraction exceeds that of 448 = 1.75 * 2^8.
+    const Int exponent = (Int)(((Bits)amax + 0x1fffff) >> 23) - (127 + 8) + 26;
+    return smaller(larger(exponent, Int{}), Int{} + 31) << 3;
+  }
+  static Vec next_step(Vec, Vec scale) { return scale * 240.0f; }
+};
+
+template <bool kStochastic, class Kind>
+inline void choose_scales(const int32_t* amax_bits, float largest, const uint64_t* words,
+                          Scales& out) {
+  Int bits;
+  std::memcpy(&bits, amax_bits, sizeof(bits));
+  const Vec amax = (Vec)bits;
+  Int code = Kind::least(amax, largest);
+  const Int below = larger(code - Kind::kStep, Int{});
+  const Vec scale = (Vec)((code << kScaleShift) + kScaleBias);
+  const Vec lower = (Vec)((below << kScaleShift) + kScaleBias);
+  const Vec low = lower * largest, high = Kind::next_step(low, scale);
+  const Int between = (code > below) & (amax > low) & (amax < high);
+  const Vec odds = (amax - low) / (high - low);
+  Int up;
+  if (kStochastic) {
+    Bits word_low, word_high;
+    for (int i = 0; i < kLanes; ++i) {
+      word_low[i] = (uint32_t)words[i];
+      word_high[i] = (uint32_t)(words[i] >> 32);
+    }
+    const Bits random = mix_lanes(word_low, word_high, Bits{} + kScaleCounter);
+    up = __builtin_convertvector((Int)(random >> 8), Vec) * 0x1p-24f < odds;
+  } else {
+    up = odds >= 0.5f;
+  }
+  code = between & ~up ? below : code;
+  const Vec chosen = (Vec)((code << kScaleShift) + kScaleBias);
+  store(out.scale, chosen);
+  store(out.inverse, 1.0f / chosen);
+  store(out.amax, amax);
+  store(out.low, low);
+  store(out.high, high);
+  store(out.stretch, (high - low) / (amax - low));
+  code = bits > kInfBits ? Int{} + kNanScale : code;
+  std::memcpy(out.code, &code, sizeof(code));
+  const Int stretched = kStochastic ? between & up : Int{};
+  std::memcpy(out.stretched, &stretched, sizeof(stretched));
+}
+
+inline Vec stretch(Vec v, const Scales& scales, int64_t i) {
+  const Vec magnitude = (Vec)magnitude_bits(v);
+  Vec wide = (magnitude - scales.low[i]) * scales.stretch[i] + scales.low[i];
+  wide = magnitude < scales.amax[i] ? wide : splat(scales.high[i]);
+  wide = magnitude > scales.low[i] ? wide : magnitude;
+  return (Vec)((Int)wide | ((Int)v & kSignBit));
+}
+
+}  // namespace shardlab::SHARDLAB_ISA
