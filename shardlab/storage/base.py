@@ -6,21 +6,66 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from shardlab.ops.rows import StepParameters
 from shardlab.ops.unique import Uniques
 from shardlab.plan import Shard
-from shardlab.specs import EmbeddingBagConfig, TierBytes
+from shardlab.specs import EmbeddingBagConfig
+from shardlab.storage_bytes import TierBytes
+from shardlab.storage_specs import RowsSpec, StorageSpec
 
 
 @dataclass(frozen=True)
 class LocalShard:
-    """One rectangle of a table that this rank holds."""
+    """One rectangle of a table that this rank holds.
+
+    Attributes:
+        storage: of the plan: every level names its tier.
+        replicated: every rank holds the same cells.
+    """
 
     table: EmbeddingBagConfig
     shard: Shard
+    storage: StorageSpec
     replicated: bool
+
+    @property
+    def chain(self) -> RowsSpec:
+        """The storage of a shard that is held as rows."""
+        assert isinstance(self.storage, RowsSpec)
+        return self.storage
+
+
+@dataclass(frozen=True)
+class StorageOptions:
+    """What all storages of a rank share.
+
+    Attributes:
+        optimizer: kind of row optimiser, which decides the state's bytes.
+        seed: of the initial weights and of random rounding.
+        device: where rows are read to and updated from.
+        ssd_dir: folder for levels on disk, one of this rank's own; None: there are none.
+    """
+
+    optimizer: str
+    seed: int
+    device: torch.device
+    ssd_dir: str | None = None
+
+
+@dataclass(frozen=True)
+class PlacedJobs:
+    """Pooling jobs of a storage.
+
+    Attributes:
+        jobs: int64 [J, 11] on CPU, as the caller made them: first column the block's number.
+        kernel: int64 on CPU, as the kernels take them.
+    """
+
+    jobs: Tensor
+    kernel: Tensor
 
 
 @dataclass(frozen=True)
@@ -49,19 +94,25 @@ class Storage(Protocol):
     def read(self, segments: Tensor, ids: Tensor, out: Tensor) -> None:
         """Decodes rows into ``out``; arguments as in `ops.rows.gather_rows`."""
 
-    def read_pooled(self, jobs: Tensor, index: Tensor, offsets: Tensor | None,
+    def read_pooled(self, jobs: PlacedJobs, index: Tensor, offsets: Tensor | None,
                     weights: Tensor | None, out: Tensor) -> None:
         """Pools bags straight from the rows; as `ops.rows.pool_rows`, with placed jobs."""
 
-    def place_jobs(self, jobs: Tensor) -> Tensor:
+    def read_scattered(self, uniques: Uniques, weights: Tensor | None, out: Tensor) -> None:
+        """Copies every row to its entries' places; arguments as in `ops.scatter.scatter_rows`."""
+
+    def place_jobs(self, jobs: Tensor) -> PlacedJobs:
         """Pooling jobs of this storage, out of jobs with the block's number in column ``base``."""
+
+    def begin_step(self, step: int) -> None:
+        """Tells how many optimiser steps were taken, this one included: it addresses rounding."""
 
     def update(self, uniques: Uniques, weights: Tensor | None, grads: Tensor,
                step: StepParameters, row_squares: Tensor | None = None) -> None:
         """One optimiser step per unique row; arguments as in `ops.rows.update_rows`."""
 
-    def prefetch(self, ids: Tensor) -> None:
-        """Tells which rows the next read will touch."""
+    def prefetch(self, segments: Tensor, ids: Tensor) -> None:
+        """Tells which rows the next read asks for: int64 [K, 3] (block, start, count) of ids."""
 
     def tier_bytes(self) -> TierBytes:
         """Bytes that this storage holds, by tier."""
@@ -74,3 +125,6 @@ class Storage(Protocol):
 
     def load_chunk(self, chunk: TableChunk) -> None:
         """Writes the cells of the chunk that lie in this storage's shards."""
+
+    def close(self) -> None:
+        """Gives back what is not memory."""

@@ -2,32 +2,30 @@
 
 from __future__ import annotations
 
-import torch
-
 from shardlab.errors import ConfigError
-from shardlab.specs import RowsSpec
-from shardlab.storage.base import LocalShard, Storage
+from shardlab.storage.base import LocalShard, Storage, StorageOptions
 from shardlab.storage.rows import RowsStorage
+from shardlab.storage_specs import RowsSpec, describe_storage
 
 _STORAGES: dict[type, type[Storage]] = {RowsSpec: RowsStorage}
 
 
-def build_storage(shards: list[LocalShard], optimizer: str, seed: int,
-                  device: torch.device) -> Storage:
+def build_storage(shards: list[LocalShard], options: StorageOptions) -> Storage:
     """Builds the storage that holds these shards.
 
     Args:
         shards: all of one kind of spec.
-        optimizer: kind of row optimiser, which decides the state's bytes.
-        seed: of the initial weights.
-        device: where the rows are read to and updated from.
+        options: what all storages of a rank share.
 
     Raises:
-        ConfigError: a spec that no storage is registered for.
+        ConfigError: a spec that no storage is registered for, or that cannot be held here.
+        StorageError: the disk is not writable or too small.
     """
-    kinds = {type(local.table.storage) for local in shards} or {RowsSpec}
-    if len(kinds) > 1 or not kinds <= _STORAGES.keys():
-        names = ", ".join(sorted(kind.__name__ for kind in kinds))
-        known = ", ".join(kind.__name__ for kind in _STORAGES)
-        raise ConfigError(f"no single storage holds specs {names}; known: {known}")
-    return _STORAGES[kinds.pop()](shards, optimizer, seed, device)  # type: ignore[call-arg]
+    known = ", ".join(kind.__name__ for kind in _STORAGES)
+    for local in shards:
+        if type(local.storage) not in _STORAGES:
+            raise ConfigError(f"table {local.table.name!r}: storage "
+                              f"{describe_storage(local.storage)} can be planned but not trained; "
+                              f"kinds that can: {known}")
+    kinds = {type(local.storage) for local in shards} or {RowsSpec}
+    return _STORAGES[kinds.pop()](shards, options)  # type: ignore[call-arg]

@@ -1,27 +1,39 @@
-"""The ``rows`` storage: fp32 rows and their optimiser state, one level, in memory.
+"""The ``rows`` storage: every shard a chain of levels, from the kernels' arena to its home.
 
-A level in memory keeps payloads together and states together: a row of 64 B is then one cache line
-to read, where a record of 68 B is two (measured: pooling 10 to 15 % faster). A level on a block
-device wants both side by side, in one I/O; the bytes are the same.
+Shards of one level lie in the near arena themselves; of the others it holds the slots of the
+nearest cache. So one kernel call reads or steps all of them, in whatever precision, and only the
+rows of cached shards have to be looked up first.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from shardlab.errors import CheckpointError
+from shardlab.ops.blocks import Blocks
 from shardlab.ops.init import init_uniform
-from shardlab.ops.rows import Blocks, StepParameters, gather_rows, pool_rows, update_rows
+from shardlab.ops.rows import (
+    StepParameters,
+    gather_rows,
+    pool_blocks,
+    pool_rows,
+    update_rows,
+)
+from shardlab.ops.scatter import scatter_rows
 from shardlab.ops.unique import Uniques
-from shardlab.specs import OPTIMIZER_STATE, TierBytes, record_layout, tier_bytes
-from shardlab.storage.base import LocalShard, TableChunk
-from shardlab.tiers import allocate
+from shardlab.plan import Shard
+from shardlab.storage.base import LocalShard, PlacedJobs, StorageOptions, TableChunk
+from shardlab.storage.cache_level import CacheLevel
+from shardlab.storage.chains import build_chains
+from shardlab.storage.levels import Clock
+from shardlab.storage_bytes import OPTIMIZER_STATE, TierBytes, tier_bytes
 
 _FP32_BYTES = 4
-_LINE_BYTES = 64
+_INIT_BYTES = 8 << 20
 
 #: Names of the state's parts in a checkpoint, element-wise parts first.
 STATE_NAMES: dict[str, tuple[str, ...]] = {
@@ -34,86 +46,223 @@ STATE_NAMES: dict[str, tuple[str, ...]] = {
 
 
 class RowsStorage:
-    """All shards of a rank in one arena, a block per shard.
+    """All shards of a rank that are held as rows.
 
     Args:
         shards: what to hold.
-        optimizer: kind of row optimiser.
-        seed: of the initial weights.
-        device: where the arena lies.
+        options: optimiser, seed, device, folder on disk.
+
+    Raises:
+        ConfigError: a chain that cannot be built here.
+        StorageError: the disk is not writable or too small.
     """
 
-    def __init__(self, shards: list[LocalShard], optimizer: str, seed: int,
-                 device: torch.device) -> None:
-        self.shards, self.optimizer = shards, optimizer
-        self.blocks, total = _place(shards, optimizer)
-        self.arena = allocate(total, device)
-        self._elements = self.arena.view(torch.float32)
-        self._base = self.blocks.table[:, 0] // _FP32_BYTES
-        self._step = self.blocks.table[:, 1] // _FP32_BYTES
+    def __init__(self, shards: list[LocalShard], options: StorageOptions) -> None:
+        self.shards, self.optimizer = shards, options.optimizer
+        self.clock = Clock(options.seed)
+        self.chains = build_chains(shards, options, self.clock)
+        near = self.chains.near
+        self.arena = near.data
+        plain = all((local.chain.levels[0].dtype, local.chain.state_dtype) == ("fp32", "fp32")
+                    for local in shards)
+        self.is_plain = plain
+        self.blocks = Blocks(near.blocks.table) if plain else near.blocks
+        self._owner: dict[int, tuple[CacheLevel, int]] = {
+            block: (cache, number) for cache in self.chains.caches
+            for number, block in enumerate(cache.numbers)}
+        unit = _FP32_BYTES if plain else 1
+        self._elements = self.arena.view(torch.float32) if plain else self.arena
+        self._base, self._step = near.blocks.table[:, 0] // unit, near.blocks.table[:, 1] // unit
+        self._codecs = None if plain or near.blocks.encodings is None else \
+            near.blocks.encodings[:, 0]
         for block, local in enumerate(shards):
-            init_uniform(self.blocks.rows(self.arena, block), local.table, local.shard, seed)
-        # A fresh arena reads as zero, but writing it now spares the first steps its page faults.
-        self.begin_load()
+            self._initialise(block, local, options.seed)
 
+    def _initialise(self, block: int, local: LocalShard, seed: int) -> None:
+        """Weights by (seed, table, row, column), state zero; both written now, so that a fresh
+        arena's page faults do not fall into the first steps."""
+        home, number = self.chains.homes[block]
+        shard = local.shard
+        step = max(1, _INIT_BYTES // (shard.columns * _FP32_BYTES))
+        elements = self._state_elements(shard.columns)
+        for first in range(0, shard.rows, step):
+            count = min(step, shard.rows - first)
+            part = Shard(shard.rank, shard.row_start + first, shard.row_start + first + count,
+                         shard.col_start, shard.col_end)
+            values = torch.empty(count, shard.columns)
+            init_uniform(values, local.table, part, seed)
+            home.write_range(number, first, values, torch.zeros(count, elements))
+
+    def _state_elements(self, columns: int) -> int:
+        per_column, per_row = OPTIMIZER_STATE[self.optimizer]
+        return per_column * columns + per_row
+
+    # ------------------------------------------------------------------ places
+    def _places(self, spans: list[tuple[int, int, int]], ids: Tensor, *,
+                write: bool = False) -> Tensor:
+        """Rows of shards as places of their near blocks.
+
+        Args:
+            spans: (block, start, count) of ids; a block may come several times.
+            ids: int64, rows of their blocks.
+            write: the rows will be stepped; `settle` follows.
+        """
+        if not self._owner:
+            return ids
+        places = ids.clone()
+        for cache in self.chains.caches:
+            mine: dict[int, list[tuple[int, int]]] = {}
+            for block, start, count in spans:
+                owner = self._owner.get(block)
+                if count and owner is not None and owner[0] is cache:
+                    mine.setdefault(owner[1], []).append((start, count))
+            pieces = [piece for number in sorted(mine) for piece in mine[number]]
+            if not pieces:
+                continue
+            jobs, at = [], 0
+            for number in sorted(mine):
+                size = sum(count for _, count in mine[number])
+                jobs.append([number, at, size])
+                at += size
+            rows = torch.cat([ids[start:start + count] for start, count in pieces]).cpu()
+            found = cache.place(torch.tensor(jobs), rows, write=write, touch=not write)
+            at = 0
+            for start, count in pieces:
+                places[start:start + count] = found[at:at + count].to(places.device)
+                at += count
+        return places
+
+    # ------------------------------------------------------------------ verbs
     def read(self, segments: Tensor, ids: Tensor, out: Tensor) -> None:
-        """Copies rows into ``out`` (`ops.rows.gather_rows`)."""
-        gather_rows(self.arena, self.blocks, segments, ids, out)
+        """Decodes rows into ``out`` (`ops.rows.gather_rows`)."""
+        places = self._places([(b, s, n) for b, s, n, _ in segments.tolist()], ids) \
+            if self._owner else ids
+        gather_rows(self.arena, self.blocks, segments, places, out)
 
-    def read_pooled(self, jobs: Tensor, index: Tensor, offsets: Tensor | None,
+    def read_pooled(self, jobs: PlacedJobs, index: Tensor, offsets: Tensor | None,
                     weights: Tensor | None, out: Tensor) -> None:
         """Pools bags straight from the rows; jobs come from `place_jobs`."""
-        pool_rows(self._elements, jobs, index, offsets, weights, out)
+        if self._owner:
+            index = self._places(_job_spans(jobs.jobs, offsets), index)
+        if self.is_plain:
+            pool_rows(self._elements, jobs.kernel, index, offsets, weights, out)
+        else:
+            pool_blocks(self.arena, jobs.kernel, index, offsets, weights, out)
 
-    def place_jobs(self, jobs: Tensor) -> Tensor:
+    def read_scattered(self, uniques: Uniques, weights: Tensor | None, out: Tensor) -> None:
+        """Copies every row to its entries' places (`ops.scatter.scatter_rows`)."""
+        scatter_rows(self.arena, self.blocks, self._placed(uniques, write=False), weights, out)
+
+    def _placed(self, uniques: Uniques, *, write: bool) -> Uniques:
+        """The same uniques with places for ids."""
+        if not self._owner:
+            return uniques
+        splits = uniques.splits.tolist()
+        spans = [(block, splits[block], splits[block + 1] - splits[block])
+                 for block in range(len(self.shards))]
+        return replace(uniques, ids=self._places(spans, uniques.ids, write=write))
+
+    def place_jobs(self, jobs: Tensor) -> PlacedJobs:
         """Fills base and step of pooling jobs whose first column is the block's number."""
-        jobs, block = jobs.clone(), jobs[:, 0]
-        jobs[:, 0], jobs[:, 1] = self._base[block], self._step[block]
-        return jobs
+        kernel, block = jobs.clone(), jobs[:, 0]
+        kernel[:, 0], kernel[:, 1] = self._base[block], self._step[block]
+        if self._codecs is not None:
+            kernel = torch.cat([kernel, self._codecs[block, None]], 1)
+        return PlacedJobs(jobs, kernel)
+
+    def begin_step(self, step: int) -> None:
+        """Tells how many optimiser steps were taken, this one included."""
+        self.clock.step = step
 
     def update(self, uniques: Uniques, weights: Tensor | None, grads: Tensor,
                step: StepParameters, row_squares: Tensor | None = None) -> None:
         """Steps every unique row once (`ops.rows.update_rows`)."""
-        update_rows(self.arena, self.blocks, uniques, weights, grads, step, row_squares)
+        placed = self._placed(uniques, write=True)
+        if not self.is_plain:
+            step = replace(step, key=self.clock.key(0),
+                           rows=self._table_rows(uniques) if self._owner else None)
+        update_rows(self.arena, self.blocks, placed, weights, grads, step, row_squares)
+        for cache in self.chains.caches:
+            cache.settle()
 
-    def prefetch(self, ids: Tensor) -> None:
-        """Nothing to bring nearer: there is one level."""
+    def _table_rows(self, uniques: Uniques) -> Tensor:
+        starts = torch.tensor([local.shard.row_start for local in self.shards])
+        shift = torch.repeat_interleave(starts, uniques.splits.diff())
+        return uniques.ids + shift.to(uniques.ids.device)
 
+    def prefetch(self, segments: Tensor, ids: Tensor) -> None:
+        """Starts to bring up rows that the next read will ask for.
+
+        Args:
+            segments: int64 [K, 3] on CPU: (block, start, count).
+            ids: int64.
+        """
+        for cache in self.chains.caches:
+            parts: dict[int, list[Tensor]] = {}
+            for block, start, count in segments.tolist():
+                owner = self._owner.get(block)
+                if count and owner is not None and owner[0] is cache:
+                    parts.setdefault(owner[1], []).append(ids[start:start + count].cpu())
+            rows = [torch.unique(torch.cat(parts[number])) for number in sorted(parts)]
+            if rows:
+                counts = torch.tensor([part.numel() for part in rows])
+                jobs = torch.stack([torch.tensor(sorted(parts)), counts.cumsum(0) - counts,
+                                    counts], 1)
+                cache.prefetch(jobs, torch.cat(rows))
+
+    # ------------------------------------------------------------------ bytes
     def tier_bytes(self) -> TierBytes:
-        """Bytes of the arena, counted by the planner's arithmetic for every shard."""
+        """Bytes by tier, counted by the planner's arithmetic for every shard."""
         total = TierBytes()
         for local in self.shards:
-            total = total + tier_bytes(local.table.storage, local.shard.tier, local.shard.rows,
-                                       local.shard.columns, self.optimizer)
-        assert total.total == self.arena.numel(), "the planner and the arena count differently"
+            total = total + tier_bytes(local.storage, local.shard.rows, local.shard.columns,
+                                       self.optimizer)
         return total
 
+    # ------------------------------------------------------------------ checkpoints
+    def flush(self) -> None:
+        """Writes all cached rows to their homes and empties the caches."""
+        for cache in self.chains.caches:
+            cache.flush()
+
     def chunks(self, max_bytes: int) -> Iterator[TableChunk]:
-        """Streams copies of all rows, at most ``max_bytes`` (but a row at least) at a time."""
+        """Streams copies of all rows, at most ``max_bytes`` (but a row at least) at a time.
+
+        Caches are emptied first: what a checkpoint holds and what the run goes on with are then
+        the same, and so a resumed run is bit-identical to one that was not stopped.
+        """
+        self.flush()
         for block, local in enumerate(self.shards):
-            rows, state = self.blocks.rows(self.arena, block), self.blocks.state(self.arena, block)
+            home, number = self.chains.homes[block]
             shard = local.shard
-            row_bytes = int(self.blocks.table[block, 1] + self.blocks.table[block, 3])
+            row_bytes = _FP32_BYTES * (shard.columns + self._state_elements(shard.columns))
             step = max(1, max_bytes // row_bytes)
             for first in range(0, shard.rows, step):
-                yield TableChunk(local.table.name, shard.row_start + first, shard.col_start,
-                                 rows[first:first + step].to("cpu", copy=True),
-                                 self._split_state(state[first:first + step], shard.columns),
-                                 local.replicated)
+                rows, state = home.read_range(number, first, min(step, shard.rows - first))
+                yield TableChunk(local.table.name, shard.row_start + first, shard.col_start, rows,
+                                 self._split_state(state, shard.columns), local.replicated)
 
     def _split_state(self, state: Tensor, columns: int) -> dict[str, Tensor]:
         """Columns of the state by name; see `STATE_NAMES`."""
         per_column, per_row = OPTIMIZER_STATE[self.optimizer]
         sizes = [columns] * per_column + [1] * per_row
-        parts = state.to("cpu", copy=True).split(sizes, dim=1) if sizes else ()
+        parts = torch.split(state, sizes, dim=1) if sizes else ()
         return {name: part.contiguous() if size > 1 or index < per_column else part[:, 0].clone()
                 for index, (name, part, size) in enumerate(
                     zip(STATE_NAMES[self.optimizer], parts, sizes, strict=True))}
 
     def begin_load(self) -> None:
         """Clears the optimiser state: parts of a row's state add up as they come."""
-        for block in range(len(self.shards)):
-            self.blocks.state(self.arena, block).zero_()
+        self.flush()
+        for block, local in enumerate(self.shards):
+            home, number = self.chains.homes[block]
+            elements = self._state_elements(local.shard.columns)
+            if not elements:
+                continue
+            step = max(1, _INIT_BYTES // (elements * _FP32_BYTES))
+            for first in range(0, local.shard.rows, step):
+                count = min(step, local.shard.rows - first)
+                home.write_range(number, first, None, torch.zeros(count, elements))
 
     def load_chunk(self, chunk: TableChunk) -> None:
         """Writes the cells that lie in this storage's shards.
@@ -146,35 +295,35 @@ class RowsStorage:
     def _write(self, block: int, chunk: TableChunk, target: tuple[slice, slice],
                source: tuple[slice, slice]) -> None:
         """Copies the ``source`` cells of a chunk to the ``target`` cells of a block."""
-        rows, state = self.blocks.rows(self.arena, block), self.blocks.state(self.arena, block)
-        rows[target] = chunk.weights[source].to(rows.device)
-        columns, at = rows.shape[1], 0
-        (inside, across), share = target, (target[1].stop - target[1].start) / rows.shape[1]
+        home, number = self.chains.homes[block]
+        (inside, across), columns = target, self.shards[block].shard.columns
+        rows, state = home.read_range(number, inside.start, inside.stop - inside.start)
+        rows[:, across] = chunk.weights[source]
+        at, share = 0, (across.stop - across.start) / columns
         for name in STATE_NAMES[self.optimizer] if chunk.state else ():
-            value = chunk.state[name].to(rows.device)
+            value = chunk.state[name]
             if value.dim() == 2:
-                state[inside, at + across.start:at + across.stop] = value[source]
+                state[:, at + across.start:at + across.stop] = value[source]
                 at += columns
             else:
-                state[inside, at] += value[source[0]] * share
+                state[:, at] += value[source[0]] * share
                 at += 1
+        home.write_range(number, inside.start, rows, state)
+
+    def close(self) -> None:
+        """Gives back what is not memory: files on disk."""
+        for home in self.chains.disk_homes:
+            home.close()
 
 
-def _place(shards: list[LocalShard], optimizer: str) -> tuple[Blocks, int]:
-    """Lays payloads, then states, one behind the other; returns the blocks and the total bytes.
-
-    Payloads of whole cache lines come first, so that no row of theirs straddles a line more.
-    """
-    layouts = [record_layout(local.table.storage.home, local.shard.columns, optimizer)
-               for local in shards]
-    table, offset = torch.zeros(len(shards), 6, dtype=torch.int64), 0
-    order = sorted(range(len(shards)), key=lambda s: layouts[s].payload_bytes % _LINE_BYTES != 0)
-    for block in order:
-        rows, layout = shards[block].shard.rows, layouts[block]
-        table[block, 0], table[block, 1] = offset, layout.payload_bytes
-        table[block, 4], table[block, 5] = shards[block].shard.columns, rows
-        offset += rows * layout.payload_bytes
-    for block in order:
-        table[block, 2], table[block, 3] = offset, layouts[block].state_bytes
-        offset += shards[block].shard.rows * layouts[block].state_bytes
-    return Blocks(table), offset
+def _job_spans(jobs: Tensor, offsets: Tensor | None) -> list[tuple[int, int, int]]:
+    """(block, start, count) of the index positions of placed pooling jobs."""
+    spans = []
+    for block, _, _, bags, first, first_bag, length, *_ in jobs.tolist():
+        if length >= 0:
+            spans.append((block, first, bags * length))
+        else:
+            assert offsets is not None
+            start, end = int(offsets[first_bag]), int(offsets[first_bag + bags])
+            spans.append((block, start, end - start))
+    return spans

@@ -7,23 +7,26 @@ import enum
 
 import pytest
 
+from shardlab.cache_layout import cache_layout
 from shardlab.errors import ConfigError
+from shardlab.pages import file_bytes
 from shardlab.specs import (
-    OPTIMIZER_STATE,
     BoundsMode,
     EmbeddingBagConfig,
     ExchangeKind,
-    LevelSpec,
     PoolingType,
-    RowsSpec,
     ShardingType,
-    Tier,
-    TierBytes,
     check_tables,
-    parse_storage,
+)
+from shardlab.storage_bytes import (
+    OPTIMIZER_STATE,
+    TierBytes,
+    payload_bytes,
     record_layout,
     tier_bytes,
 )
+from shardlab.storage_specs import LevelSpec, RowsSpec, Tier, describe_storage
+from shardlab.storage_text import parse_storage, storage_to_data
 
 
 def _table(**changes):
@@ -71,11 +74,39 @@ def test_one_feature_name_may_be_a_plain_string():
                               r"mean 'row_wise'\?\)"),
     ({"exchange": "row"}, r"exchange: unknown ExchangeKind 'row' \(did you mean 'rows'\?\)"),
     ({"bounds": "wrap"}, "bounds: unknown BoundsMode 'wrap'; known: error, clamp_to_zero, ignore"),
-    ({"storage": "fp23"}, "table 'user': storage: unknown storage dtype 'fp23'; known: fp32"),
+    ({"storage": "fp23"}, "table 'user': storage: unknown storage dtype 'fp23' "
+                          r"\(did you mean 'fp32'\?\); known: fp32, fp16, bf16, fp8, int8"),
     ({"storage": 7}, "storage: expected a dtype name or a mapping, found 7"),
     ({"storage": {"dtpye": "fp32"}}, r"unknown key 'dtpye' \(did you mean 'dtype'\?\)"),
     ({"storage": {"tier": "hmb"}}, r"unknown Tier 'hmb' \(did you mean 'hbm'\?\)"),
-    ({"storage": {"levels": []}}, r"storage.levels: expected a list of one level, found \[\]"),
+    ({"storage": {"levels": []}}, r"storage.levels: expected a list of levels from near to far, "
+                                  r"the last one holding every row; found \[\]"),
+    ({"storage": {"kind": "row"}}, r"unknown kind 'row' \(did you mean 'rows'\?\)"),
+    ({"storage": {"levels": [{"dtype": "fp32"}, {"dtype": "int8"}]}},
+     r"levels\[0\]: a cache needs a fraction of the rows"),
+    ({"storage": {"fraction": 0.5}}, "the last level is the home and holds every row; found 0.5"),
+    ({"storage": {"levels": [{"fraction": 0.5, "tier": "ddr"}, {"tier": "hbm"}]}},
+     "tier ddr lies below hbm of the next level"),
+    ({"storage": {"levels": [{"fraction": 0.5, "tier": "ssd"}, {"tier": "ssd"}]}},
+     "tier ssd holds a home, not a cache"),
+    ({"storage": {"levels": [{"fraction": 0.5}, {"fraction": 0.1}, {}]}},
+     "fraction 0.5 is more than the next level's 0.1"),
+    ({"storage": {"levels": [{"fraction": 1.5}, {}]}}, "a share above 0 and at most 1, found 1.5"),
+    ({"storage": {"ways": 65}}, "ways: expected 1 to 64 slots a set, found 65"),
+    ({"storage": {"policy": "lifo"}}, "unknown value 'lifo'"),
+    ({"storage": {"policy": "lru", "admission": "frequency"}},
+     "frequency compares counts of uses, which policy lru does not keep"),
+    ({"storage": {"rounding": "up"}}, "unknown value 'up'; known: stochastic, nearest"),
+    ({"storage": {"kind": "tensor_train"}}, "tensor_train needs a rank"),
+    ({"storage": {"kind": "tensor_train", "rank": 0}}, "rank: expected a positive integer"),
+    ({"storage": {"kind": "tensor_train", "rank": 8, "cores": 5}}, "expected 2, 3 or 4, found 5"),
+    ({"storage": {"kind": "tensor_train", "rank": 8, "tier": "ssd"}}, "lives in memory"),
+    ({"storage": {"kind": "pruned"}}, r"budget: expected \{ratio: 0.05\} or"),
+    ({"storage": {"kind": "pruned", "budget": {"ratio": 0}}}, "share above 0 and at most 1"),
+    ({"storage": {"kind": "pruned", "budget": {"bytes": 0}}}, "expected a positive integer"),
+    ({"storage": {"choose": ["int8"]}}, "expected a list of two storages or more"),
+    ({"storage": {"choose": ["int8", "int8"]}}, "names an option twice"),
+    ({"storage": {"choose": ["int8", {"choose": ["fp32", "fp16"]}]}}, "cannot be a choice itself"),
     ({"storage": {"levels": ["fp32"]}}, r"levels\[0\]: expected a mapping, found 'fp32'"),
 ], ids=lambda value: str(next(iter(value.items()))) if isinstance(value, dict) else "")
 def test_wrong_field_is_an_error_that_names_table_field_and_value(changes, text):
@@ -109,7 +140,8 @@ def test_initial_range_follows_the_number_of_rows_unless_given():
 def test_record_is_payload_and_state(optimizer, state):
     layout = record_layout(LevelSpec(), 5, optimizer)
     assert (layout.payload_bytes, layout.state_bytes) == (20, state)
-    assert tier_bytes(RowsSpec(), Tier.DDR, 7, 5, optimizer) == TierBytes(ddr=7 * (20 + state))
+    on_ddr = parse_storage({"tier": "ddr"}, "here")
+    assert tier_bytes(on_ddr, 7, 5, optimizer) == TierBytes(ddr=7 * (20 + state))
 
 
 def test_every_optimizer_has_a_layout():
@@ -118,7 +150,7 @@ def test_every_optimizer_has_a_layout():
 
 
 def test_tier_bytes_do_not_wrap_for_a_table_beyond_32_bits():
-    assert tier_bytes(RowsSpec(), Tier.HBM, 2 ** 40, 128, "adam").hbm == 2 ** 40 * 128 * 12
+    assert tier_bytes(RowsSpec(), 2 ** 40, 128, "adam").hbm == 2 ** 40 * 128 * 12
 
 
 def test_tier_bytes_add_up():
@@ -138,3 +170,46 @@ def test_tables_that_clash_are_all_listed():
 def test_no_tables_is_an_error():
     with pytest.raises(ConfigError, match="no tables: an EmbeddingBagCollection needs at least"):
         check_tables([])
+
+
+@pytest.mark.parametrize("value", [
+    "int4", {"dtype": "bf16", "tier": "ddr", "rounding": "nearest", "state_dtype": "fp16"},
+    {"levels": [{"tier": "hbm", "fraction": 0.01, "policy": "lru", "ways": 8},
+                {"tier": "ddr", "dtype": "int8", "fraction": 0.1, "admission": "frequency"},
+                {"tier": "ssd", "dtype": "int8"}]},
+    {"kind": "tensor_train", "rank": [8, 16], "row_factors": [4, 5, 6], "dtype": "bf16",
+     "cache_fraction": 0.01, "tier": "ddr"},
+    {"kind": "pruned", "budget": {"ratio": 0.05}, "chunks": 2, "dtype": "int8"},
+    {"kind": "pruned", "budget": {"bytes": 1000}}], ids=str)
+def test_storage_as_data_reads_back_equal(value):
+    spec = parse_storage(value, "here")
+    assert parse_storage(storage_to_data(spec), "here") == spec
+
+
+def test_choice_keeps_the_order_of_preference():
+    train = {"kind": "tensor_train", "rank": 4}
+    choice = parse_storage({"choose": ["fp32", "int8", train]}, "here")
+    assert [describe_storage(option) for option in choice.options] == [
+        "fp32", "int8", "tensor_train rank 4"]
+
+
+@pytest.mark.parametrize(("dtype", "payload"), [
+    ("fp32", 64), ("fp16", 32), ("bf16", 32), ("fp8", 17), ("int8", 17), ("int4", 9)])
+def test_payload_holds_elements_and_one_byte_of_scale(dtype, payload):
+    assert payload_bytes(dtype, 16) == payload
+
+
+def test_chain_counts_slots_tags_and_pages():
+    spec = parse_storage({"levels": [{"tier": "hbm", "fraction": 0.1, "ways": 4},
+                                     {"tier": "ssd", "dtype": "int8"}]}, "here")
+    cache = cache_layout(1000, 0.1, 4)
+    record = record_layout(spec.levels[0], 8, "adagrad").record_bytes
+    assert record == 64
+    assert tier_bytes(spec, 1000, 8, "adagrad") == TierBytes(
+        hbm=cache.slots * record + cache.metadata_bytes, ssd=file_bytes(1000, 9 + 32))
+
+
+def test_int4_needs_an_even_dimension():
+    with pytest.raises(ConfigError, match="table 'user': storage int4 packs two columns in a byte "
+                                          "and needs an even embedding_dim, found 5; take 6"):
+        _table(embedding_dim=5, storage="int4")

@@ -7,9 +7,11 @@ import torch
 
 from shardlab.errors import CheckpointError
 from shardlab.plan import ShardingPlan, build_table_plan
-from shardlab.specs import OPTIMIZER_STATE, EmbeddingBagConfig, ShardingType, Tier, tier_bytes
-from shardlab.storage import LocalShard, TableChunk
+from shardlab.specs import EmbeddingBagConfig, ShardingType
+from shardlab.storage import LocalShard, StorageOptions, TableChunk
 from shardlab.storage.rows import STATE_NAMES, RowsStorage
+from shardlab.storage_bytes import OPTIMIZER_STATE, tier_bytes
+from shardlab.storage_specs import RowsSpec
 from tests.oracle import empty_state
 
 KINDS = list(OPTIMIZER_STATE)
@@ -25,10 +27,10 @@ def _storage(optimizer, kind=ShardingType.TABLE_WISE, rank=0, world=1, seed=3):
                               if kind is ShardingType.COLUMN_WISE else range(world))
              for table in TABLES]
     ShardingPlan(world, tuple(plans)).check(TABLES, world)
-    shards = [LocalShard(table, shard, False)
+    shards = [LocalShard(table, shard, RowsSpec(), False)
               for table, plan in zip(TABLES, plans, strict=True)
               for shard in plan.shards if shard.rank == rank]
-    return RowsStorage(shards, optimizer, seed, CPU)
+    return RowsStorage(shards, StorageOptions(optimizer, seed, CPU))
 
 
 def _chunk(table, optimizer, generator):
@@ -41,7 +43,7 @@ def _chunk(table, optimizer, generator):
 @pytest.mark.parametrize("optimizer", KINDS)
 def test_bytes_are_the_planners(optimizer):
     storage = _storage(optimizer)
-    planned = [tier_bytes(table.storage, Tier.HBM, table.num_embeddings, table.embedding_dim,
+    planned = [tier_bytes(table.storage, table.num_embeddings, table.embedding_dim,
                           optimizer).total for table in TABLES]
     assert storage.tier_bytes().hbm == sum(planned) == storage.arena.numel()
 
@@ -123,7 +125,7 @@ def test_state_of_another_optimizer_is_refused():
 
 
 def test_rank_without_shards_holds_nothing():
-    storage = RowsStorage([], "adam", 0, CPU)
+    storage = RowsStorage([], StorageOptions("adam", 0, CPU))
     assert storage.tier_bytes().total == 0
     assert list(storage.chunks(100)) == []
     storage.begin_load()
