@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pyarrow as pa
 import torch
 from rich.console import Console
 
@@ -47,14 +48,16 @@ def run_job(job: JobConfig) -> int:
     """
     _leave_triton_out()
     keep_freed_memory()
+    # One heap: pyarrow's own allocator would keep 30 MB a rank of what readers freed.
+    pa.set_memory_pool(pa.system_memory_pool())
     _set_determinism(job.train.seed, job.train.deterministic)
     groups = comm.init()
     run = open_run_folder(job.train.run_dir, job.train.resume, groups)
-    plan = choose_plan(job, groups, _former_plan(run))
+    chosen = choose_plan(job, groups, _former_plan(run))
     if groups.rank == 0:
         run.write_job(job.resolved_yaml())
-        run.write_plan(plan.to_json())
-    summary = train(job, plan, run, groups)
+        run.write_plan(chosen.text)
+    summary = train(job, chosen.plan, run, groups)
     if groups.rank == 0:
         Console().print(summary.table())
     comm.shutdown()
@@ -73,7 +76,8 @@ def train(job: JobConfig, plan: ShardingPlan, run: RunFolder, groups: comm.Group
     train_reader, validation_reader = build_readers(job, groups)
     model, optimizer = shard(
         build_job_model(job), plan, optimizer=build_row_optimizer(job.optimizer.sparse),
-        dense_optimizer=dense_optimizer(job.optimizer.dense), groups=groups, seed=job.train.seed)
+        dense_optimizer=dense_optimizer(job.optimizer.dense), groups=groups, seed=job.train.seed,
+        ssd_dir=job.train.ssd_dir)
     schedule = job.optimizer.schedule
     scheduler = build_schedule(optimizer, schedule.kind, schedule.warmup_steps, schedule.steps,
                                schedule.final_factor)

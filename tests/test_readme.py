@@ -162,7 +162,7 @@ def words_of(annotation: object) -> list[str]:
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Literal:
         return list(map(str, arguments))
-    if origin in (typing.Annotated, typing.Union, types.UnionType):
+    if origin in (typing.Annotated, typing.Union, types.UnionType, tuple):
         return [word for part in arguments for word in words_of(part)]
     return []
 

@@ -20,11 +20,13 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES = 500, 80
 HELP_LIMIT_S = 0.3
 
 #: Each may import those before it, and itself. Parts of a layer follow it by name.
-ORDER = ("errors", "specs", "presets", "plan", "config", "_jagged", "jagged", "codecs", "ops",
-         "optim", "tiers", "storage", "comm", "sharded", "models", "data", "train", "launch", "cli")
-PLANNER_MAY_IMPORT = {"errors", "specs", "presets", "plan", "config", "planner"}
+DATA = ("errors", "words", "cache_layout", "pages", "tensor_train_shapes", "storage_specs",
+        "storage_bytes", "storage_text", "specs", "presets", "plan", "phases", "config")
+ORDER = (*DATA, "_jagged", "jagged", "codecs", "ops", "optim",
+         "tiers", "storage", "comm", "sharded", "models", "data", "train", "launch", "cli")
+PLANNER_MAY_IMPORT = {*DATA, "planner"}
 MAY_IMPORT_PLANNER = {"planner", "launch", "cli"}
-WITHOUT_TORCH = {"errors", "specs", "presets", "plan", "config", "planner"}
+WITHOUT_TORCH = {*DATA, "planner"}
 
 
 def files(*suffixes: str, folders: tuple[str, ...] = ALL_FOLDERS) -> list[Path]:

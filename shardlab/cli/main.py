@@ -9,6 +9,8 @@ import click
 from shardlab.cli.bench import bench
 from shardlab.cli.doctor import doctor
 from shardlab.cli.plan import plan
+from shardlab.cli.probe import probe
+from shardlab.cli.stats import stats
 from shardlab.cli.train import train
 from shardlab.errors import ShardLabError, nearest_name
 from shardlab.launch.rank import USER_ERROR
@@ -35,7 +37,7 @@ def app() -> None:
     """Train recommendation models whose embedding tables outgrow a device."""
 
 
-for _command in (train, plan, doctor, bench):
+for _command in (train, plan, probe, stats, doctor, bench):
     app.add_command(_command)
 
 

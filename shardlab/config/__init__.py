@@ -56,6 +56,9 @@ class JobConfig(Section):
     wire: WireConfig = Field(default=WireConfig(), description="dtypes of what ranks exchange")
     topology: Name | None = Field(
         default=None, description="machine to plan for: a name or a file; absent: this one")
+    statistics: Name | None = Field(
+        default=None, description="file of `shardlab stats` that planning reads; absent: a Zipf "
+        "assumption")
     plan: Name | None = Field(
         default=None, description="path of a plan as JSON to execute; absent: plan here, now")
     train: TrainConfig = Field(

@@ -27,7 +27,8 @@ from shardlab.config.models import (
 )
 from shardlab.errors import ConfigError, nearest_name
 from shardlab.presets import CRITEO_SPARSE_NAMES, criteo_kaggle_tables
-from shardlab.specs import EmbeddingBagConfig, check_tables, parse_storage
+from shardlab.specs import EmbeddingBagConfig, check_tables
+from shardlab.storage_text import parse_storage
 
 _PARQUET_COLUMNS = {"label", "dense", "log_dense", "raw_integers"}
 #: (place of the kind, place, section, kind -> the fields that only this kind and its like take).

@@ -17,7 +17,8 @@ from pydantic_core import PydanticCustomError
 
 from shardlab.errors import ConfigError
 from shardlab.presets import CRITEO_DENSE_NAMES
-from shardlab.specs import BoundsMode, ExchangeKind, PoolingType, ShardingType, parse_storage
+from shardlab.specs import BoundsMode, ExchangeKind, PoolingType, ShardingType
+from shardlab.storage_text import parse_storage
 
 
 def _refuse_bool(value: Any) -> Any:
@@ -51,7 +52,8 @@ NotNegative = Annotated[float, BeforeValidator(_refuse_bool), Field(ge=0)]
 Share = Annotated[float, BeforeValidator(_refuse_bool), Field(ge=0, lt=1)]
 Name = Annotated[str, Field(min_length=1)]
 RowRange = tuple[Index, Index | None]
-Sharding = Annotated[ShardingType | None, BeforeValidator(_auto_is_none)]
+Sharding = Annotated[tuple[ShardingType, ...] | None, BeforeValidator(_one_or_many),
+                     BeforeValidator(_auto_is_none)]
 Storage = Annotated[Any, AfterValidator(_check_storage), Field(description=(
     "how rows are held: a dtype name such as fp32, {dtype, tier} or {levels: [...]}"))]
 
@@ -76,7 +78,12 @@ class TableConfig(Section):
         default=1.0, description="ids per bag that the planner assumes")
     storage: Storage = "fp32"
     sharding: Sharding = Field(
-        default=None, description="wanted sharding type; auto lets the planner choose")
+        default=None, description="wanted sharding type, or a list of those allowed; auto lets "
+        "the planner choose")
+    ranks: tuple[Index, ...] = Field(
+        default=(), description="the only ranks that may hold a part of the table; empty: all")
+    max_column_splits: Count | None = Field(
+        default=None, description="most column blocks that the planner may cut")
     exchange: ExchangeKind = Field(
         default=ExchangeKind.AUTO, description="what crosses the wire: unique rows or pooled bags")
     bounds: BoundsMode = Field(
@@ -97,7 +104,8 @@ class TablesPreset(Section):
     storage: Storage = "fp32"
     sharding: Sharding = Field(
         default=None,
-        description="wanted sharding type of every table; auto lets the planner choose")
+        description="wanted sharding type of every table, or a list of those allowed; auto lets "
+        "the planner choose")
     exchange: ExchangeKind = Field(
         default=ExchangeKind.AUTO, description="what crosses the wire, for every table")
     bounds: BoundsMode = Field(
@@ -264,12 +272,19 @@ class TrainConfig(Section):
     checkpoint_every: Count | None = Field(
         default=None, description="steps between two checkpoints; absent: only at the end")
     checkpoint_keep: Count = Field(default=2, description="newest checkpoints that are kept")
+    ssd_dir: Name | None = Field(
+        default=None, description="folder on a disk for tables with a level on ssd; every rank "
+        "makes one of its own in it; absent: no table may have one")
     run_dir: Name | None = Field(
         default=None,
         description="folder of metrics, plan and checkpoints; absent: runs/<date-time>")
     seed: Index = Field(default=0, description="seed of the initial weights")
     tensorboard: bool = Field(
         default=False, description="write TensorBoard events into the run folder")
+    time_phases: bool = Field(
+        default=False,
+        description="on GPUs, too, record the milliseconds of every phase of a step; on CPUs they "
+        "always are")
     resume: Name = Field(
         default="auto",
         description="auto: continue from the newest checkpoint of the run folder, if any; never: "

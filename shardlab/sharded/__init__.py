@@ -2,7 +2,8 @@
 
 from shardlab.sharded.collection import EmbeddingBagCollection, ShardedEmbeddingBagCollection
 from shardlab.sharded.optimizer import ShardedOptimizer
+from shardlab.sharded.prefetch import prefetching
 from shardlab.sharded.shard import ShardedModel, shard, simple_plan
 
 __all__ = ["EmbeddingBagCollection", "ShardedEmbeddingBagCollection", "ShardedModel",
-           "ShardedOptimizer", "shard", "simple_plan"]
+           "ShardedOptimizer", "prefetching", "shard", "simple_plan"]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+from collections import deque
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,13 +14,17 @@ from torch import Tensor, nn
 from shardlab.comm import Groups, WireBytes
 from shardlab.errors import ShardLabError
 from shardlab.jagged import KeyedTensor
+from shardlab.phases import WAIT
 from shardlab.plan import ShardingPlan
-from shardlab.sharded.exchange import Exchange
+from shardlab.sharded.clock import PhaseClock
+from shardlab.sharded.exchange import Exchange, Lookup
 from shardlab.sharded.gradients import PendingGradients, RowUpdater
-from shardlab.sharded.inputs import InputReader
+from shardlab.sharded.inputs import Batch, InputReader
 from shardlab.sharded.layout import compile_layout
-from shardlab.specs import EmbeddingBagConfig, TierBytes, check_tables
-from shardlab.storage import TableChunk, build_storage
+from shardlab.specs import EmbeddingBagConfig, check_tables
+from shardlab.storage import StorageOptions, TableChunk, build_storage
+from shardlab.storage_bytes import TierBytes
+from shardlab.storage_specs import Tier, home_tier
 
 _CHUNK_BYTES = 64 << 20
 
@@ -66,22 +73,30 @@ class ShardedEmbeddingBagCollection(nn.Module):
         groups: the ranks.
         optimizer: kind of row optimiser, which decides the state's bytes.
         seed: of the initial weights; the same on all ranks.
+        clock: books the time of steps; collections of one model share one. None: one of its own.
+        ssd_dir: folder for tables on disk; None: no table lies there.
 
     Raises:
         PlanError: the plan does not fit the tables or the world size.
     """
 
     def __init__(self, tables: Sequence[EmbeddingBagConfig], plan: ShardingPlan, groups: Groups,
-                 optimizer: str, seed: int = 0) -> None:
+                 optimizer: str, seed: int = 0, clock: PhaseClock | None = None,
+                 ssd_dir: str | None = None) -> None:
         super().__init__()
         plan.check(tables, groups.world_size)
         self.tables, self.plan, self.groups = tuple(tables), plan, groups
         layout = compile_layout(self.tables, plan, groups.rank)
-        self.storage = build_storage(list(layout.local_shards), optimizer, seed, groups.device)
+        self.storage = build_storage(list(layout.local_shards), StorageOptions(
+            optimizer, seed, groups.device, _folder_of(ssd_dir, groups)))
         self._reader = InputReader(layout, groups.device)
-        self._exchange = Exchange(layout, self.storage, groups, self._reader)
+        self.clock = clock or PhaseClock(groups.device)
+        self._exchange = Exchange(layout, self.storage, groups, self._reader, self.clock)
         self.updater = RowUpdater(layout, self.storage, groups, self._exchange.wire)
         self.pending: list[PendingGradients] = []
+        #: Announced and not looked up yet: the batch that comes, and the one behind it.
+        self._ahead: deque[_Ahead] = deque(maxlen=2)
+        self._on_disk = any(home_tier(entry.storage) is Tier.SSD for entry in plan.tables)
         self._keys = list(layout.features)
         self._dims = [tables[t].embedding_dim for t in layout.feature_table]
         # Autograd calls a backward only if some input wants a gradient; no table is a tensor here.
@@ -100,12 +115,34 @@ class ShardedEmbeddingBagCollection(nn.Module):
             InputError: a feature is missing, unknown or malformed.
             BoundsError: an id outside its table.
         """
-        batch = self._reader.read(features)
-        if torch.is_grad_enabled() and self.training:
-            values = _Lookup.apply(self._anchor, self, batch)
+        known = next((one for one in self._ahead if one.features is features), None)
+        if known is not None:
+            batch, ahead = known.batch, known.lookup
+            self._ahead.remove(known)
         else:
-            values, _ = self._exchange.forward(batch)
+            batch, ahead = self._reader.read(features), None
+        if torch.is_grad_enabled() and self.training:
+            values = _Lookup.apply(self._anchor, self, batch, ahead)
+        else:
+            values, _ = self._exchange.forward(batch, training=False, ahead=ahead)
         return KeyedTensor(self._keys, self._dims, values)
+
+    def prefetch(self, features: Any) -> None:
+        """Starts to read the rows of a batch that comes soon, where tables lie on disk.
+
+        `forward` must then get the same object. At most one batch may be announced before the one
+        in front of it is looked up. Every rank must call it. Without a table on disk it does
+        nothing.
+
+        Raises:
+            InputError: a feature is missing, unknown or malformed.
+            BoundsError: an id outside its table.
+        """
+        if self._on_disk:
+            self.clock.lap(WAIT)  # what came before was the loader
+            batch = self._reader.read(features)
+            self._ahead.append(_Ahead(features, batch, self._exchange.look_ahead(batch)))
+            self.clock.lap("prefetch")
 
     @property
     def wire(self) -> WireBytes:
@@ -129,18 +166,32 @@ class ShardedEmbeddingBagCollection(nn.Module):
         self.storage.load_chunk(chunk)
 
 
+def _folder_of(ssd_dir: str | None, groups: Groups) -> str | None:
+    """A rank's own folder, so that ranks of a host do not meet."""
+    return None if ssd_dir is None else os.path.join(ssd_dir, f"rank-{groups.rank:05d}")
+
+
+@dataclass(frozen=True, eq=False)
+class _Ahead:
+    """A batch that was announced, and what is known of it."""
+
+    features: Any
+    batch: Batch
+    lookup: Lookup | None
+
+
 class _Lookup(torch.autograd.Function):
     """Forward: the exchange's lookup. Backward: sums and sends gradients, which wait for step()."""
 
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, collection: ShardedEmbeddingBagCollection,
-                batch: Any) -> Tensor:
-        values, lookup = collection._exchange.forward(batch)
+                batch: Any, ahead: Any) -> Tensor:
+        values, lookup = collection._exchange.forward(batch, training=True, ahead=ahead)
         ctx.collection, ctx.lookup = collection, lookup
         return values
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None, None]:  # type: ignore[override]
         collection: ShardedEmbeddingBagCollection = ctx.collection
         collection.pending.append(collection._exchange.backward(ctx.lookup, grad))
-        return None, None, None
+        return None, None, None, None

@@ -16,6 +16,7 @@ from shardlab.comm import Groups, WireBytes, Work, all_to_all
 from shardlab.ops.rows import pool_rows, sum_rows
 from shardlab.ops.unique import fill_affine
 from shardlab.sharded.cells import Buffer, CellIndex
+from shardlab.sharded.clock import PhaseClock
 from shardlab.sharded.direct import DirectExchange, DirectLookup
 from shardlab.sharded.gradients import (
     PendingGradients,
@@ -55,11 +56,13 @@ class Exchange:
         storage: this rank's shards.
         groups: the ranks.
         reader: names for errors.
+        clock: is told when a phase ends.
     """
 
     def __init__(self, layout: Layout, storage: Storage, groups: Groups,
-                 reader: InputReader) -> None:
+                 reader: InputReader, clock: PhaseClock) -> None:
         self.layout, self.storage, self.groups = layout, storage, groups
+        self._clock = clock
         self.wire = WireBytes()
         self._router = Router(layout, reader)
         self._ids = IdExchange(layout, groups, self.wire)
@@ -68,7 +71,9 @@ class Exchange:
         rows = any(slot.feature < 0 for slot in layout.slots)
         # Everything at home and pooled: bags go from the rows to the output, nothing between.
         self._direct = layout.world_size == 1 and not rows
-        self._same_length = DirectExchange(layout, storage, self._router) if self._direct else None
+        self._same_length = (DirectExchange(layout, storage, self._router, groups.device,
+                                             clock)
+                             if self._direct else None)
         self._has_rows, self._has_pooled = rows, pooled
         self._set_up_reads()
         self._set_up_rows_output()
@@ -124,8 +129,37 @@ class Exchange:
         self._bag_adds = column([self.layout.groups[slot.group].row_start > 0 for _, slot in slots])
 
     # ------------------------------------------------------------------ forward
-    def forward(self, batch: Batch) -> tuple[Tensor, Lookup | DirectLookup]:
+    def look_ahead(self, batch: Batch) -> Lookup | None:
+        """Starts to bring a batch's rows up from the disk, while another batch trains.
+
+        Every rank must call it, in the same order.
+
+        Returns:
+            What `forward` need not ask again; None in a world of one, where that is nothing.
+
+        Raises:
+            BoundsError: an id outside its table.
+        """
+        if self._same_length is not None and self._same_length.takes(batch):
+            self._same_length.look_ahead(batch)
+            return None
+        outgoing = self._router.route(batch)
+        incoming = self._ids.exchange(outgoing)
+        self._clock.lap("ids")
+        counts = incoming.counts.view(-1)
+        blocks = column([slot.block for slot in self._cells.mine]).repeat(len(incoming.counts))
+        self.storage.prefetch(torch.stack([blocks, counts.cumsum(0) - counts, counts], 1),
+                              incoming.ids)
+        return Lookup(outgoing, incoming)
+
+    def forward(self, batch: Batch, *, training: bool,
+                ahead: Lookup | None = None) -> tuple[Tensor, Lookup | DirectLookup]:
         """Looks a batch up.
+
+        Args:
+            batch: what to look up.
+            training: a backward will follow.
+            ahead: of `look_ahead` on this batch.
 
         Returns:
             fp32 [size, total columns], and what the backward needs.
@@ -133,24 +167,33 @@ class Exchange:
         Raises:
             BoundsError: an id outside its table.
         """
+        self._clock.lap("dense")
         out = torch.empty(batch.size, self.layout.total_columns, device=self.groups.device)
-        lookup = self._forward(batch, out)
+        lookup = self._forward(batch, out, training, ahead)
         if self._has_pooled:
             self._divide_means(batch, out, pooled_only=True)
+        self._clock.lap("read" if self._direct else "pool")
         return out, lookup
 
-    def _forward(self, batch: Batch, out: Tensor) -> Lookup | DirectLookup:
+    def _forward(self, batch: Batch, out: Tensor, training: bool,
+                 ahead: Lookup | None) -> Lookup | DirectLookup:
         if self._same_length is not None and self._same_length.takes(batch):
-            return self._same_length.forward(batch, out)
-        outgoing = self._router.route(batch)
-        incoming = self._ids.exchange(outgoing)
+            return self._same_length.forward(batch, out, training)
+        if ahead is None:
+            outgoing = self._router.route(batch)
+            incoming = self._ids.exchange(outgoing)
+        else:
+            outgoing, incoming = ahead.outgoing, ahead.incoming
+        self._clock.lap("ids")
         if self._direct:
             self._read_bags(incoming, None, out)
             return Lookup(outgoing, incoming)
         place = self._cells.forward(outgoing, incoming)
         rows = torch.empty(place.total, device=self.groups.device)
         self._read(incoming, place, rows)
+        self._clock.lap("read")
         self._send(rows, place, owner_sends=True).wait()
+        self._clock.lap("rows")
         self._pool(outgoing, place, rows, out)
         return Lookup(outgoing, incoming)
 
@@ -192,8 +235,8 @@ class Exchange:
             first = sizes + 1
             jobs[:, 5] = first.cumsum(0) - first
         weights = entry_weights(incoming, self._cells)
-        jobs = self.storage.place_jobs(jobs)
-        self.storage.read_pooled(jobs, incoming.ids, offsets, weights, out.view(-1))
+        self.storage.read_pooled(self.storage.place_jobs(jobs), incoming.ids, offsets, weights,
+                                 out.view(-1))
 
     def _pool(self, outgoing: Outgoing, place: Buffer, rows: Tensor, out: Tensor) -> None:
         """Step 5: what came back, into the output."""
@@ -245,6 +288,7 @@ class Exchange:
             lookup: of the forward.
             grad: fp32 [size, total columns], gradient of the output.
         """
+        self._clock.lap("dense")
         batch = lookup.batch
         grad = grad.float().contiguous()
         if batch.mean_divisors:
@@ -262,8 +306,10 @@ class Exchange:
         place = self._cells.backward(outgoing, incoming)
         buffer = torch.empty(place.total, device=grad.device)
         self._sum(outgoing, place, grad, buffer)
+        self._clock.lap("pool")
         work = self._send(buffer, place, owner_sends=False)
         chunks = owner_chunks(self._cells, incoming, place.cell_offsets, None)
+        self._clock.lap("grads")
         return PendingGradients(incoming.ids, chunks, bags, weights, buffer, work)
 
     def _sum(self, outgoing: Outgoing, place: Buffer, grad: Tensor, buffer: Tensor) -> None:

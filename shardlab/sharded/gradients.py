@@ -29,6 +29,7 @@ class PendingGradients:
         weights: fp32 [n], or None.
         grads: fp32, flat: what the chunks' source offsets point into, once ``work`` is done.
         work: the collective that fills ``grads``.
+        rows: the entries by row, where the forward has found them already; or None.
     """
 
     ids: Tensor
@@ -37,6 +38,7 @@ class PendingGradients:
     weights: Tensor | None
     grads: Tensor
     work: Work
+    rows: Uniques | None = None
 
 
 def owner_chunks(cells: CellIndex, incoming: Incoming, base: Tensor, step: int | None) -> Tensor:
@@ -168,8 +170,10 @@ class RowUpdater:
     def merge_rows(self, pending: list[PendingGradients]) -> MergedRows:
         """Groups everything pending by row; entries of a row keep rank order."""
         one = merge(pending)
-        uniques = unique_segments(one.ids, one.chunks, self._segments, one.bags,
-                                  positions=one.weights is not None)
+        uniques = one.rows
+        if uniques is None:
+            uniques = unique_segments(one.ids, one.chunks, self._segments, one.bags,
+                                      positions=one.weights is not None)
         weights = None if one.weights is None else one.weights[uniques.positions]
         return MergedRows(uniques, weights, one.grads)
 

@@ -10,8 +10,10 @@ then lies behind what travels, in every buffer, and is never copied by a collect
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -121,7 +123,7 @@ def compile_layout(tables: tuple[EmbeddingBagConfig, ...], plan: ShardingPlan,
         features=tuple(name for name, _ in features),
         feature_table=tuple(t for _, t in features), feature_columns=tuple(columns[:-1]),
         total_columns=columns[-1], kinds=kinds,
-        local_shards=tuple(LocalShard(tables[t], shard, plans[t].replicated)
+        local_shards=tuple(LocalShard(tables[t], shard, plans[t].storage, plans[t].replicated)
                            for t, shard in owned[rank]),
         groups=groups, slots=tuple(slots),
         wire_dtype=torch.int32 if narrow else torch.int64)
@@ -187,6 +189,6 @@ def _slots(rank: int, me: int, owned: list[tuple[int, Shard]], groups: tuple[Gro
     return slots
 
 
-def column(values: list[int]) -> Tensor:
+def column(values: Sequence[Any]) -> Tensor:
     """int64 tensor of a list, also when it is empty."""
     return torch.tensor(values, dtype=torch.int64)

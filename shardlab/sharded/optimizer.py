@@ -26,7 +26,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
     optimiser's groups follow; a scheduler moves them all.
 
     Args:
-        collections: the sharded tables.
+        collections: the sharded tables, at least one collection.
         rows: optimiser of the rows.
         dense: optimiser of the other parameters, or None when there are none.
         groups: the ranks.
@@ -35,6 +35,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def __init__(self, collections: Sequence[ShardedEmbeddingBagCollection], rows: RowOptimizer,
                  dense: torch.optim.Optimizer | None, groups: Groups) -> None:
         self._collections, self.dense, self._groups = list(collections), dense, groups
+        self._clock = self._collections[0].clock
         self.steps_taken = 0
         placeholder = torch.nn.Parameter(torch.empty(0), requires_grad=False)
         super().__init__([{"params": [placeholder], **rows.group()}], {})
@@ -65,6 +66,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             self.dense.step()
         self.steps_taken += 1
         group, scale = self.param_groups[0], 1.0 / self._groups.world_size
+        self._wait_for_gradients()
         merged = [(c, c.updater.merge_rows(c.pending)) for c in self._collections if c.pending]
         step = step_parameters(group, self.steps_taken, scale)
         if group["clip_norm"] is not None and merged:
@@ -72,9 +74,18 @@ class ShardedOptimizer(torch.optim.Optimizer):
             norm = float(torch.stack(squares).sum().sqrt())
             step = replace(step, scale=scale * min(1.0, group["clip_norm"] / (norm + _NORM_EPS)))
         for collection, rows in merged:
+            collection.storage.begin_step(self.steps_taken)
             collection.updater.update(rows, step)
             collection.pending.clear()
+        self._clock.lap("update")
         return loss
+
+    def _wait_for_gradients(self) -> None:
+        self._clock.lap("dense")
+        for collection in self._collections:
+            for pending in collection.pending:
+                pending.work.wait()
+        self._clock.lap("grads")
 
     def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
         """Hyper-parameters, step count and dense state; rows' state is in the tables' chunks."""
@@ -94,6 +105,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
                                   f"{mine}; use the same optimiser, or start anew")
         self.param_groups[0].update(state_dict["rows"])
         self.steps_taken = state_dict["steps_taken"]
+        for collection in self._collections:
+            collection.storage.begin_step(self.steps_taken)
         if self.dense is not None:
             self.dense.load_state_dict(state_dict["dense"])
         self._link_dense_groups()

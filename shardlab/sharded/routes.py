@@ -150,6 +150,24 @@ class Router:
         except OutOfBoundsError as error:
             raise self.reader.bounds_error(batch, error.position) from None
 
+    def unique(self, batch: Batch, chunks: Tensor, segments: Segments, num_ids: int) -> Uniques:
+        """The batch's ids by row of this rank's blocks, checked; every table in one block.
+
+        Args:
+            batch: what is looked up.
+            chunks: of every feature, as `unique_segments` takes them; segments are blocks.
+            segments: rows and bounds of every block.
+            num_ids: ids of all chunks.
+
+        Raises:
+            BoundsError: an id outside its table, where the table's mode says so.
+        """
+        try:
+            return unique_segments(batch.values, chunks, segments, None, num_ids=num_ids,
+                                   positions=batch.weights is not None)
+        except OutOfBoundsError as error:
+            raise self.reader.bounds_error(batch, error.position) from None
+
     def _unique(self, batch: Batch) -> Uniques:
         chunks = self._chunks.clone()
         edges = batch.feature_starts

@@ -13,6 +13,7 @@ from shardlab.comm import Groups, build_groups
 from shardlab.errors import PlanError, ShardLabError
 from shardlab.optim import RowOptimizer, RowWiseAdagrad
 from shardlab.plan import ShardingPlan, build_table_plan
+from shardlab.sharded.clock import PhaseClock
 from shardlab.sharded.collection import EmbeddingBagCollection, ShardedEmbeddingBagCollection
 from shardlab.sharded.optimizer import ShardedOptimizer
 from shardlab.specs import EmbeddingBagConfig, ShardingType
@@ -54,6 +55,11 @@ class ShardedModel(nn.Module):
         self._runner.train(mode)
         return self
 
+    @property
+    def clock(self) -> PhaseClock:
+        """Where the time of this rank's steps goes."""
+        return next(iter(self.collections().values())).clock
+
     def collections(self) -> dict[str, ShardedEmbeddingBagCollection]:
         """The sharded collections by their path in the user's model."""
         return {name: child for name, child in self.module.named_modules()
@@ -85,7 +91,8 @@ def _data_parallel(module: nn.Module, groups: Groups) -> DistributedDataParallel
 
 def shard(model: nn.Module, plan: ShardingPlan | None = None, *,
           optimizer: RowOptimizer | None = None, dense_optimizer: DenseOptimizer = adam,
-          groups: Groups | None = None, seed: int = 0) -> tuple[ShardedModel, ShardedOptimizer]:
+          groups: Groups | None = None, seed: int = 0,
+          ssd_dir: str | None = None) -> tuple[ShardedModel, ShardedOptimizer]:
     """Shards every `EmbeddingBagCollection` of a model and makes its optimiser.
 
     Args:
@@ -95,6 +102,7 @@ def shard(model: nn.Module, plan: ShardingPlan | None = None, *,
         dense_optimizer: makes the optimiser of all other parameters.
         groups: the ranks; None takes the initialised process group, or a world of one.
         seed: of the tables' initial weights; the same on all ranks.
+        ssd_dir: folder for tables on disk; every rank makes one of its own in it.
 
     Returns:
         The model to call, and the one optimiser to step.
@@ -116,10 +124,12 @@ def shard(model: nn.Module, plan: ShardingPlan | None = None, *,
     else:
         plan.check(everything, groups.world_size)
     collections = []
+    clock = PhaseClock(groups.device)
     for name, child in found.items():
         names = {table.name for table in child.tables}
         part = ShardingPlan(plan.world_size, tuple(t for t in plan.tables if t.table in names))
-        sharded = ShardedEmbeddingBagCollection(child.tables, part, groups, rows.kind, seed)
+        sharded = ShardedEmbeddingBagCollection(child.tables, part, groups, rows.kind, seed, clock,
+                                               ssd_dir)
         collections.append(sharded)
         model = _replace(model, name, sharded)
     model.to(groups.device)
@@ -145,8 +155,8 @@ def simple_plan(tables: list[EmbeddingBagConfig], groups: Groups) -> ShardingPla
     """A plan without a planner: tiny tables everywhere, large ones by row, others balanced.
 
     A table with more elements than a rank's fair share is cut by rows; the rest go whole to the
-    rank that holds least, largest first. ``table.sharding`` overrules. `shardlab.planner` knows
-    machines and costs; this knows only sizes.
+    rank that holds least, largest first. The first type of ``table.sharding`` overrules.
+    `shardlab.planner` knows machines and costs; this knows only sizes.
 
     Raises:
         PlanError: two tables share a name, in different collections.
@@ -160,7 +170,7 @@ def simple_plan(tables: list[EmbeddingBagConfig], groups: Groups) -> ShardingPla
     plans = {}
     for table in sorted(tables, key=lambda t: (-t.num_embeddings * t.embedding_dim, t.name)):
         size = table.num_embeddings * table.embedding_dim
-        kind = table.sharding or _simple_kind(size, fair, world)
+        kind = next(iter(table.allowed_sharding), None) or _simple_kind(size, fair, world)
         least = min(ranks, key=lambda r: load[r])
         first = least // groups.local_world_size * groups.local_world_size
         host = [r for r in range(first, first + groups.local_world_size) if r < world]

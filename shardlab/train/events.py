@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 class EventWriter:
     """Writes every number of a metrics record as a scalar ``<kind>/<name>`` at its step.
 
+    Numbers of a mapping in the record are ``<kind>/<name>/<key>``.
+
     Args:
         folder: where the event files go.
         resumed_at: events of steps after this one, from a run that was cut off, are hidden.
@@ -49,5 +51,10 @@ class EventWriter:
         if self._writer is None:
             return
         for name, value in record.items():
-            if name not in self._AXES and isinstance(value, (int, float)):
-                self._writer.add_scalar(f"{record['kind']}/{name}", value, record["step"])
+            if name in self._AXES:
+                continue
+            values = {f"{name}/{key}": item for key, item in value.items()} \
+                if isinstance(value, dict) else {name: value}
+            for path, number in values.items():
+                if isinstance(number, (int, float)):
+                    self._writer.add_scalar(f"{record['kind']}/{path}", number, record["step"])

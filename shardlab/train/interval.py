@@ -12,6 +12,7 @@ from torch import Tensor
 from shardlab.comm.collectives import all_reduce_
 from shardlab.comm.groups import Groups
 from shardlab.errors import ShardLabError
+from shardlab.phases import WAIT
 from shardlab.train.meters import Pace, SentBytes, StepTimer, WireMeter
 from shardlab.train.metrics import BinaryMetrics, WindowMetrics
 from shardlab.train.stop_signal import STOP_SIGNALS, StopSignal
@@ -29,12 +30,14 @@ class Interval:
         pace: this rank's speed, over the rows of all ranks.
         wire: bytes all ranks sent.
         stop: the signal that some rank received; None: none did.
+        phase_ms: milliseconds of a step by phase, mean over steps and ranks; empty: not timed.
     """
 
     metrics: BinaryMetrics
     pace: Pace
     wire: SentBytes
     stop: int | None
+    phase_ms: dict[str, float]
 
 
 class IntervalLog:
@@ -50,18 +53,26 @@ class IntervalLog:
         self._groups, self._signal = groups, signal
         self._losses: list[Tensor] = []
         self._wire = WireMeter(model, groups.world_size)
+        self._clock = model.clock
         self.timer = StepTimer()
         self.window = WindowMetrics(groups.device, lambda tensor: all_reduce_(tensor, groups))
 
     def restart(self) -> None:
         """Leaves out what was done and sent since the last flush, such as a validation."""
         self.timer.restart()
+        self._clock.restart()
         self._wire.restart()
+
+    def got_batch(self) -> None:
+        """The next step's batch has arrived."""
+        self.timer.got_batch()
+        self._clock.lap(WAIT)
 
     def add(self, logits: Tensor, labels: Tensor, loss: Tensor, global_rows: int) -> None:
         """Takes a finished step: this rank's logits [b], labels [b] and part of the loss []."""
         self._losses.append(loss)
         self.window.add(logits, labels)
+        self._clock.end_step()
         self.timer.end_step(global_rows)
 
     def flush(self, step: int) -> Interval | None:
@@ -79,16 +90,21 @@ class IntervalLog:
         self._losses.clear()
         wire = self._wire.take(len(finite))
         stops = [float(number in self._signal.received) for number in STOP_SIGNALS]
-        sums = torch.tensor([finite.count(False), *stops, *astuple(wire)], dtype=torch.float64,
-                            device=self._groups.device)
+        phases = self._clock.take_interval()
+        sums = torch.tensor([finite.count(False), *stops, *astuple(wire), *phases.values()],
+                            dtype=torch.float64, device=self._groups.device)
         all_reduce_(sums, self._groups)
         bad, *counts = sums.tolist()
         if bad:
             self._refuse(step, finite)
-        stops, sent = counts[:len(STOP_SIGNALS)], counts[len(STOP_SIGNALS):]
+        stops, counts = counts[:len(STOP_SIGNALS)], counts[len(STOP_SIGNALS):]
+        sent, times = counts[:len(astuple(wire))], counts[len(astuple(wire)):]
+        mean = {phase: ms / self._groups.world_size
+                for phase, ms in zip(phases, times, strict=True)}
         stop = next((int(number) for number, count in zip(STOP_SIGNALS, stops, strict=True)
                      if count), None)
-        return Interval(self.window.flush(), self.timer.take_interval(), SentBytes(*sent), stop)
+        return Interval(self.window.flush(), self.timer.take_interval(), SentBytes(*sent), stop,
+                        mean)
 
     def _refuse(self, step: int, finite: Sequence[bool]) -> None:
         """Names the first step of any rank whose loss is not finite."""

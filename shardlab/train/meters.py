@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from shardlab.specs import TierBytes
+from shardlab.storage_bytes import TierBytes
 
 if TYPE_CHECKING:
     from shardlab.sharded import ShardedModel

@@ -23,6 +23,7 @@ class TrainOptions:
         checkpoint_keep: newest checkpoints that are kept.
         dense_dtype: ``bf16`` runs the dense layers under autocast; parameters stay fp32.
         tensorboard: write TensorBoard events into the run folder.
+        time_phases: time the phases of a step on a GPU too; on a CPU they always are.
         seed: seed of what is random in a step, such as dropout; each rank adds its number.
     """
 
@@ -34,6 +35,7 @@ class TrainOptions:
     checkpoint_keep: int = 2
     dense_dtype: str = "fp32"
     tensorboard: bool = False
+    time_phases: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -9,11 +9,13 @@ from typing import Any
 
 from rich.table import Table
 
-from shardlab.specs import TierBytes
+from shardlab.phases import PHASES
+from shardlab.storage_bytes import TierBytes
 from shardlab.train.meters import Pace, SentBytes
 from shardlab.train.metrics import BinaryMetrics
 from shardlab.train.units import format_bytes, format_count, format_metric, format_seconds
 
+_SHOWN_MS = 0.005  # shorter phases would show as 0.00
 _SIGNAL_EXIT = 128  # shells report a process that died of signal n as 128 + n
 
 
@@ -34,6 +36,8 @@ class Summary:
         wire_per_step: mean bytes that all ranks sent per training step.
         tables: bytes of the tables by tier, one entry a rank.
         peak_rss_bytes: peak resident memory, one entry a rank.
+        phase_ms: milliseconds of a step by phase, medians of the last steps, one entry a rank;
+            empty where phases were not timed.
         checkpoint: the last checkpoint.
     """
 
@@ -49,6 +53,7 @@ class Summary:
     wire_per_step: SentBytes
     tables: Sequence[TierBytes]
     peak_rss_bytes: Sequence[int]
+    phase_ms: Sequence[Mapping[str, float]]
     checkpoint: str | None
 
     @property
@@ -109,8 +114,18 @@ class Summary:
                 "throughput, median": f"{format_count(pace.samples_per_s_median)} samples/s",
                 "throughput, mean": f"{format_count(pace.samples_per_s_mean)} samples/s",
                 "step p50 / p90": f"{pace.step_ms_p50:.2f} / {pace.step_ms_p90:.2f} ms",
+                **self._phase_rows(),
                 "waiting for data": f"{pace.wait_share:.1%} of the time",
                 "wire per step": f"{format_bytes(wire.total)}, all ranks: {kinds}"}
+
+    def _phase_rows(self) -> Mapping[str, str]:
+        """Mean over ranks of every phase that takes a visible time."""
+        timed = [rank for rank in self.phase_ms if rank]
+        if not timed:
+            return {}
+        mean = {phase: sum(rank[phase] for rank in timed) / len(timed) for phase in PHASES}
+        return {"step by phase": ", ".join(f"{phase} {ms:.2f}" for phase, ms in mean.items()
+                                           if ms >= _SHOWN_MS) + " ms"}
 
     def _memory_rows(self) -> Mapping[str, str]:
         rows = {}

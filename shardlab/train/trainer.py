@@ -21,7 +21,8 @@ from torch.optim.lr_scheduler import LRScheduler
 from shardlab.comm.collectives import all_reduce_, gather_objects_json
 from shardlab.comm.groups import Groups
 from shardlab.errors import CheckpointError
-from shardlab.specs import TierBytes
+from shardlab.sharded import prefetching
+from shardlab.storage_bytes import TierBytes
 from shardlab.train.checkpoint import load, prune, save
 from shardlab.train.events import EventWriter
 from shardlab.train.interval import Interval, IntervalLog
@@ -96,6 +97,8 @@ class Trainer:
         self._interval: Interval | None = None
         self._sent = SentBytes()
         self._skipped = 0
+        if self.options.time_phases:
+            self.model.clock.time_device()
         self._validation: BinaryMetrics | None = None
         self._checkpoint: Path | None = None
         self._stopped_by: int | None = None
@@ -158,7 +161,8 @@ class Trainer:
     def _run_epoch(self) -> None:
         self.model.train()
         self._log.restart()
-        for batch in reader_from(self.train_reader, self._at.data):
+        reader = reader_from(self.train_reader, self._at.data)
+        for batch in prefetching(reader, self.model, lambda batch: batch.sparse):
             self._train(batch)
             self._after_step()
             if self._done():
@@ -169,7 +173,7 @@ class Trainer:
             self._at.epoch, self._at.data = self._at.epoch + 1, None
 
     def _train(self, batch: Batch) -> None:
-        self._log.timer.got_batch()
+        self._log.got_batch()
         batch = batch.to(self.groups.device)
         begin = self.train_reader.start if self._at.data is None else self._at.data
         rows = batch.position - begin  # of all ranks; a bad row that a reader skipped adds no loss
@@ -211,7 +215,7 @@ class Trainer:
             "lr": float(self.optimizer.param_groups[0]["lr"]),
             "samples_per_s": pace.samples_per_s_mean, "step_ms": pace.step_ms_p50,
             "wait_share": pace.wait_share, "wire_bytes_per_step": wire.total,
-            "skipped_rows": skipped})
+            "skipped_rows": skipped, "phase_ms": interval.phase_ms})
         self._view.show(ProgressLine(self._at.step, self._at.epoch, metrics.logloss, metrics.auc,
                                      pace.samples_per_s_mean, wire.total))
 
@@ -267,7 +271,8 @@ class Trainer:
     def _summarise(self, resumed_at: int) -> Summary:
         steps = self._at.step - resumed_at
         ranks = gather_objects_json(
-            {"tables": asdict(model_tier_bytes(self.model)), "rss": peak_rss_bytes()}, self.groups)
+            {"tables": asdict(model_tier_bytes(self.model)), "rss": peak_rss_bytes(),
+             "phase_ms": self.model.clock.median_ms()}, self.groups)
         summary = Summary(
             run=str(self.run_folder.path), steps=self._at.step, epochs=self._at.epoch,
             resumed_at=resumed_at, stopped_by=self._stopped_by, skipped_rows=self._skipped,
@@ -275,6 +280,7 @@ class Trainer:
             validation=self._validation, wire_per_step=self._sent / max(1, steps),
             tables=[TierBytes(**rank["tables"]) for rank in ranks],
             peak_rss_bytes=[rank["rss"] for rank in ranks],
+            phase_ms=[rank["phase_ms"] for rank in ranks],
             checkpoint=None if self._checkpoint is None else str(self._checkpoint))
         if self._first:
             self.run_folder.write_summary(summary.to_dict())

@@ -8,7 +8,7 @@ from shardlab.cli import bench
 from shardlab.cli.main import main
 from shardlab.launch import speed
 from shardlab.launch.building import ROW_OPTIMIZERS
-from shardlab.specs import OPTIMIZER_STATE
+from shardlab.storage_bytes import OPTIMIZER_STATE
 
 TINY = ("--tables", "2", "--rows", "50", "--dim", "4", "--batch-size", "8", "--seconds", "0")
 

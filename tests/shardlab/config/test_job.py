@@ -12,7 +12,8 @@ from pydantic import BaseModel, ValidationError
 from shardlab.config import JobConfig, load_job
 from shardlab.errors import ConfigError
 from shardlab.presets import CRITEO_KAGGLE_CARDINALITIES
-from shardlab.specs import BoundsMode, ExchangeKind, PoolingType, ShardingType, Tier
+from shardlab.specs import BoundsMode, ExchangeKind, PoolingType, ShardingType
+from shardlab.storage_specs import Tier
 
 TABLE = {"name": "t", "num_embeddings": 10, "embedding_dim": 4, "feature_names": ["C1"]}
 
@@ -178,7 +179,8 @@ batch_size: 4
         "batch_size: must be a number, found False",
         "tables[0].embedding_dim: is required, but not given",
         "tables[0].embeding_dim: unknown key (did you mean 'embedding_dim'?); known: name, ",
-        "tables[0].storage: unknown storage dtype 'fp31'; known: fp32",
+        "tables[0].storage: unknown storage dtype 'fp31' (did you mean 'fp32'?); known: "
+        "fp32, fp16, bf16, fp8, int8, int4",
         "tables[1].num_embeddings: must be a valid integer",
         "tables[1].storage.levels[0]: unknown key 'dtyp' (did you mean 'dtype'?)",
         "tables[1].pooling: must be 'sum' or 'mean', found 'sun' (did you mean 'sum'?)",

@@ -7,7 +7,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from shardlab.plan import ShardingPlan
-from shardlab.specs import OPTIMIZER_STATE, EmbeddingBagConfig, ExchangeKind, ShardingType
+from shardlab.specs import EmbeddingBagConfig, ExchangeKind, ShardingType
+from shardlab.storage_bytes import OPTIMIZER_STATE
 from tests.harness import run_ranks
 from tests.oracle import PlainOptimizer
 from tests.sharded_runs import (

@@ -12,8 +12,10 @@ from shardlab.comm.collectives import WireBytes
 from shardlab.data.batch import Batch
 from shardlab.jagged import KeyedJaggedTensor
 from shardlab.plan import Shard, ShardingPlan, build_table_plan
-from shardlab.specs import EmbeddingBagConfig, ShardingType, TierBytes
+from shardlab.sharded.clock import PhaseClock
+from shardlab.specs import EmbeddingBagConfig, ShardingType
 from shardlab.storage import TableChunk
+from shardlab.storage_bytes import TierBytes
 
 
 def table(name: str, rows: int, columns: int) -> EmbeddingBagConfig:
@@ -48,6 +50,7 @@ class FakeCollection:
     rank: int
     zero: bool = False
     wire: WireBytes = field(default_factory=WireBytes)
+    clock: PhaseClock = field(default_factory=PhaseClock)
 
     def __post_init__(self) -> None:
         self.held: dict[str, list[Held]] = {}
@@ -60,6 +63,9 @@ class FakeCollection:
                      whole[shard.row_start:shard.row_end, shard.col_start:shard.col_end].clone(),
                      whole[shard.row_start:shard.row_end, 0].clone())
                 for shard in entry.shards if shard.rank == self.rank]
+
+    def prefetch(self, features: object) -> None:
+        """Nothing lies on a disk."""
 
     def chunks(self, max_bytes: int = 64 << 20) -> Iterator[TableChunk]:
         for name, shards in self.held.items():
@@ -100,6 +106,10 @@ class FakeModel(nn.Module):
         self.linear = nn.Linear(num_dense, 1)
         self.dropout = nn.Dropout(0.2)
         self._collection = collection
+
+    @property
+    def clock(self) -> PhaseClock:
+        return self._collection.clock
 
     def collections(self) -> dict[str, FakeCollection]:
         return {"ebc": self._collection}

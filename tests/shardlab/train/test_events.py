@@ -11,7 +11,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from shardlab.errors import ConfigError
 from shardlab.train.events import EventWriter
 
-RECORD = {"kind": "train", "step": 50, "epoch": 0, "loss": 0.5, "auc": 0.75, "note": "text"}
+RECORD = {"kind": "train", "step": 50, "epoch": 0, "loss": 0.5, "auc": 0.75, "note": "text",
+          "phase_ms": {"ids": 1.5}}
 
 
 def test_numbers_become_scalars(tmp_path: Path) -> None:
@@ -19,8 +20,9 @@ def test_numbers_become_scalars(tmp_path: Path) -> None:
         events.write(RECORD)
         events.write({**RECORD, "kind": "validation", "step": 60})
     found = EventAccumulator(str(tmp_path)).Reload()
-    assert found.Tags()["scalars"] == ["train/loss", "train/auc", "validation/loss",
-                                       "validation/auc"]
+    assert found.Tags()["scalars"] == [
+        "train/loss", "train/auc", "train/phase_ms/ids", "validation/loss", "validation/auc",
+        "validation/phase_ms/ids"]
     assert [(event.step, event.value) for event in found.Scalars("train/auc")] == [(50, 0.75)]
 
 

@@ -10,6 +10,7 @@ import torch
 
 from shardlab.comm import Groups
 from shardlab.errors import ShardLabError
+from shardlab.phases import MEASURED_PHASES
 from shardlab.specs import ShardingType
 from shardlab.train.interval import IntervalLog
 from shardlab.train.stop_signal import StopSignal
@@ -45,6 +46,8 @@ def test_flush_takes_what_was_added() -> None:
     assert (interval.pace.steps, interval.pace.rows) == (2, 16)
     assert interval.wire.total == 70
     assert interval.stop is None
+    assert list(interval.phase_ms) == list(MEASURED_PHASES)
+    assert interval.phase_ms["overhead"] > 0
     stop.received.update([signal.SIGINT])
     add(log, 1)
     interval = log.flush(3)
@@ -75,13 +78,14 @@ def two_ranks(groups: Groups) -> tuple[object, ...]:
     add(log, 1, loss=math.nan if groups.rank == 0 else 0.1)
     with pytest.raises(ShardLabError) as caught:
         log.flush(4)
-    return interval.metrics, interval.wire, interval.stop, str(caught.value)
+    return interval.metrics, interval.wire, interval.stop, str(caught.value), interval.phase_ms
 
 
 def test_ranks_see_the_same_sums_signals_and_failures() -> None:
     first, second = run_ranks(2, two_ranks)
     assert first == second
-    metrics, wire, stop, text = first
+    metrics, wire, stop, text, phase_ms = first
+    assert phase_ms["overhead"] > 0
     assert (metrics.rows, metrics.label_rate) == (12, pytest.approx(8 / 12))
     assert wire.ids == 30
     assert wire.dense_all_reduce == 2 * 2 * 16  # 2 ranks, 2 steps, 4 fp32 parameters

@@ -7,7 +7,8 @@ import os
 import pytest
 import torch
 
-from shardlab.specs import ShardingType, TierBytes
+from shardlab.specs import ShardingType
+from shardlab.storage_bytes import TierBytes
 from shardlab.train import meters
 from shardlab.train.meters import (
     Pace,

@@ -66,7 +66,7 @@ def test_killed_and_resumed_is_bit_identical(tmp_path: Path, world_size: int, ki
     for whole, resumed in run_ranks(world_size, train_whole_and_killed, str(tmp_path), optimizer,
                                     kill_after):
         assert_identical(whole, resumed)
-    clocked = ("samples_per_s", "step_ms", "wait_share", "seconds")
+    clocked = ("samples_per_s", "step_ms", "wait_share", "phase_ms", "seconds")
     lines = [[{key: value for key, value in json.loads(line).items() if key not in clocked}
               for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
              for name in ("whole", "killed")]

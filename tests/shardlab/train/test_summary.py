@@ -9,7 +9,8 @@ from dataclasses import replace
 
 from rich.console import Console
 
-from shardlab.specs import TierBytes
+from shardlab.phases import MEASURED_PHASES
+from shardlab.storage_bytes import TierBytes
 from shardlab.train.meters import Pace, SentBytes
 from shardlab.train.metrics import BinaryMetrics
 from shardlab.train.summary import Summary
@@ -22,7 +23,9 @@ SUMMARY = Summary(
     train=replace(METRICS, logloss=0.4533), validation=METRICS,
     wire_per_step=SentBytes(300e3, 1.2e6, 1.2e6, 2e6),
     tables=[TierBytes(hbm=100_000_000), TierBytes(hbm=120_000_000, ddr=5_000)],
-    peak_rss_bytes=[500_000_000, 510_000_000], checkpoint="runs/a/checkpoints/step-1200")
+    peak_rss_bytes=[500_000_000, 510_000_000],
+    phase_ms=[dict.fromkeys(MEASURED_PHASES, 0.0) | {"ids": 1.5, "dense": ms} for ms in (3, 4)],
+    checkpoint="runs/a/checkpoints/step-1200")
 
 
 def shown(summary: Summary) -> str:
@@ -37,7 +40,7 @@ def test_table_says_everything() -> None:
                  "81 k samples/s", "79.3 k samples/s", "50.50 / 61.25 ms", "3.1% of the time",
                  "4.7 MB, all ranks: ids 300 kB, rows 1.2 MB, gradients 1.2 MB, dense all-reduce "
                  "2 MB", "220 MB (100 MB, 120 MB)", "5 kB (0 B, 5 kB)", "500 MB, 510 MB",
-                 "0:01:02", "logloss 0.4533", "step-1200"):
+                 "0:01:02", "ids 1.50, dense 3.50 ms", "logloss 0.4533", "step-1200"):
         assert part in text
     assert "stopped by" not in text
     assert "ssd" not in text
@@ -71,4 +74,9 @@ def test_plain_data_is_json() -> None:
     assert data["wire_per_step"] == {"ids": 300e3, "rows": 1.2e6, "gradients": 1.2e6,
                                      "dense_all_reduce": 2e6, "total": 4.7e6}
     assert data["tables"][1] == {"hbm": 120_000_000, "ddr": 5_000, "ssd": 0}
+    assert data["phase_ms"][1]["dense"] == 4
     assert data["exit_code"] == 0
+
+
+def test_phases_that_were_not_timed_are_not_shown() -> None:
+    assert "by phase" not in shown(replace(SUMMARY, phase_ms=[{}, {}]))

@@ -61,7 +61,7 @@ def records(folder: Path) -> list[dict[str, object]]:
 
 def timeless(folder: Path) -> list[dict[str, object]]:
     """Records without what a clock measured."""
-    clocked = ("samples_per_s", "step_ms", "wait_share", "seconds")
+    clocked = ("samples_per_s", "step_ms", "wait_share", "phase_ms", "seconds")
     return [{key: value for key, value in record.items() if key not in clocked}
             for record in records(folder)]
 

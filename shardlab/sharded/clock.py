@@ -1,0 +1,115 @@
+"""Where the time of a step goes, by the phases that the planner predicts."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from itertools import islice, pairwise
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from shardlab.phases import MEASURED_PHASES
+
+Floats = NDArray[np.float64]
+
+_INDEX = {phase: index for index, phase in enumerate(MEASURED_PHASES)}
+_KEPT_STEPS = 1024  # for medians: enough to leave out warm-up and neighbours, 400 kB
+_MS = 1e3
+
+
+class PhaseClock:
+    """Books all time of this rank on phases: `lap` gives what passed since the last call to one.
+
+    On the CPU laps are read from the wall clock, 0.1 us each, always. A GPU works behind its
+    launches, so the wall clock tells nothing of it: there laps are counted only after
+    `time_device`, by events on the stream.
+
+    Waiting for other ranks counts as the phase that waits, so that of a phase that exchanges, the
+    rank that waits least shows what the exchange itself takes.
+
+    Args:
+        device: where the step runs.
+    """
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        self._on_host = device is None or device.type == "cpu"
+        self._events: list[tuple[int, torch.cuda.Event]] | None = None
+        self._open = [0.0] * len(MEASURED_PHASES)
+        self._steps: deque[tuple[float, ...]] = deque(maxlen=_KEPT_STEPS)
+        self._pending: list[list[tuple[int, torch.cuda.Event]]] = []
+        self._interval = 0
+        self._mark = time.perf_counter()
+
+    @property
+    def running(self) -> bool:
+        """Whether laps are counted."""
+        return self._on_host or self._events is not None
+
+    def time_device(self) -> None:
+        """Also counts laps on a GPU; costs two microseconds a lap."""
+        if not self._on_host:
+            self._events = []
+            self.restart()
+
+    def lap(self, phase: str) -> None:
+        """What passed since the last call was this phase, a name of `MEASURED_PHASES`."""
+        if self._on_host:
+            now = time.perf_counter()
+            self._open[_INDEX[phase]] += now - self._mark
+            self._mark = now
+        elif self._events is not None:
+            self._events.append((_INDEX[phase], _recorded()))
+
+    def restart(self) -> None:
+        """The next step starts now; what was booked since the last step's end is forgotten."""
+        self._open = [0.0] * len(MEASURED_PHASES)
+        self._mark = time.perf_counter()
+        if self._events is not None:
+            self._events = [(-1, _recorded())]
+
+    def end_step(self) -> None:
+        """The step is done; the next one starts now."""
+        self.lap("overhead")
+        if self._on_host:
+            self._steps.append(tuple(self._open))
+            self._open = [0.0] * len(MEASURED_PHASES)
+            self._interval += 1
+        elif self._events is not None:
+            self._pending.append(self._events)
+            self._events = self._events[-1:]
+            self._interval += 1
+
+    def take_interval(self) -> dict[str, float]:
+        """Mean milliseconds of a step by phase since the last call; empty: nothing was counted."""
+        self._read_events()
+        steps = [*islice(reversed(self._steps), min(self._interval, len(self._steps)))]
+        self._interval = 0
+        return _by_phase(np.array(steps).mean(axis=0)) if steps else {}
+
+    def median_ms(self) -> dict[str, float]:
+        """Median milliseconds of a step by phase, of the last 1024 steps; empty: none counted."""
+        self._read_events()
+        return _by_phase(np.median(np.array(self._steps), axis=0)) if self._steps else {}
+
+    def _read_events(self) -> None:
+        """Turns the events of finished steps into seconds; waits for the device."""
+        if self._pending:
+            torch.cuda.synchronize()
+        for events in self._pending:
+            seconds = [0.0] * len(MEASURED_PHASES)
+            for (_, before), (phase, after) in pairwise(events):
+                seconds[phase] += before.elapsed_time(after) / _MS
+            self._steps.append(tuple(seconds))
+        self._pending.clear()
+
+
+def _recorded() -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    event.record()
+    return event
+
+
+def _by_phase(seconds: Floats) -> dict[str, float]:
+    return dict(zip(MEASURED_PHASES, (_MS * seconds).tolist(), strict=True))
