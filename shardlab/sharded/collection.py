@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from shardlab.comm import Groups, WireBytes
 from shardlab.errors import ShardLabError
 from shardlab.jagged import KeyedTensor
+from shardlab.ops.cache import COUNTERS
 from shardlab.phases import WAIT
 from shardlab.plan import ShardingPlan
 from shardlab.sharded.clock import PhaseClock
@@ -24,7 +25,7 @@ from shardlab.sharded.layout import compile_layout
 from shardlab.specs import EmbeddingBagConfig, check_tables
 from shardlab.storage import StorageOptions, TableChunk, build_storage
 from shardlab.storage_bytes import TierBytes
-from shardlab.storage_specs import Tier, home_tier
+from shardlab.storage_specs import RowsSpec, Tier, home_tier
 
 _CHUNK_BYTES = 64 << 20
 
@@ -152,6 +153,21 @@ class ShardedEmbeddingBagCollection(nn.Module):
     def tier_bytes(self) -> TierBytes:
         """Bytes of this rank's shards, by tier."""
         return self.storage.tier_bytes()
+
+    def cache_counts(self) -> dict[str, list[int]]:
+        """Of every table of the plan that has a cache, what this rank's shards counted so far.
+
+        Returns:
+            By table: the counters of `shardlab.ops.cache.COUNTERS`, then bytes moved.
+        """
+        counts = {entry.table: [0] * (len(COUNTERS) + 1) for entry in self.plan.tables
+                  if isinstance(entry.storage, RowsSpec) and len(entry.storage.levels) > 1}
+        for block, local in enumerate(self.storage.shards):
+            if local.table.name in counts:
+                found = self.storage.cache_counts(block)
+                counts[local.table.name] = [a + b for a, b in zip(counts[local.table.name], found,
+                                                                  strict=True)]
+        return counts
 
     def chunks(self, max_bytes: int = _CHUNK_BYTES) -> Iterator[TableChunk]:
         """Streams this rank's rows and their optimiser state."""

@@ -114,6 +114,9 @@ class Storage(Protocol):
     def prefetch(self, segments: Tensor, ids: Tensor) -> None:
         """Tells which rows the next read asks for: int64 [K, 3] (block, start, count) of ids."""
 
+    def cache_counts(self, block: int) -> list[int]:
+        """Counts of a shard's nearest cache since the start: `ops.cache.COUNTERS`, bytes moved."""
+
     def tier_bytes(self) -> TierBytes:
         """Bytes that this storage holds, by tier."""
 

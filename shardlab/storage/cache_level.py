@@ -52,6 +52,7 @@ class CacheLevel:
         depth: 0 for the level next to the kernels.
         index: who is where.
         counters: int64 [shards, 6], columns as `shardlab.ops.cache.COUNTERS`, since the start.
+        moved: int64 [shards]: records brought up and written down since the start.
     """
 
     arena: Arena
@@ -63,11 +64,13 @@ class CacheLevel:
     depth: int = 0
     index: CacheIndex = field(init=False)
     counters: Tensor = field(init=False)
+    moved: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
         size = sum(cache.layout.metadata_bytes for cache in self.caches)
         self.index = build_cache_index(self.caches, allocate(size, torch.device("cpu")))
         self.counters = torch.zeros(len(self.caches), len(COUNTERS), dtype=torch.int64)
+        self.moved = torch.zeros(len(self.caches), dtype=torch.int64)
         self._slots = torch.tensor([cache.layout.slots for cache in self.caches])
         self._room = self.arena.blocks.table[self.numbers, 5]
         self._staged: Moves | None = None
@@ -96,6 +99,7 @@ class CacheLevel:
         if fill and placement.fills.shape[0]:
             moves = Moves(make_jobs(placement.fills[:, 0], len(self.caches)),
                           placement.fills[:, 1].contiguous(), self.row_starts)
+            self.moved[moves.jobs[:, 0]] += moves.jobs[:, 2]
             source = self.below.source(moves.jobs, moves.rows)
             moves.run((source, self._end(placement.fills[:, 2])),
                       (self.below.numbers, self.numbers), self._key(_FILL))
@@ -129,6 +133,7 @@ class CacheLevel:
             self._send_down(moves, dirty[:, 1], _WRITE_BACK)
 
     def _send_down(self, moves: Moves, places: Tensor, stream: int) -> None:
+        self.moved[moves.jobs[:, 0]] += moves.jobs[:, 2]
         target = self.below.target(moves.jobs, moves.rows)
         moves.run((self._end(places), target), (self.numbers, self.below.numbers),
                   self._key(stream))

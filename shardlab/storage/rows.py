@@ -15,6 +15,7 @@ from torch import Tensor
 
 from shardlab.errors import CheckpointError
 from shardlab.ops.blocks import Blocks
+from shardlab.ops.cache import COUNTERS
 from shardlab.ops.init import init_uniform
 from shardlab.ops.rows import (
     StepParameters,
@@ -218,6 +219,15 @@ class RowsStorage:
             total = total + tier_bytes(local.storage, local.shard.rows, local.shard.columns,
                                        self.optimizer)
         return total
+
+    def cache_counts(self, block: int) -> list[int]:
+        """Counts of a shard's nearest cache since the start: `COUNTERS`, then bytes moved."""
+        if block not in self._owner:
+            return [0] * (len(COUNTERS) + 1)
+        cache, number = self._owner[block]
+        _, row_bytes, _, state_bytes, _, _ = self.blocks.table[block].tolist()
+        return [*cache.counters[number].tolist(),
+                int(cache.moved[number]) * (row_bytes + state_bytes)]
 
     # ------------------------------------------------------------------ checkpoints
     def flush(self) -> None:

@@ -13,6 +13,7 @@ from shardlab.comm.collectives import all_reduce_
 from shardlab.comm.groups import Groups
 from shardlab.errors import ShardLabError
 from shardlab.phases import WAIT
+from shardlab.train.cache_meter import CacheCounts, CacheMeter
 from shardlab.train.meters import Pace, SentBytes, StepTimer, WireMeter
 from shardlab.train.metrics import BinaryMetrics, WindowMetrics
 from shardlab.train.stop_signal import STOP_SIGNALS, StopSignal
@@ -31,6 +32,7 @@ class Interval:
         wire: bytes all ranks sent.
         stop: the signal that some rank received; None: none did.
         phase_ms: milliseconds of a step by phase, mean over steps and ranks; empty: not timed.
+        caches: counts of all ranks, of every table that has a cache.
     """
 
     metrics: BinaryMetrics
@@ -38,6 +40,7 @@ class Interval:
     wire: SentBytes
     stop: int | None
     phase_ms: dict[str, float]
+    caches: dict[str, CacheCounts]
 
 
 class IntervalLog:
@@ -54,6 +57,7 @@ class IntervalLog:
         self._losses: list[Tensor] = []
         self._wire = WireMeter(model, groups.world_size)
         self._clock = model.clock
+        self._caches = CacheMeter(model)
         self.timer = StepTimer()
         self.window = WindowMetrics(groups.device, lambda tensor: all_reduce_(tensor, groups))
 
@@ -61,6 +65,7 @@ class IntervalLog:
         """Leaves out what was done and sent since the last flush, such as a validation."""
         self.timer.restart()
         self._clock.restart()
+        self._caches.restart()
         self._wire.restart()
 
     def got_batch(self) -> None:
@@ -90,21 +95,22 @@ class IntervalLog:
         self._losses.clear()
         wire = self._wire.take(len(finite))
         stops = [float(number in self._signal.received) for number in STOP_SIGNALS]
-        phases = self._clock.take_interval()
-        sums = torch.tensor([finite.count(False), *stops, *astuple(wire), *phases.values()],
-                            dtype=torch.float64, device=self._groups.device)
+        phases, caches = self._clock.take_interval(), self._caches.take()
+        sums = torch.tensor([finite.count(False), *stops, *astuple(wire), *phases.values(),
+                             *caches], dtype=torch.float64, device=self._groups.device)
         all_reduce_(sums, self._groups)
         bad, *counts = sums.tolist()
         if bad:
             self._refuse(step, finite)
         stops, counts = counts[:len(STOP_SIGNALS)], counts[len(STOP_SIGNALS):]
-        sent, times = counts[:len(astuple(wire))], counts[len(astuple(wire)):]
+        sent, counts = counts[:len(astuple(wire))], counts[len(astuple(wire)):]
+        times, cached = counts[:len(phases)], counts[len(phases):]
         mean = {phase: ms / self._groups.world_size
                 for phase, ms in zip(phases, times, strict=True)}
         stop = next((int(number) for number, count in zip(STOP_SIGNALS, stops, strict=True)
                      if count), None)
         return Interval(self.window.flush(), self.timer.take_interval(), SentBytes(*sent), stop,
-                        mean)
+                        mean, self._caches.named(cached))
 
     def _refuse(self, step: int, finite: Sequence[bool]) -> None:
         """Names the first step of any rank whose loss is not finite."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rich.table import Table
 
 from shardlab.phases import PHASES
 from shardlab.storage_bytes import TierBytes
+from shardlab.train.cache_meter import CacheCounts, total_of
 from shardlab.train.meters import Pace, SentBytes
 from shardlab.train.metrics import BinaryMetrics
 from shardlab.train.units import format_bytes, format_count, format_metric, format_seconds
@@ -39,6 +40,7 @@ class Summary:
         phase_ms: milliseconds of a step by phase, medians of the last steps, one entry a rank;
             empty where phases were not timed.
         checkpoint: the last checkpoint.
+        caches: counts of all ranks since this start, of every table that has a cache.
     """
 
     run: str
@@ -55,6 +57,7 @@ class Summary:
     peak_rss_bytes: Sequence[int]
     phase_ms: Sequence[Mapping[str, float]]
     checkpoint: str | None
+    caches: Mapping[str, CacheCounts] = field(default_factory=dict)
 
     @property
     def exit_code(self) -> int:
@@ -133,6 +136,13 @@ class Summary:
             held = [getattr(rank, tier) for rank in self.tables]
             if sum(held):
                 rows[f"tables on {tier}"] = f"{format_bytes(sum(held))} ({_by_rank(held)})"
+        if self.caches and self.pace.steps:
+            every = total_of(self.caches)
+            worst = min(self.caches, key=lambda name: self.caches[name].hit_rate)
+            rows["cache hits"] = (f"{every.hit_rate:.1%} of the rows asked for; least "
+                                  f"{self.caches[worst].hit_rate:.1%}, {worst}")
+            rows["cache traffic"] = (f"{format_bytes(every.moved_bytes / self.pace.steps)} a step, "
+                                     f"{every.evictions / self.pace.steps:,.0f} evictions")
         rows["peak RSS by rank"] = _by_rank(self.peak_rss_bytes)
         return rows
 

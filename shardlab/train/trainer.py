@@ -23,6 +23,7 @@ from shardlab.comm.groups import Groups
 from shardlab.errors import CheckpointError
 from shardlab.sharded import prefetching
 from shardlab.storage_bytes import TierBytes
+from shardlab.train.cache_meter import CacheCounts, as_record, total_of
 from shardlab.train.checkpoint import load, prune, save
 from shardlab.train.events import EventWriter
 from shardlab.train.interval import Interval, IntervalLog
@@ -97,6 +98,7 @@ class Trainer:
         self._interval: Interval | None = None
         self._sent = SentBytes()
         self._skipped = 0
+        self._caches: dict[str, CacheCounts] = {}
         if self.options.time_phases:
             self.model.clock.time_device()
         self._validation: BinaryMetrics | None = None
@@ -215,9 +217,13 @@ class Trainer:
             "lr": float(self.optimizer.param_groups[0]["lr"]),
             "samples_per_s": pace.samples_per_s_mean, "step_ms": pace.step_ms_p50,
             "wait_share": pace.wait_share, "wire_bytes_per_step": wire.total,
-            "skipped_rows": skipped, "phase_ms": interval.phase_ms})
+            "skipped_rows": skipped, "phase_ms": interval.phase_ms,
+            **as_record(interval.caches, pace.steps)})
+        for table, counts in interval.caches.items():
+            self._caches[table] = self._caches.get(table, CacheCounts()) + counts
+        rate = total_of(interval.caches).hit_rate if interval.caches else None
         self._view.show(ProgressLine(self._at.step, self._at.epoch, metrics.logloss, metrics.auc,
-                                     pace.samples_per_s_mean, wire.total))
+                                     pace.samples_per_s_mean, wire.total, rate))
 
     def _record(self, kind: str, values: dict[str, Any]) -> None:
         self._at.records += 1
@@ -280,7 +286,7 @@ class Trainer:
             validation=self._validation, wire_per_step=self._sent / max(1, steps),
             tables=[TierBytes(**rank["tables"]) for rank in ranks],
             peak_rss_bytes=[rank["rss"] for rank in ranks],
-            phase_ms=[rank["phase_ms"] for rank in ranks],
+            phase_ms=[rank["phase_ms"] for rank in ranks], caches=self._caches,
             checkpoint=None if self._checkpoint is None else str(self._checkpoint))
         if self._first:
             self.run_folder.write_summary(summary.to_dict())

@@ -213,3 +213,29 @@ def test_int4_needs_an_even_dimension():
     with pytest.raises(ConfigError, match="table 'user': storage int4 packs two columns in a byte "
                                           "and needs an even embedding_dim, found 5; take 6"):
         _table(embedding_dim=5, storage="int4")
+
+
+def test_sharding_takes_one_type_or_several() -> None:
+    one, several, any_kind = (EmbeddingBagConfig(4, 4, "t", sharding=value)
+                              for value in (["row_wise"], ("row_wise", "table_wise"), "auto"))
+    assert one.sharding is ShardingType.ROW_WISE
+    assert one.allowed_sharding == (ShardingType.ROW_WISE,)
+    assert several.allowed_sharding == (ShardingType.ROW_WISE, ShardingType.TABLE_WISE)
+    assert any_kind.sharding is None
+    assert any_kind.allowed_sharding == ()
+
+
+@pytest.mark.parametrize(("field", "value", "message"), [
+    ("sharding", ["row_wise", "rowwise"], "sharding: unknown ShardingType 'rowwise'.*row_wise"),
+    ("sharding", [], "expected a sharding type or a list of them, found \\[\\]"),
+    ("ranks", [0, -1], "ranks: expected a list of ranks, such as \\[0, 1\\], found"),
+    ("ranks", 3, "ranks: expected a list of ranks"),
+    ("ranks", [True], "ranks: expected a list of ranks"),
+    ("max_column_splits", 0, "max_column_splits must be a positive integer, found 0")])
+def test_constraints_that_cannot_be(field: str, value: object, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        EmbeddingBagConfig(4, 4, "t", **{field: value})
+
+
+def test_ranks_are_sorted_and_named_once() -> None:
+    assert EmbeddingBagConfig(4, 4, "t", ranks=[3, 1, 3]).ranks == (1, 3)

@@ -10,7 +10,7 @@ from shardlab import optim
 from shardlab.errors import ConfigError
 from shardlab.ops.rows import RULES
 from shardlab.optim.rules import step_parameters
-from shardlab.specs import OPTIMIZER_STATE
+from shardlab.storage_bytes import OPTIMIZER_STATE
 
 ALL = [optim.SGD, optim.Adagrad, optim.RowWiseAdagrad, optim.Adam, optim.RowWiseAdam]
 

@@ -64,6 +64,10 @@ class FakeCollection:
                      whole[shard.row_start:shard.row_end, 0].clone())
                 for shard in entry.shards if shard.rank == self.rank]
 
+    def cache_counts(self) -> dict[str, list[int]]:
+        """No table has a cache."""
+        return {}
+
     def prefetch(self, features: object) -> None:
         """Nothing lies on a disk."""
 
