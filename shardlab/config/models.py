@@ -55,7 +55,8 @@ RowRange = tuple[Index, Index | None]
 Sharding = Annotated[tuple[ShardingType, ...] | None, BeforeValidator(_one_or_many),
                      BeforeValidator(_auto_is_none)]
 Storage = Annotated[Any, AfterValidator(_check_storage), Field(description=(
-    "how rows are held: a dtype name such as fp32, {dtype, tier} or {levels: [...]}"))]
+    "how rows are held, as docs/storage.md says: a dtype name such as fp32, {dtype, tier}, "
+    "{levels: [...]} or {choose: [...]}"))]
 
 
 class Section(BaseModel):
