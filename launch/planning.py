@@ -1,27 +1,88 @@
 """The plan of a job: the one it names, the one its run began with, or a new one of the planner.
 
-Rank 0 decides; the other ranks receive the plan as text.
+Rank 0 decides; the other ranks receive the plan as text. Nothing here needs torch but
+`choose_plan` and `job_topology`.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shardlab.errors import LaunchError, PlanError, ShardLabError
-from shardlab.plan import ShardingPlan
-from shardlab.planner import Topology, local_cpu, plan, read_topology
+from shardlab.launch.dense_model import dense_model
+from shardlab.plan import ShardingPlan, WireDtypes
+from shardlab.planner import PlanSettings, Topology, local_cpu, plan, read_topology
 
 if TYPE_CHECKING:
     from shardlab.comm import Groups
     from shardlab.config import JobConfig
+    from shardlab.planner.request import Request
+    from shardlab.planner.result import PlanResult
 
-#: Profile whose speeds are assumed for a GPU that has no profile of its own.
-_USUAL_GPU = "a100-80gb"
+
+@dataclass(frozen=True)
+class ChosenPlan:
+    """What a run executes.
+
+    Attributes:
+        plan: where tables go.
+        text: the plan as the run folder keeps it, its predictions beside it.
+    """
+
+    plan: ShardingPlan
+    text: str
 
 
-def choose_plan(job: JobConfig, groups: Groups, previous: Path | None) -> ShardingPlan:
+def job_request(job: JobConfig, topology: Topology, time_limit: float | None = None) -> Request:
+    """What there is to plan for a job.
+
+    Args:
+        job: the job.
+        topology: the machine.
+        time_limit: CPU seconds that the search may take; None: as many as it needs.
+
+    Raises:
+        ConfigError: the job asks for what the machine does not have, or its statistics cannot be
+            read.
+        PlanError: the dense model leaves no room for tables.
+    """
+    from shardlab.planner.request import build_request
+    from shardlab.planner.statistics import read_statistics
+
+    statistics = None if job.statistics is None else read_statistics(job.statistics)
+    settings = PlanSettings(dense=dense_model(job), statistics=statistics, time_limit=time_limit,
+                            wire=WireDtypes(job.wire.forward, job.wire.backward))
+    return build_request(job.table_configs(), topology, job.batch_size, job.optimizer.sparse.kind,
+                         settings)
+
+
+def plan_request(request: Request) -> PlanResult:
+    """The planner's plan of a request.
+
+    Raises:
+        PlanError: nothing fits.
+    """
+    return plan(request.tables, request.topology, request.batch_size, request.optimizer,
+                request.settings)
+
+
+def read_job_plan(path: Path, job: JobConfig, world_size: int) -> ShardingPlan:
+    """Reads a plan that a job is to execute.
+
+    Raises:
+        PlanError: it cannot be read, or does not fit tables or ranks, by name.
+    """
+    try:
+        found = ShardingPlan.from_json(path.read_text(encoding="utf-8"))
+        found.check(job.table_configs(), world_size)
+    except (OSError, UnicodeDecodeError, PlanError) as error:
+        raise PlanError(f"{path}: {error}") from None
+    return found
+
+
+def choose_plan(job: JobConfig, groups: Groups, previous: Path | None) -> ChosenPlan:
     """The plan that this run executes, the same on all ranks; every rank must call it.
 
     Args:
@@ -39,7 +100,7 @@ def choose_plan(job: JobConfig, groups: Groups, previous: Path | None) -> Shardi
     text, failure = "", None
     if groups.rank == 0:
         try:
-            text = _decide(job, groups, previous).to_json()
+            text = _decide(job, groups, previous)
         except ShardLabError as error:  # the other ranks wait for an answer
             failure = error
     text = broadcast_text(text, groups)
@@ -47,34 +108,39 @@ def choose_plan(job: JobConfig, groups: Groups, previous: Path | None) -> Shardi
         raise failure
     if not text:
         raise LaunchError("rank 0 found no plan; see its message")
-    return ShardingPlan.from_json(text)
+    return ChosenPlan(ShardingPlan.from_json(text), text)
 
 
-def _decide(job: JobConfig, groups: Groups, previous: Path | None) -> ShardingPlan:
-    tables = job.table_configs()
+def _decide(job: JobConfig, groups: Groups, previous: Path | None) -> str:
+    """A plan as JSON with its predictions."""
     if job.plan is not None:
-        return _read(Path(job.plan), job, groups.world_size)
+        return _rated(read_job_plan(Path(job.plan), job, groups.world_size), job, groups)
     if previous is not None and _world_size(previous) == groups.world_size:
-        return _read(previous, job, groups.world_size)
+        read_job_plan(previous, job, groups.world_size)
+        return previous.read_text(encoding="utf-8")
     topology = job_topology(job, groups)
     if topology.world_size != groups.world_size:
         raise PlanError(f"topology: {topology.name} has {topology.world_size} ranks, this run has "
                         f"{groups.world_size}; leave topology out to plan for this machine "
                         "(--set topology=)")
-    return plan(tables, topology, job.batch_size, job.optimizer.sparse.kind).plan
+    from shardlab.planner.plan_file import plan_to_json
+
+    return plan_to_json(plan_request(job_request(job, topology)))
+
+
+def _rated(given: ShardingPlan, job: JobConfig, groups: Groups) -> str:
+    """A given plan as it is, beside it what it is predicted to take on this run's machine."""
+    from shardlab.planner.plan_file import predicted_data
+    from shardlab.planner.rate import rate
+
+    topology = job_topology(job, groups)
+    if topology.world_size != groups.world_size:
+        return given.to_json()  # a plan for this run, and a topology for another
+    return given.to_json(predicted_data(rate(given, job_request(job, topology))))
 
 
 def _world_size(path: Path) -> int:
     return ShardingPlan.from_json(path.read_text(encoding="utf-8")).world_size
-
-
-def _read(path: Path, job: JobConfig, world_size: int) -> ShardingPlan:
-    try:
-        found = ShardingPlan.from_json(path.read_text(encoding="utf-8"))
-        found.check(job.table_configs(), world_size)
-    except (OSError, UnicodeDecodeError, PlanError) as error:
-        raise PlanError(f"{path}: {error}") from None
-    return found
 
 
 def job_topology(job: JobConfig, groups: Groups) -> Topology:
@@ -91,9 +157,8 @@ def _gpu() -> Topology:
     """The profile that is nearest to this machine's GPU, with the memory it really has."""
     import torch
 
-    from shardlab.planner.profiles import PROFILES
+    from shardlab.planner.profiles import nearest_profile
 
     device, memory = torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory
-    kin = [name for name in PROFILES if name.split("-")[0] in device.lower()] or [_USUAL_GPU]
-    nearest = min(kin, key=lambda name: abs(PROFILES[name].hbm_bytes - memory))
-    return replace(PROFILES[nearest], name=f"{device}, speeds of {nearest}", hbm_bytes=memory)
+    nearest = nearest_profile(device, memory)
+    return replace(nearest, name=f"{device}, speeds of {nearest.name}", hbm_bytes=memory)

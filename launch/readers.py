@@ -54,17 +54,26 @@ def build_readers(job: JobConfig, groups: Groups) -> tuple[JobReader, JobReader 
         ConfigError: the ranges do not fit the data.
         DataError: the data cannot be read; names file and line or row group.
     """
-    data, columns = job.data, job.data.columns
-    features = {feature: table.num_embeddings for table in job.table_configs()
-                for feature in table.feature_names}
-    source = build_source(SourceSpec(
-        data.kind, features, data.path, columns.sparse, data.on_bad_row, data.seed, columns.label,
-        columns.dense, columns.log_dense, columns.raw_integers))
+    data, source = job.data, build_job_source(job)
     train, validation = split_rows(source.num_rows(), data.train_rows, data.validation_rows,
                                    data.validation_fraction)
     reader = JobReader(source, *train, job.batch_size, groups)
     return reader, None if validation is None else \
         JobReader(source, *validation, job.batch_size, groups)
+
+
+def build_job_source(job: JobConfig) -> RowSource:
+    """The rows of a job's data, hashed to the job's tables.
+
+    Raises:
+        DataError: the data cannot be read.
+    """
+    data, columns = job.data, job.data.columns
+    features = {feature: table.num_embeddings for table in job.table_configs()
+                for feature in table.feature_names}
+    return build_source(SourceSpec(
+        data.kind, features, data.path, columns.sparse, data.on_bad_row, data.seed, columns.label,
+        columns.dense, columns.log_dense, columns.raw_integers))
 
 
 def split_rows(num_rows: int | None, train: tuple[int, int | None] | None,

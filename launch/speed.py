@@ -16,7 +16,8 @@ from shardlab.launch.building import ROW_OPTIMIZERS
 from shardlab.ops.registry import describe_faces
 from shardlab.optim import RowOptimizer
 from shardlab.sharded import EmbeddingBagCollection, shard
-from shardlab.specs import EmbeddingBagConfig, record_layout
+from shardlab.specs import EmbeddingBagConfig
+from shardlab.storage_bytes import record_layout
 
 _FP32_BYTES = 4
 _STREAM_BYTES = 256 << 20  # several times the caches of the machines we know

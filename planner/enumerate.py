@@ -1,211 +1,192 @@
-"""Every way to cut each table that the search may choose from, as flat arrays.
+"""Every way to cut and to hold each table that the search may choose from, as flat arrays.
 
-An *option* is one table under one sharding type with a number of row and column blocks; a
-*piece* is one rectangle of an option, not yet on a rank. Pieces stand in the order in which
-`shardlab.plan.build_table_plan` makes the shards, so a list of ranks turns one into the other.
+An *option* is one table under one sharding type with a number of row and column blocks, one
+exchange and one storage; its *pieces* are the rectangles, not yet on ranks, in the order in which
+`shardlab.plan.build_table_plan` makes the shards: row block after row block of the first column
+block, then of the second.
 
-Where every rank talks to every owner, as in "ids out, rows back", it does not matter on which
-host a shard lies. The types that tie a table to a host (table_row_wise, table_column_wise,
-grid_shard) therefore cost what row_wise and column_wise cost and only take freedom away: they
-are enumerated for the tables that ask for them, and for no other.
+Which cuts there are says `cuts`, which storages `variants`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
+from shardlab.planner.cuts import Cut, Shape, cuts_of, shape_of
 from shardlab.planner.topology import Topology
-from shardlab.planner.workload import Workload
+from shardlab.planner.variants import Variant, storage_variants
 from shardlab.specs import EmbeddingBagConfig, ExchangeKind, ShardingType
+from shardlab.storage_specs import (
+    Choice,
+    PrunedSpec,
+    StorageRequest,
+    StorageSpec,
+    Tier,
+    home_tier,
+)
 
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 
-#: Narrowest column block that is cut without being asked for: one 64-byte cache line of fp32.
-MIN_COLUMNS = 16
+_FP32_BYTES = 4
 
-#: Largest table, in fp32 bytes, that is copied to every rank without being asked for: a copy that
-#: stays in a core's second-level cache. The times of larger copies are close to those of other
-#: cuts in the model, closer than it is accurate, and they would multiply memory.
-MAX_COPIED_BYTES = 2 << 20
-
-
-@dataclass(frozen=True)
-class Cut:
-    """One way to cut a table.
-
-    Attributes:
-        sharding: the type.
-        row_parts: row blocks.
-        col_parts: column blocks.
-        group: this many consecutive pieces must lie on ranks of one host; 0: anywhere.
-    """
-
-    sharding: ShardingType
-    row_parts: int
-    col_parts: int
-    group: int = 0
+SHARDING_TYPES = list(ShardingType)
+_CODE = {kind: code for code, kind in enumerate(SHARDING_TYPES)}
+_COPIED = _CODE[ShardingType.DATA_PARALLEL]
 
 
 @dataclass(frozen=True)
 class Options:
-    """All options of all tables; O options, P pieces, T tables.
+    """O options of T tables; the options of a table stand side by side.
 
     Attributes:
-        cuts: O cuts, those of a table side by side.
-        table: [O] index of the table.
+        variants: storages that options refer to.
         first: [T + 1] first option of each table.
+        table: [O] index of the table.
+        sharding: [O] index into `SHARDING_TYPES`.
+        row_parts: [O] row blocks.
+        col_parts: [O] column blocks.
+        pieces: [O] rectangles; a copy on every rank for data_parallel.
+        group: [O] as in `Cut`.
         pooled: [O] bags are pooled at the owner; otherwise unique rows are exchanged.
-        start: [O + 1] first piece of each option.
-        option: [P] the option of each piece.
-        rows: [P] rows of each piece.
-        columns: [P] columns of each piece.
+        variant: [O] index into ``variants``.
+        rows: [O] rows of the largest piece.
+        columns: [O] columns of the widest piece.
     """
 
-    cuts: tuple[Cut, ...]
-    table: Ints
+    variants: tuple[Variant, ...]
     first: Ints
+    table: Ints
+    sharding: Ints
+    row_parts: Ints
+    col_parts: Ints
+    pieces: Ints
+    group: Ints
     pooled: Bools
-    start: Ints
-    option: Ints
+    variant: Ints
     rows: Ints
     columns: Ints
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    @property
+    def copied(self) -> Bools:
+        """[O] every rank holds the whole table."""
+        return np.asarray(self.sharding == _COPIED)
+
+    @cached_property
+    def preference(self) -> Ints:
+        """[O] place of the storage in the user's order of preference."""
+        return np.array([entry.preference for entry in self.variants], dtype=np.int64)[self.variant]
 
     def of_table(self, table: int) -> range:
         """The options of a table."""
         return range(int(self.first[table]), int(self.first[table + 1]))
 
-    def pieces(self, option: int) -> slice:
-        """The pieces of an option."""
-        return slice(int(self.start[option]), int(self.start[option + 1]))
+    def cut(self, option: int) -> Cut:
+        """The cut of an option."""
+        return Cut(SHARDING_TYPES[int(self.sharding[option])], int(self.row_parts[option]),
+                   int(self.col_parts[option]), int(self.group[option]))
+
+    def storage(self, option: int) -> StorageSpec:
+        """The storage of an option."""
+        return self.variants[int(self.variant[option])].spec
+
+    def take(self, chosen: Ints) -> Options:
+        """Only these options, ascending indices; every table must keep one."""
+        counts = np.bincount(self.table[chosen], minlength=len(self.first) - 1)
+        arrays = {name: getattr(self, name)[chosen] for name in _ARRAYS}
+        return Options(variants=self.variants, first=_starts(counts), **arrays)
 
 
-def _parts(limit: int) -> list[int]:
-    """Numbers of blocks to try: 2 to 8, powers of two, and ``limit`` itself."""
-    powers = [1 << bit for bit in range(1, max(limit, 1).bit_length())]
-    return sorted({part for part in [*range(2, 9), *powers, limit] if 2 <= part <= limit})
+_ARRAYS = ("table", "sharding", "row_parts", "col_parts", "pieces", "group", "pooled", "variant",
+           "rows", "columns")
 
 
-def _row_cuts(table: EmbeddingBagConfig, topology: Topology) -> Iterator[Cut]:
-    most = min(topology.world_size, table.num_embeddings)
-    for parts in _parts(most):
-        yield Cut(ShardingType.ROW_WISE, parts, 1)
+def _starts(counts: Ints) -> Ints:
+    return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
 
 
-def _column_parts(table: EmbeddingBagConfig, most: int, narrowest: int) -> list[int]:
-    """Numbers of column blocks: equal blocks only, unless there is no such way."""
-    parts = _parts(min(most, table.embedding_dim // narrowest))
-    return [part for part in parts if table.embedding_dim % part == 0] or parts
+def _in_shares(request: StorageRequest, rows: int, columns: int) -> StorageRequest:
+    """Budgets in bytes as shares of the table, so that they hold for parts of it too."""
+    if isinstance(request, Choice):
+        options = tuple(_in_shares(option, rows, columns) for option in request.options)
+        return replace(request, options=options)  # type: ignore[arg-type]
+    if isinstance(request, PrunedSpec) and request.bytes is not None:
+        share = request.budget(rows, columns) / (rows * columns * _FP32_BYTES)
+        return replace(request, ratio=share, bytes=None)
+    return request
 
 
-def _grid_cuts(table: EmbeddingBagConfig, topology: Topology) -> Iterator[Cut]:
-    """Column blocks, each cut by rows over ranks of one host."""
-    size = min(topology.ranks_per_host, table.num_embeddings)
-    for row_parts in [1, *_parts(size)]:
-        groups = topology.hosts * (topology.ranks_per_host // row_parts)
-        for col_parts in [1, *_column_parts(table, groups, 1)]:
-            yield Cut(ShardingType.GRID_SHARD, row_parts, col_parts, group=row_parts)
+def _lies_on_hbm(spec: StorageSpec) -> bool:
+    """Copies on every rank are worth it only in memory that is near."""
+    return home_tier(spec) is Tier.HBM
 
 
-def _asked_cuts(table: EmbeddingBagConfig, topology: Topology) -> list[Cut]:
-    """The cuts of the type that the table asks for; one block where nothing can be cut."""
-    kind = table.sharding
-    host = topology.ranks_per_host
-    if kind is ShardingType.ROW_WISE:
-        cuts = list(_row_cuts(table, topology))
-    elif kind is ShardingType.COLUMN_WISE:
-        cuts = [Cut(kind, 1, parts)
-                for parts in _column_parts(table, topology.world_size, 1)]
-    elif kind is ShardingType.TABLE_ROW_WISE:
-        parts = min(host, table.num_embeddings)
-        cuts = [Cut(kind, parts, 1, group=parts)]
-    elif kind is ShardingType.TABLE_COLUMN_WISE:
-        cuts = [Cut(kind, 1, parts, group=parts)
-                for parts in _column_parts(table, host, 1)]
-    elif kind is ShardingType.GRID_SHARD:
-        every = list(_grid_cuts(table, topology))
-        cuts = [cut for cut in every if cut.row_parts > 1 and cut.col_parts > 1] or every
-    else:
-        assert kind is not None
-        cuts = [Cut(kind, 1, 1)]
-    return cuts or [Cut(kind, 1, 1)]
+class _Builder:
+    """Makes the options of one table after another, and remembers what equal tables share."""
 
+    def __init__(self, topology: Topology, tiers: tuple[Tier, ...]) -> None:
+        self.topology, self.tiers = topology, tiers
+        self.variants: dict[Variant, int] = {}
+        self.known: dict[tuple[Shape, StorageRequest, ExchangeKind], Ints] = {}
 
-def table_cuts(table: EmbeddingBagConfig, topology: Topology) -> list[Cut]:
-    """The cuts of one table, its ``sharding`` constraint honoured."""
-    if table.sharding is not None:
-        return _asked_cuts(table, topology)
-    cuts = [Cut(ShardingType.TABLE_WISE, 1, 1)]
-    if topology.world_size > 1:
-        cuts += _row_cuts(table, topology)
-        cuts += [Cut(ShardingType.COLUMN_WISE, 1, parts)
-                 for parts in _column_parts(table, topology.world_size, MIN_COLUMNS)]
-        small = table.num_embeddings * table.embedding_dim * 4 <= MAX_COPIED_BYTES
-        if small and table.exchange is not ExchangeKind.POOLED:
-            cuts.append(Cut(ShardingType.DATA_PARALLEL, 1, 1))
-    return cuts
+    def columns_of(self, table: EmbeddingBagConfig) -> Ints:
+        """[n, 6]: sharding, row_parts, col_parts, group, pooled, variant of every option."""
+        request = _in_shares(table.storage, table.num_embeddings, table.embedding_dim)
+        shape = shape_of(table, self.topology, request)
+        key = shape, request, table.exchange
+        if key not in self.known:
+            self.known[key] = np.array(list(self._rows_of(*key)), dtype=np.int64)
+        return self.known[key]
 
+    def _rows_of(self, shape: Shape, request: StorageRequest,
+                 exchange: ExchangeKind) -> Iterator[tuple[int, ...]]:
+        variants = storage_variants(request, self.tiers, self.topology.device_host is not None)
+        near = [variant for variant in variants if _lies_on_hbm(variant.spec)] or variants
+        for cut in cuts_of(shape, self.topology):
+            for pooled in self._exchanges(exchange, cut):
+                for variant in near if cut.sharding is ShardingType.DATA_PARALLEL else variants:
+                    number = self.variants.setdefault(variant, len(self.variants))
+                    yield (_CODE[cut.sharding], cut.row_parts, cut.col_parts, cut.group, pooled,
+                           number)
 
-def _pooled(tables: Sequence[EmbeddingBagConfig], work: Workload, cuts: Sequence[Cut],
-            table: Ints, world_size: int) -> Bools:
-    """[O] resolves ``exchange: auto``: the kind that puts fewer bytes on the wire.
-
-    Per source, with u unique ids of F features, n ids and B bags of a feature, c column and k row
-    blocks, D columns:
-
-        rows:   4 u c + 8 u D                      ids; rows there and gradients back
-        pooled: F (c (4 n + 4 B k) + 8 B k D)      ids and bag lengths; bags of every row block
-
-    A data_parallel table sends nothing but gradients of unique rows, whatever it asks for. On one
-    rank nothing is sent, and pooling at the owner saves the copy.
-    """
-    asked = [tables[index].exchange for index in table]
-    row_parts = np.array([cut.row_parts for cut in cuts])
-    col_parts = np.array([cut.col_parts for cut in cuts])
-    unique, ids, bags, columns = (array[table] for array in
-                                  (work.unique, work.ids, work.bags, work.columns))
-    by_rows = 4 * unique * col_parts + 8 * unique * columns
-    by_bags = work.features[table] * (
-        4 * col_parts * (ids + bags * row_parts) + 8 * bags * row_parts * columns)
-    copied = np.array([cut.sharding is ShardingType.DATA_PARALLEL for cut in cuts])
-    fewer = ((by_bags < by_rows) & ~copied) | (world_size == 1)
-    wanted = np.array([kind is ExchangeKind.POOLED for kind in asked]) & \
-        (~copied | (world_size == 1))
-    return np.where([kind is ExchangeKind.AUTO for kind in asked], fewer, wanted)
+    def _exchanges(self, exchange: ExchangeKind, cut: Cut) -> tuple[int, ...]:
+        """A data_parallel table sends nothing but gradients of unique rows, whatever it asks for.
+        On one rank nothing is sent, and pooling at the owner saves the copy."""
+        if self.topology.world_size == 1 and exchange is ExchangeKind.AUTO:
+            return (1,)
+        if cut.sharding is ShardingType.DATA_PARALLEL and self.topology.world_size > 1:
+            return (0,)
+        return {ExchangeKind.AUTO: (0, 1), ExchangeKind.ROWS: (0,),
+                ExchangeKind.POOLED: (1,)}[exchange]
 
 
 def enumerate_options(tables: Sequence[EmbeddingBagConfig], topology: Topology,
-                      work: Workload) -> Options:
-    """All options of all tables."""
-    per_table = [table_cuts(table, topology) for table in tables]
-    cuts = tuple(cut for cuts in per_table for cut in cuts)
-    counts = np.array([len(cuts) for cuts in per_table])
+                      tiers: tuple[Tier, ...] = (Tier.HBM,)) -> Options:
+    """All options of all tables.
+
+    Args:
+        tables: the tables.
+        topology: the machine.
+        tiers: tiers that storages without a tier may lie on.
+    """
+    builder = _Builder(topology, tiers)
+    blocks = [builder.columns_of(table) for table in tables]
+    counts = np.array([len(block) for block in blocks], dtype=np.int64)
+    sharding, row_parts, col_parts, group, pooled, variant = np.concatenate(blocks).T
     table = np.repeat(np.arange(len(tables)), counts)
-    world = topology.world_size
-    copies = np.array([world if cut.sharding is ShardingType.DATA_PARALLEL else 1 for cut in cuts])
-    row_parts = np.array([cut.row_parts for cut in cuts])
-    col_parts = np.array([cut.col_parts for cut in cuts])
-    pieces = row_parts * col_parts * copies
-    start = np.concatenate([[0], np.cumsum(pieces)])
-    option = np.repeat(np.arange(len(cuts)), pieces)
-    inside = np.arange(start[-1]) - start[option]
-    rows = work.rows.astype(np.int64)[table][option]
-    columns = work.columns.astype(np.int64)[table][option]
-    # data_parallel: every copy is block 0 of 1. The others run through the row blocks of the
-    # first column block, then of the second, as build_table_plan does.
-    row_block = inside % row_parts[option]
-    col_block = np.where(copies[option] > 1, 0, inside // row_parts[option])
+    rows = np.array([entry.num_embeddings for entry in tables], dtype=np.int64)[table]
+    columns = np.array([entry.embedding_dim for entry in tables], dtype=np.int64)[table]
+    copies = np.where(sharding == _COPIED, topology.world_size, 1)
     return Options(
-        cuts=cuts, table=table, first=np.concatenate([[0], np.cumsum(counts)]),
-        pooled=_pooled(tables, work, cuts, table, world), start=start, option=option,
-        rows=_even(rows, row_block, row_parts[option]),
-        columns=_even(columns, col_block, col_parts[option]))
-
-
-def _even(size: Ints, block: Ints, parts: Ints) -> Ints:
-    """Length of a block of `shardlab.plan.even_splits`."""
-    return size * (block + 1) // parts - size * block // parts
+        variants=tuple(builder.variants), first=_starts(counts), table=table, sharding=sharding,
+        row_parts=row_parts, col_parts=col_parts, pieces=row_parts * col_parts * copies,
+        group=group, pooled=pooled.astype(bool), variant=variant, rows=-(-rows // row_parts),
+        columns=-(-columns // col_parts))

@@ -8,6 +8,7 @@ from itertools import combinations, permutations
 import numpy as np
 from numpy.typing import NDArray
 
+from shardlab.planner.improve import Expired, never
 from shardlab.planner.placement import Placement, Problem
 
 Ints = NDArray[np.int64]
@@ -18,39 +19,47 @@ _RELATIVE = 1e-12
 _MAX_RANKS, _MAX_TABLES = 6, 12
 
 
-def solve_exactly(problem: Problem, best: Placement | None,
-                  max_nodes: int) -> tuple[Placement | None, bool]:
+def solve_exactly(problem: Problem, best: Placement | None, max_nodes: int,
+                  expired: Expired = never) -> tuple[Placement | None, bool]:
     """Depth-first branch and bound over options and rank assignments.
 
-    Ranks are interchangeable, so states that are equal up to their order are visited once. A
+    Where ranks are interchangeable, states that are equal up to their order are visited once. A
     branch ends when its slowest rank, or the average of the work placed and the least work still
     to come, reaches the best placement known.
 
     Args:
+        problem: options and ranks.
         best: a placement to beat, or None.
         max_nodes: placements of a table to try before giving up.
+        expired: whether time is up.
 
     Returns:
         The best placement found, and whether it is proven optimal (None and True: nothing fits).
     """
-    tied = any(cut.group for cut in problem.options.cuts)
+    tied = problem.options.group.any() or bool(problem.allowed)
     if tied or problem.world_size > _MAX_RANKS or problem.num_tables > _MAX_TABLES:
         return best, False
-    search = _Search(problem, best, max_nodes)
+    search = _Search(problem, best, max_nodes, expired)
     search.descend(Placement(problem), 0)
-    return search.best, search.nodes <= max_nodes
+    return search.best, not search.stopped
 
 
 class _Search:
-    def __init__(self, problem: Problem, best: Placement | None, max_nodes: int) -> None:
+    def __init__(self, problem: Problem, best: Placement | None, max_nodes: int,
+                 expired: Expired) -> None:
         self.problem, self.best, self.max_nodes, self.nodes = problem, best, max_nodes, 0
-        least = problem.total_ms[problem.least(problem.total_ms)]
+        self.expired, self.stopped = expired, False
+        # Without prefetching beyond the window: less than any plan's work.
+        least = problem.total_busy[problem.least(problem.total_busy)]
         common = problem.costs.common_ms[problem.least(problem.costs.common_ms)]
-        self.order = np.argsort(-least, kind="stable").tolist()
+        self.order = np.argsort(-problem.total_ms[problem.least(problem.total_ms)],
+                                kind="stable").tolist()
         # Least work, and least common cost, of the tables from each depth on.
         self.to_come = np.append(np.cumsum(least[self.order][::-1])[::-1], 0.0)
         self.common_to_come = np.append(np.cumsum(common[self.order][::-1])[::-1], 0.0)
         self.seen: list[set[bytes]] = [set() for _ in range(problem.num_tables + 1)]
+        self.shared = problem.ranks.ranks_per_pool > 1 and \
+            bool(problem.costs.piece_bytes[:, 1:].any())
 
     def descend(self, placement: Placement, depth: int) -> None:
         """Tries every way to place the tables from ``depth`` on."""
@@ -60,28 +69,36 @@ class _Search:
             self.best = placement.copy()
             return
         table = self.order[depth]
-        for option in self.problem.options.of_table(table):
+        for option in self.problem.by_work(table):
             for ranks in self._assignments(option):
                 self.nodes += 1
-                if self.nodes > self.max_nodes:
+                if self.nodes > self.max_nodes or (self.nodes % 256 == 0 and self.expired()):
+                    self.stopped = True
+                if self.stopped:
                     return
-                before = placement.loads.copy(), placement.used.copy()
-                placement.put(table, option, ranks)
-                if placement.fits and self._is_new(placement, depth):
-                    self.descend(placement, depth + 1)
-                placement.loads, placement.used = before
-        placement.choice[table] = -1
+                trial = placement.copy()
+                trial.put(table, option, ranks)
+                if trial.fits and self._is_new(trial, depth):
+                    self.descend(trial, depth + 1)
 
     def _hopeless(self, placement: Placement, depth: int) -> bool:
         if self.best is None:
             return False
-        average = placement.loads.mean() + self.to_come[depth] / self.problem.world_size
+        average = placement.loads.mean() + placement.common_ms + \
+            self.to_come[depth] / self.problem.world_size
         reach = max(float(average), placement.slowest_ms + float(self.common_to_come[depth]))
         return reach >= self.best.slowest_ms * (1 - _RELATIVE)
 
     def _is_new(self, placement: Placement, depth: int) -> bool:
-        state = np.stack([placement.loads, placement.used.astype(np.float64)])
-        key = state[:, np.lexsort(state[::-1])].tobytes()
+        """Whether no state equal up to the order of ranks was seen at this depth."""
+        if self.shared:  # ranks of different hosts are not interchangeable
+            return True
+        common = np.array([placement.common_ms, placement.common_bytes])
+        state = np.stack([placement.busy, placement.fetch, placement.used.astype(np.float64),
+                          *placement.pools.T.astype(np.float64)]) \
+            if self.problem.ranks.ranks_per_pool == 1 else \
+            np.stack([placement.busy, placement.fetch, placement.used.astype(np.float64)])
+        key = state[:, np.lexsort(state[::-1])].tobytes() + common.tobytes()
         if key in self.seen[depth]:
             return False
         self.seen[depth].add(key)
@@ -89,10 +106,8 @@ class _Search:
 
     def _assignments(self, option: int) -> Iterator[Ints]:
         """Rank lists for an option's pieces; equal pieces in one order only."""
-        pieces = self.problem.options.pieces(option)
-        costs = self.problem.costs
-        alike = len(set(zip(costs.ms[pieces].tolist(), costs.bytes[pieces].tolist(),
-                            strict=True))) == 1
+        busy, fetch = self.problem.piece_ms(option)
+        alike = len(set(zip(busy.tolist(), fetch.tolist(), strict=True))) == 1
         pick = combinations if alike else permutations
-        for ranks in pick(range(self.problem.world_size), pieces.stop - pieces.start):
+        for ranks in pick(range(self.problem.world_size), len(busy)):
             yield np.array(ranks, dtype=np.int64)

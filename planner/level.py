@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 
-from shardlab.planner.improve import SWAP_RANKS, Loose
-from shardlab.planner.placement import Placement
+from shardlab.planner.improve import SWAP_RANKS
+from shardlab.planner.loose import Loose
+from shardlab.planner.placement import HBM, Placement
 
 # Smaller gains, as a share of the fullest rank, are not worth a move.
 _WORTHWHILE = 0.01
 
 
 def level_memory(placement: Placement, limit_ms: float, *, moves: int) -> None:
-    """Moves and swaps pieces of the fullest rank while that leaves less memory in use there.
+    """Moves and swaps pieces of the rank with the fullest hbm while that leaves less in use there.
 
     Args:
         placement: changed in place.
@@ -20,7 +21,7 @@ def level_memory(placement: Placement, limit_ms: float, *, moves: int) -> None:
         moves: most moves and swaps.
     """
     loose = Loose(placement)
-    limit = max(limit_ms, placement.slowest_ms)
+    limit = max(limit_ms, placement.slowest_ms) - placement.common_ms
     for _ in range(moves):
         if not (_give(placement, loose, limit) or _swap(placement, loose, limit)):
             return
@@ -28,34 +29,38 @@ def level_memory(placement: Placement, limit_ms: float, *, moves: int) -> None:
 
 def _give(placement: Placement, loose: Loose, limit: float) -> bool:
     full = int(np.argmax(placement.used))
-    here = np.flatnonzero(loose.rank == full)
-    if not len(here):
+    here = loose.on(full)
+    targets = np.delete(np.arange(placement.problem.world_size), full)
+    if not len(here) or not len(targets):
         return False
-    after = np.maximum(placement.used[None, :] + loose.bytes[here, None],
-                       placement.used[full] - loose.bytes[here, None]).astype(np.float64)
-    slow = placement.loads[None, :] + loose.ms[here, None] > limit
-    after[slow | loose.present[loose.table[here]]] = np.inf
+    size = loose.size[here, HBM]
+    after = np.maximum(placement.used[targets] + size[:, None],
+                       placement.used[full] - size[:, None]).astype(np.float64)
+    slow = loose.ms(placement.busy[targets] + loose.busy[here, None],
+                    placement.fetch[targets] + loose.fetch[here, None]) > limit
+    after[slow | loose.full(here, targets)] = np.inf
     best = int(np.argmin(after))
     if not after.flat[best] < placement.used[full] * (1 - _WORTHWHILE):
         return False
-    loose.move(int(here[best // after.shape[1]]), best % after.shape[1])
+    loose.move(int(here[best // len(targets)]), int(targets[best % len(targets)]))
     return True
 
 
 def _swap(placement: Placement, loose: Loose, limit: float) -> bool:
     full = int(np.argmax(placement.used))
     empty = np.argsort(placement.used, kind="stable")[:SWAP_RANKS]
-    here = np.flatnonzero(loose.rank == full)
+    here = loose.on(full)
     there = np.flatnonzero(np.isin(loose.rank, empty[empty != full]))
     if not len(here) or not len(there):
         return False
     ranks = loose.rank[there]
-    size = loose.bytes[here, None] - loose.bytes[None, there]
-    ms = loose.ms[here, None] - loose.ms[None, there]
+    size = loose.size[here, None, HBM] - loose.size[None, there, HBM]
+    busy = loose.busy[here, None] - loose.busy[None, there]
+    fetch = loose.fetch[here, None] - loose.fetch[None, there]
     after = np.maximum(placement.used[full] - size, placement.used[ranks] + size)
-    barred = (placement.loads[ranks] + ms > limit) | (placement.loads[full] - ms > limit) | \
-        loose.present[np.ix_(loose.table[here], ranks)] | loose.present[loose.table[there], full]
-    after = np.where(barred, np.inf, after.astype(np.float64))
+    slow = (loose.ms(placement.busy[ranks] + busy, placement.fetch[ranks] + fetch) > limit) | \
+        (loose.ms(placement.busy[full] - busy, placement.fetch[full] - fetch) > limit)
+    after = np.where(slow | loose.full_after_swap(here, there), np.inf, after.astype(np.float64))
     best = int(np.argmin(after))
     if not after.flat[best] < placement.used[full] * (1 - _WORTHWHILE):
         return False

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-import numpy as np
-from numpy.typing import NDArray
-
-from shardlab.plan import ShardingPlan, TablePlan, build_table_plan
-from shardlab.planner.enumerate import Cut
+from shardlab.plan import ShardingPlan
+from shardlab.planner.cuts import Cut
 from shardlab.planner.estimate import PHASES
-from shardlab.planner.placement import Problem
-from shardlab.planner.request import Request
-from shardlab.planner.search import Solution
+from shardlab.planner.settings import PlanSettings
+from shardlab.planner.sizes import ShardBytes
 from shardlab.planner.topology import Topology
-from shardlab.planner.units import format_bytes, format_ms
-from shardlab.specs import EmbeddingBagConfig, ExchangeKind, ShardingType, Tier
+from shardlab.specs import ExchangeKind, ShardingType
+from shardlab.storage_bytes import TierBytes
+from shardlab.storage_specs import StorageSpec
 
-Floats = NDArray[np.float64]
+if TYPE_CHECKING:
+    from shardlab.planner.solve import Solved
 
 
 @dataclass(frozen=True)
@@ -26,19 +25,65 @@ class RankPrediction:
 
     Attributes:
         rank: the rank.
-        table_bytes: rows and optimiser state of its shards.
-        buffer_bytes: exchange buffers.
+        held: its shards, by tier and by what it is for.
+        buffer_bytes: exchange buffers, in hbm.
+        dense_bytes: the dense model, in hbm.
         phase_ms: milliseconds by phase, in the order of `estimate.PHASES`.
+        hidden_ms: the part of prefetching that runs while the dense part does.
     """
 
     rank: int
-    table_bytes: int
+    held: ShardBytes
     buffer_bytes: int
+    dense_bytes: int
     phase_ms: tuple[float, ...]
+    hidden_ms: float = 0.0
 
     @property
     def ms(self) -> float:
-        return sum(self.phase_ms)
+        """Milliseconds of the rank's step."""
+        return sum(self.phase_ms) - self.hidden_ms
+
+    @property
+    def table_bytes(self) -> int:
+        """Shards on all tiers: rows, optimiser state, caches."""
+        return self.held.total.total
+
+    @property
+    def bytes(self) -> TierBytes:
+        """Everything, by tier."""
+        return self.held.total + TierBytes(hbm=self.buffer_bytes + self.dense_bytes)
+
+
+@dataclass(frozen=True)
+class OptionCost:
+    """One way to lay a table, and what it would cost.
+
+    Attributes:
+        cut: type, row and column blocks.
+        exchange: what crosses the wire.
+        storage: how shards are held.
+        preference: place of the storage in the user's order, 0 first.
+        work_ms: milliseconds summed over all ranks.
+        largest_ms: milliseconds of its costliest piece on a rank.
+        bytes: of all ranks together, buffers included.
+        shard_bytes: of one shard, its buffers included.
+        fits: it would find room in an empty fleet.
+        allowed: the order of preference left it to the search.
+        chosen: the plan takes it.
+    """
+
+    cut: Cut
+    exchange: ExchangeKind
+    storage: StorageSpec
+    preference: int
+    work_ms: float
+    largest_ms: float
+    bytes: TierBytes
+    shard_bytes: TierBytes
+    fits: bool
+    allowed: bool
+    chosen: bool
 
 
 @dataclass(frozen=True)
@@ -49,23 +94,38 @@ class TablePrediction:
         table: its name.
         sharding: chosen type.
         exchange: chosen kind, never ``auto``.
+        storage: chosen storage, a tier on every level.
+        preference: place of the storage in the user's order, 0 first.
+        preferences: how many storages the user allows.
         ranks: rank of every shard, in the plan's order.
-        shard_bytes: rows and optimiser state of every shard.
+        shard_bytes: rows, optimiser state and caches of every shard, on all tiers.
         shard_ms: milliseconds of every shard on its rank.
+        held: all shards together, by tier and by what it is for.
         buffer_bytes: exchange buffers, all ranks together.
         common_ms: milliseconds on every rank, for its own samples.
+        phase_ms: milliseconds of all ranks together, in the order of `estimate.PHASES`.
         why: one sentence.
     """
 
     table: str
     sharding: ShardingType
     exchange: ExchangeKind
+    storage: StorageSpec
+    preference: int
+    preferences: int
     ranks: tuple[int, ...]
     shard_bytes: tuple[int, ...]
     shard_ms: tuple[float, ...]
+    held: ShardBytes
     buffer_bytes: int
     common_ms: float
+    phase_ms: tuple[float, ...]
     why: str
+
+    @property
+    def work_ms(self) -> float:
+        """Milliseconds of all ranks together."""
+        return sum(self.phase_ms)
 
 
 @dataclass(frozen=True)
@@ -77,26 +137,37 @@ class PlanResult:
         topology: the machine it is for.
         batch_size: samples of one rank in one step.
         optimizer: sparse optimiser.
-        capacity: bytes of one rank that shards and buffers may take.
+        settings: what else was taken into account.
+        assumption: about ids, in words.
+        capacity: bytes of one rank's hbm that shards and buffers may take.
+        host_capacity: bytes of one host's ddr and ssd that shards may take.
         ranks: prediction per rank.
         tables: prediction per table, in the caller's order.
         lower_bound_ms: no plan of the options tried has a faster slowest rank.
-        optimal: the plan was proven to be the best of them.
+        binding: what holds the plan back: names of full tiers, or of the table whose largest
+            piece takes that long, or nothing but work.
+        optimal: the plan was proven to be the best of the options.
         start: where the search found it: greedy, largest_differencing or exact.
         cpu_seconds: CPU time that planning took; not part of equality.
+        solved: the search's own account; not part of equality.
     """
 
     plan: ShardingPlan
     topology: Topology
     batch_size: int
     optimizer: str
+    settings: PlanSettings
+    assumption: str
     capacity: int
+    host_capacity: TierBytes
     ranks: tuple[RankPrediction, ...]
     tables: tuple[TablePrediction, ...]
     lower_bound_ms: float
+    binding: tuple[str, ...]
     optimal: bool
     start: str
     cpu_seconds: float = field(default=0.0, compare=False)
+    solved: Solved | None = field(default=None, compare=False, repr=False)
 
     @property
     def slowest(self) -> RankPrediction:
@@ -105,8 +176,13 @@ class PlanResult:
 
     @property
     def step_ms(self) -> float:
-        """Milliseconds of the slowest rank: the embedding part of a step."""
+        """Milliseconds of the slowest rank's step."""
         return self.slowest.ms
+
+    @property
+    def samples_per_s(self) -> float:
+        """Samples of all ranks per second."""
+        return self.topology.world_size * self.batch_size / self.step_ms * 1e3
 
     @property
     def mean_ms(self) -> float:
@@ -121,96 +197,33 @@ class PlanResult:
     @property
     def barrier_ms(self) -> float:
         """Milliseconds of a step in which every phase waits for its own slowest rank."""
-        return sum(max(rank.phase_ms[phase] for rank in self.ranks)
-                   for phase in range(len(PHASES)))
+        phases = sum(max(rank.phase_ms[phase] for rank in self.ranks)
+                     for phase in range(len(PHASES)))
+        return phases - min(rank.hidden_ms for rank in self.ranks)
 
     @property
     def gap(self) -> float:
         """How much slower than the lower bound the step is, as a share of the bound."""
         return self.step_ms / self.lower_bound_ms - 1 if self.lower_bound_ms else 0.0
 
+    @property
+    def hosts(self) -> tuple[TierBytes, ...]:
+        """What the ranks of every host hold together."""
+        size = self.topology.ranks_per_host
+        totals = []
+        for first in range(0, len(self.ranks), size):
+            total = TierBytes()
+            for rank in self.ranks[first:first + size]:
+                total += rank.bytes
+            totals.append(total)
+        return tuple(totals)
 
-def build_result(request: Request, problem: Problem, solution: Solution,
-                 cpu_seconds: float) -> PlanResult:
-    """Turns the search's answer into a plan with its predictions."""
-    placement = solution.placement
-    plans, predictions = [], []
-    for index, table in enumerate(request.tables):
-        option, ranks = int(placement.choice[index]), placement.ranks[index].tolist()
-        cut = problem.options.cuts[option]
-        plans.append(_table_plan(table, cut, ranks, bool(problem.options.pooled[option])))
-        predictions.append(_table_prediction(problem, index, option, ranks, plans[-1],
-                                             _why(problem, table, index, option)))
-    return PlanResult(
-        plan=ShardingPlan(problem.world_size, tuple(plans)), topology=request.topology,
-        batch_size=request.batch_size, optimizer=request.optimizer, capacity=problem.capacity,
-        ranks=_rank_predictions(problem, solution), tables=tuple(predictions),
-        lower_bound_ms=solution.lower_bound_ms, optimal=solution.optimal, start=solution.start,
-        cpu_seconds=cpu_seconds)
+    def options(self, table: str) -> tuple[OptionCost, ...]:
+        """Every option of a table that was considered, least work first.
 
+        Raises:
+            ConfigError: there is no such table.
+        """
+        from shardlab.planner.build import option_costs
 
-def _table_plan(table: EmbeddingBagConfig, cut: Cut, ranks: list[int],
-                pooled: bool) -> TablePlan:
-    return build_table_plan(table, cut.sharding, ranks, columns=cut.col_parts,
-                            exchange=ExchangeKind.POOLED if pooled else ExchangeKind.ROWS,
-                            tier=Tier.HBM)
-
-
-def _table_prediction(problem: Problem, index: int, option: int, ranks: list[int],
-                      plan: TablePlan, why: str) -> TablePrediction:
-    costs, pieces = problem.costs, problem.options.pieces(option)
-    buffers = costs.buffer_bytes[pieces].sum() + problem.world_size * costs.common_bytes[option]
-    return TablePrediction(
-        table=plan.table, sharding=plan.sharding, exchange=plan.exchange, ranks=tuple(ranks),
-        shard_bytes=tuple(costs.table_bytes[pieces].tolist()),
-        shard_ms=tuple(costs.ms[pieces].tolist()), buffer_bytes=int(buffers),
-        common_ms=float(costs.common_ms[option]), why=why)
-
-
-def _rank_predictions(problem: Problem, solution: Solution) -> tuple[RankPrediction, ...]:
-    costs, placement = problem.costs, solution.placement
-    phases = np.tile(costs.fixed_phase_ms + costs.common_phase_ms[placement.choice].sum(axis=0),
-                     (problem.world_size, 1))
-    table_bytes = np.zeros(problem.world_size, dtype=np.int64)
-    buffers = np.full(problem.world_size, costs.common_bytes[placement.choice].sum())
-    for option, ranks in zip(placement.choice.tolist(), placement.ranks, strict=True):
-        pieces = problem.options.pieces(option)
-        phases[ranks] += costs.phase_ms[pieces]
-        table_bytes[ranks] += costs.table_bytes[pieces]
-        buffers[ranks] += costs.buffer_bytes[pieces]
-    return tuple(RankPrediction(rank, int(table_bytes[rank]), int(buffers[rank]),
-                                tuple(phases[rank].tolist()))
-                 for rank in range(problem.world_size))
-
-
-def describe_cut(cut: Cut) -> str:
-    """``row_wise x8``, ``grid_shard 2x4``, ``table_wise``."""
-    if cut.row_parts > 1 and cut.col_parts > 1:
-        return f"{cut.sharding.value} {cut.col_parts}x{cut.row_parts}"
-    parts = cut.row_parts * cut.col_parts
-    return cut.sharding.value if parts == 1 else f"{cut.sharding.value} x{parts}"
-
-
-def _why(problem: Problem, table: EmbeddingBagConfig, index: int, option: int) -> str:
-    """The reason in numbers: the cheapest way, or what is wrong with it."""
-    options, total = problem.options, problem.total_ms
-    every = list(options.of_table(index))
-    asked = f"{table.sharding.value} was asked for" if table.sharding else ""
-    if len(every) == 1:
-        return asked or "the only way on one rank"
-    ranked = sorted(every, key=lambda other: (total[other], other))
-    prefix = f"{asked}; " if asked else ""
-    if ranked[0] == option:
-        runner = ranked[1]
-        return (f"{prefix}least work, {format_ms(total[option])}; next "
-                f"{describe_cut(options.cuts[runner])}, {format_ms(total[runner])}")
-    cheapest = describe_cut(options.cuts[ranked[0]])
-    if problem.largest_bytes[ranked[0]] > problem.capacity:
-        return (f"{prefix}{cheapest} does not fit: "
-                f"{format_bytes(problem.largest_bytes[ranked[0]])} on one rank of "
-                f"{format_bytes(problem.capacity)}")
-    extra = format_ms(total[option] - total[ranked[0]])
-    if problem.largest_ms[option] < problem.largest_ms[ranked[0]]:
-        return (f"{prefix}balance: {format_ms(problem.largest_ms[option])} on a rank, {cheapest} "
-                f"{format_ms(problem.largest_ms[ranked[0]])}; costs {extra} more work")
-    return f"{prefix}packs better than {cheapest}; costs {extra} more work"
+        return option_costs(self, table)

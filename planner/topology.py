@@ -1,48 +1,128 @@
-"""The machine a plan is made for: ranks, hosts, their memories and links, as plain data.
+"""The machine a plan is made for: ranks, hosts, their memories, disks and links, as plain data.
 
-All sizes are bytes, all speeds bytes or rows per second and per rank, all times seconds.
+Sizes are bytes, speeds bytes or rows or ids per second, times seconds. Hosts are equal, and so are
+ranks. Speeds are those of one rank while all ranks of its host work, except a disk's, which its
+host's ranks share.
+
+    tier    on CUDA                              without CUDA
+    hbm     the device's memory                  an arena of host memory, a budget of each rank
+    ddr     host memory, behind `device_host`    host memory outside the arenas
+    ssd     the host's disk                      the host's disk
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from shardlab.errors import ConfigError, nearest_name
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import ArrayLike, NDArray
+
+Curve = tuple[tuple[float, float], ...]
+
+#: Share of this machine's memory that `local_cpu` gives to the ranks' arenas (the hbm tier); the
+#: ddr tier gets the rest.
+ARENA_SHARE = 0.75
 
 
 @dataclass(frozen=True)
 class Link:
-    """A connection between two ranks: seconds = latency_s + bytes / bytes_per_s.
+    """What one rank sends, and at the same time receives, over links of one sort.
+
+    A message of b bytes takes latency_s + b / speed(b); speed follows ``curve``, straight in log
+    bytes and log speed between its points, constant outside.
 
     Attributes:
-        bytes_per_s: what one rank can send (and at the same time receive) over such links.
+        curve: (message bytes, bytes per second), ascending; a plain number means that speed for
+            messages of any size.
         latency_s: fixed cost of one message.
     """
 
-    bytes_per_s: float
+    curve: Curve
     latency_s: float
+
+    def __post_init__(self) -> None:
+        if isinstance(self.curve, (int, float)):
+            object.__setattr__(self, "curve", ((1.0, float(self.curve)),))
+        else:
+            object.__setattr__(self, "curve", tuple((float(b), float(s)) for b, s in self.curve))
+
+    @property
+    def bytes_per_s(self) -> float:
+        """Speed of the largest messages."""
+        return self.curve[-1][1]
+
+    def seconds(self, message_bytes: ArrayLike, messages: ArrayLike = 1) -> NDArray[np.float64]:
+        """Time to send messages one after the other.
+
+        Args:
+            message_bytes: size of each; an empty one still has its latency.
+            messages: how many; broadcast against ``message_bytes``.
+
+        Returns:
+            Seconds, in the shape of the arguments broadcast together.
+        """
+        import numpy as np
+
+        size = np.asarray(message_bytes, dtype=np.float64)
+        points = np.log(np.array(self.curve))
+        speed = np.exp(np.interp(np.log(np.maximum(size, 1.0)), points[:, 0], points[:, 1]))
+        return np.asarray(messages * (self.latency_s + size / speed))
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Speed of one rank's own memory; a random row costs 1 / rows_per_s + bytes / row_bytes_per_s.
+    """Speed of a memory; a random row of b bytes costs 1 / rows_per_s + b / row_bytes_per_s.
 
     Attributes:
         stream_bytes_per_s: reading or writing contiguous bytes.
         rows_per_s: rate of random accesses, the part that does not depend on the row's size.
         row_bytes_per_s: bandwidth inside random rows.
         ids_per_s: rate of de-duplicating ids (sorting them, with their positions).
+        rewrite_factor: reading, changing and writing back a random row, as a multiple of the time
+            to read it.
     """
 
     stream_bytes_per_s: float
     rows_per_s: float
     row_bytes_per_s: float
     ids_per_s: float
+    rewrite_factor: float = 1.1
+
+    def row_seconds(self, row_bytes: ArrayLike) -> NDArray[np.float64]:
+        """Time to read one random row of each size."""
+        import numpy as np
+
+        size = np.asarray(row_bytes, dtype=np.float64)
+        return np.asarray(1 / self.rows_per_s + size / self.row_bytes_per_s)
+
+
+@dataclass(frozen=True)
+class Disk:
+    """One host's SSD, shared by its ranks.
+
+    Attributes:
+        capacity_bytes: bytes that tables may take.
+        read_iops: random reads of a page (`shardlab.pages.PAGE_BYTES`) per second, many at once.
+        write_iops: random writes of a page per second.
+        read_bytes_per_s: reading long runs.
+        write_bytes_per_s: writing long runs.
+        endurance_bytes: bytes that may be written in its life; None: not known.
+    """
+
+    capacity_bytes: int
+    read_iops: float
+    write_iops: float
+    read_bytes_per_s: float
+    write_bytes_per_s: float
+    endurance_bytes: float | None = None
 
 
 @dataclass(frozen=True)
@@ -54,15 +134,22 @@ class Topology:
         hosts: number of hosts.
         ranks_per_host: ranks (devices) of a host.
         hbm_bytes: memory of one rank; without CUDA an arena of host memory.
-        ddr_bytes: host memory of one host, shared by its ranks. Not placed on yet.
-        ssd_bytes: disk of one host, shared by its ranks. Not placed on yet.
-        memory: speed of a rank's memory.
+        ddr_bytes: host memory of one host that its ranks share, arenas not counted.
+        hbm: speed of a rank's own memory.
+        ddr: speed of host memory, one rank's share of it. Under CUDA: as the host's cores see it.
+        ssd: the host's disk; None: there is none.
+        device_host: link between a device and its host's memory; None: ranks compute on the host.
         intra_host: link between two ranks of one host.
         inter_host: link between ranks of two hosts, one rank's share of the network.
-        reserved_fraction: share of ``hbm_bytes`` that no table may take: dense model,
-            activations, allocator.
+        encode_bytes_per_s: fp32 bytes that a rank turns into a narrower dtype.
+        decode_bytes_per_s: fp32 bytes that a rank makes out of a narrower dtype.
+        fp32_flops_per_s: dense fp32 products of a rank, a multiply-add counts two.
+        bf16_flops_per_s: dense bf16 products of a rank.
+        reserved_fraction: share of ``hbm_bytes`` and ``ddr_bytes`` that no table may take: dense
+            model, activations, readers, allocators.
         shard_overhead_s: fixed cost of a shard in every step: its part of the bookkeeping of
             the multi-table read and update.
+        step_overhead_s: fixed cost of a step on a rank: Python and launching kernels.
     """
 
     name: str
@@ -70,21 +157,22 @@ class Topology:
     ranks_per_host: int
     hbm_bytes: int
     ddr_bytes: int
-    ssd_bytes: int
-    memory: Memory
+    hbm: Memory
+    ddr: Memory
+    ssd: Disk | None
+    device_host: Link | None
     intra_host: Link
     inter_host: Link
+    encode_bytes_per_s: float
+    decode_bytes_per_s: float
+    fp32_flops_per_s: float
+    bf16_flops_per_s: float
     reserved_fraction: float
     shard_overhead_s: float
+    step_overhead_s: float
 
     def __post_init__(self) -> None:
-        problems = [f"{key} must be at least {low}, found {value!r}"
-                    for key, value, low in _limits(self) if not value >= low]
-        if not 0 <= self.reserved_fraction < 1:
-            problems.append("reserved_fraction must lie in [0, 1), "
-                            f"found {self.reserved_fraction!r}")
-        problems += [f"{key} must be above 0, found {value!r}"
-                     for key, value in _speeds(self) if not value > 0]
+        problems = list(_problems(self))
         if problems:
             raise ConfigError([f"topology {self.name!r}: {problem}" for problem in problems])
 
@@ -94,23 +182,56 @@ class Topology:
 
     @property
     def capacity(self) -> int:
-        """Bytes of one rank that shards and exchange buffers may take together."""
+        """Bytes of one rank's hbm that shards and exchange buffers may take together."""
         return int(self.hbm_bytes * (1 - self.reserved_fraction))
 
+    @property
+    def ddr_capacity(self) -> int:
+        """Bytes of one host's ddr that tables may take."""
+        return int(self.ddr_bytes * (1 - self.reserved_fraction))
 
-def _limits(topology: Topology) -> list[tuple[str, float, int]]:
-    return [("hosts", topology.hosts, 1), ("ranks_per_host", topology.ranks_per_host, 1),
-            ("hbm_bytes", topology.hbm_bytes, 1), ("ddr_bytes", topology.ddr_bytes, 0),
-            ("ssd_bytes", topology.ssd_bytes, 0),
-            ("intra_host.latency_s", topology.intra_host.latency_s, 0),
-            ("inter_host.latency_s", topology.inter_host.latency_s, 0),
-            ("shard_overhead_s", topology.shard_overhead_s, 0)]
+    @property
+    def ssd_capacity(self) -> int:
+        """Bytes of one host's disk that tables may take."""
+        return self.ssd.capacity_bytes if self.ssd else 0
+
+    @property
+    def memory(self) -> Memory:
+        """Speed of a rank's own memory."""
+        return self.hbm
 
 
-def _speeds(topology: Topology) -> list[tuple[str, float]]:
-    speeds = [(f"memory.{key}", value) for key, value in asdict(topology.memory).items()]
-    return [*speeds, ("intra_host.bytes_per_s", topology.intra_host.bytes_per_s),
-            ("inter_host.bytes_per_s", topology.inter_host.bytes_per_s)]
+#: Lowest value of the fields that may be 0 or start at another number; all other numbers must be
+#: above 0.
+_LOWEST = {"hosts": 1, "ranks_per_host": 1, "hbm_bytes": 1, "ddr_bytes": 0, "latency_s": 0,
+           "shard_overhead_s": 0, "step_overhead_s": 0, "rewrite_factor": 1}
+
+
+def _problems(part: Any, where: str = "") -> Iterator[str]:
+    """What is impossible about the numbers of a dataclass and of those inside it."""
+    for entry in fields(part):
+        key, value = where + entry.name, getattr(part, entry.name)
+        if entry.name == "name" or value is None:
+            continue
+        if hasattr(value, "__dataclass_fields__"):
+            yield from _problems(value, f"{key}.")
+        elif entry.name == "curve":
+            yield from _curve_problems(value, f"{where}bytes_per_s")
+        elif entry.name == "reserved_fraction":
+            if not 0 <= value < 1:
+                yield f"{key} must lie in [0, 1), found {value!r}"
+        elif entry.name in _LOWEST:
+            if not value >= _LOWEST[entry.name]:
+                yield f"{key} must be at least {_LOWEST[entry.name]}, found {value!r}"
+        elif not value > 0:
+            yield f"{key} must be above 0, found {value!r}"
+
+
+def _curve_problems(curve: Sequence[tuple[float, float]], key: str) -> Iterator[str]:
+    sizes = [size for size, _ in curve]
+    if not curve or sizes != sorted(set(sizes)) or not sizes[0] > 0:
+        yield f"{key} needs message sizes above 0, each once, found {sizes}"
+    yield from (f"{key} must be above 0, found {speed!r}" for _, speed in curve if not speed > 0)
 
 
 _NAME = re.compile(r"(?:(?:(?P<hosts>\d+)x)?(?P<ranks>\d+)x)?(?P<profile>[a-z][a-z0-9-]*)")
@@ -121,8 +242,7 @@ def read_topology(name_or_path: str | Path) -> Topology:
 
     ``h100`` is one rank, ``8xh100`` one host of 8, ``16x8xh100`` 16 hosts of 8. A file (name
     ending in .yaml or .yml, or a path that exists) holds the fields of `Topology`; with
-    ``profile: 8xh100`` it only needs the fields that differ. Quantities are plain numbers or
-    strings with a unit: ``80 GiB``, ``25 GB/s``, ``3 us``.
+    ``profile: 8xh100`` it only needs the fields that differ (`topology_file.read_file`).
 
     Raises:
         ConfigError: unknown profile (the known ones are listed), unreadable file, or every
@@ -130,11 +250,18 @@ def read_topology(name_or_path: str | Path) -> Topology:
     """
     path = Path(name_or_path)
     if path.suffix in (".yaml", ".yml") or path.is_file():
-        return _read_file(path)
-    return _read_profile(str(name_or_path))
+        from shardlab.planner.topology_file import read_file
+
+        return read_file(path)
+    return read_profile(str(name_or_path))
 
 
-def _read_profile(name: str) -> Topology:
+def read_profile(name: str) -> Topology:
+    """A built-in profile in a size: ``cpu``, ``8xh100``, ``16x8xh100``.
+
+    Raises:
+        ConfigError: no such profile; lists the known ones.
+    """
     from shardlab.planner.profiles import PROFILES
 
     match = _NAME.fullmatch(name)
@@ -149,93 +276,21 @@ def _read_profile(name: str) -> Topology:
 
 
 def local_cpu(ranks: int) -> Topology:
-    """The ``cpu`` profile with this machine's own memory divided among ``ranks`` ranks."""
+    """The ``cpu`` profile with this machine's own memory: `ARENA_SHARE` of it for the arenas of
+    ``ranks`` ranks, the rest for the ddr tier."""
+    memory = machine_memory()
+    arenas = int(memory * ARENA_SHARE)
+    return replace(read_profile("cpu"), name=f"{ranks}xcpu (this machine)", ranks_per_host=ranks,
+                   hbm_bytes=arenas // ranks, ddr_bytes=memory - arenas)
+
+
+def machine_memory() -> int:
+    """Bytes of memory that this process may use: the machine's, capped by the container's."""
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    limits = [pages, *(int(text) for text in _cgroup_limits() if text.isdigit())]
-    return replace(_read_profile("cpu"), name=f"{ranks}xcpu (this machine)",
-                   ranks_per_host=ranks, hbm_bytes=min(limits) // ranks)
+    return min(pages, *(int(text) for text in _cgroup_limits() if text.isdigit()), pages)
 
 
 def _cgroup_limits() -> list[str]:
     """Memory limits of the container we run in, v2 and v1; "max" when there is none."""
     paths = ["/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"]
     return [Path(path).read_text().strip() for path in paths if os.access(path, os.R_OK)]
-
-
-_NESTED: dict[str, type] = {"memory": Memory, "intra_host": Link, "inter_host": Link}
-_UNITS: dict[str, float] = {
-    "": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12,
-    "KiB": 2.0**10, "MiB": 2.0**20, "GiB": 2.0**30, "TiB": 2.0**40,
-    "rows/s": 1, "s": 1, "ms": 1e-3, "us": 1e-6,
-}
-_UNITS.update({f"{unit}/s": size for unit, size in list(_UNITS.items()) if unit.endswith("B")})
-_QUANTITY = re.compile(r"\s*([0-9.eE+-]+)\s*([A-Za-z/]*)\s*")
-
-
-def _read_file(path: Path) -> Topology:
-    import yaml
-
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"topology file {path}: cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"topology file {path}: not YAML: {error}") from None
-    if not isinstance(data, Mapping):
-        raise ConfigError(f"topology file {path}: expected a mapping of fields, found {data!r}")
-    values = {str(key): value for key, value in data.items()}
-    base = values.pop("profile", None)
-    start: dict[str, Any] = {"name": path.stem}
-    if base is not None:
-        start = {**asdict(_read_profile(str(base))), "name": f"{path.stem} ({base})"}
-    problems: list[str] = []
-    merged = _merge(start, values, Topology, "", problems)
-    if problems:
-        raise ConfigError([f"topology file {path}: {problem}" for problem in problems])
-    for key, kind in _NESTED.items():
-        merged[key] = kind(**merged[key])
-    return Topology(**merged)
-
-
-def _merge(base: Mapping[str, Any], values: Mapping[str, Any], kind: type, where: str,
-           problems: list[str]) -> dict[str, Any]:
-    """``base`` overlaid with ``values``; appends what is unknown, missing or unreadable."""
-    known = [entry.name for entry in fields(kind)]
-    problems += [f"unknown field {where + key!r}{nearest_name(key, known)}; "
-                 f"known: {', '.join(known)}" for key in values if key not in known]
-    problems += [f"field {where + key!r} is missing (or name a `profile:` to start from)"
-                 for key in known if key not in values and key not in base]
-    merged = dict(base)
-    for key in known:
-        if key not in values:
-            continue
-        value = values[key]
-        if key in _NESTED:
-            if not isinstance(value, Mapping):
-                problems.append(f"field {where + key!r}: expected a mapping, found {value!r}")
-                continue
-            merged[key] = _merge(base.get(key, {}), {str(k): v for k, v in value.items()},
-                                 _NESTED[key], f"{key}.", problems)
-        else:
-            merged[key] = str(value) if key == "name" else _number(where + key, value, problems)
-    return merged
-
-
-def _number(key: str, value: Any, problems: list[str]) -> float | int:
-    number: float | None = None
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        number = value
-    elif isinstance(value, str) and (match := _QUANTITY.fullmatch(value)) \
-            and match[2] in _UNITS:
-        try:
-            number = float(match[1]) * _UNITS[match[2]]
-        except ValueError:
-            number = None
-    whole = key in ("hosts", "ranks_per_host") or key in ("hbm_bytes", "ddr_bytes", "ssd_bytes")
-    if number is None or number != number or abs(number) == float("inf"):
-        problems.append(f"field {key!r}: expected a number, with a unit such as GiB, GB/s or us "
-                        f"if it is text, found {value!r}")
-        return 1
-    if key in ("hosts", "ranks_per_host") and number != int(number):
-        problems.append(f"field {key!r}: expected a whole number, found {value!r}")
-    return int(number) if whole else number

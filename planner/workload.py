@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from shardlab.planner.zipf import unique_ids
+from shardlab.planner.access import Access, build_access
+from shardlab.planner.statistics import Statistics
 from shardlab.specs import EmbeddingBagConfig
 
 Floats = NDArray[np.float64]
@@ -27,6 +28,7 @@ class Workload:
         unique: different ids of all features together.
         step_unique: different ids of all features and all ranks together: the rows of the
             table that one step touches.
+        access: which rows are used how often.
     """
 
     rows: Floats
@@ -36,21 +38,28 @@ class Workload:
     ids: Floats
     unique: Floats
     step_unique: Floats
+    access: Access
 
 
-def build_workload(tables: Sequence[EmbeddingBagConfig], world_size: int,
-                   batch_size: int) -> Workload:
+def build_workload(tables: Sequence[EmbeddingBagConfig], world_size: int, batch_size: int,
+                   statistics: Statistics | None = None) -> Workload:
     """Expected work of a step with ``batch_size`` samples on each of ``world_size`` ranks.
 
-    The skew of ids is the Zipf assumption of `zipf.ZIPF_EXPONENT`; features that share a table
-    are taken to draw from the same distribution.
+    Args:
+        tables: the tables.
+        world_size: ranks.
+        batch_size: samples of a rank.
+        statistics: measured ids; their pooling factors replace those of the tables. None: the
+            Zipf assumption of `zipf`.
+
+    Raises:
+        ConfigError: the statistics lack a feature of the tables.
     """
-    rows = np.array([table.num_embeddings for table in tables], dtype=np.float64)
-    features = np.array([len(table.feature_names) for table in tables], dtype=np.float64)
+    access = build_access(tables, statistics)
     bags = np.full(len(tables), float(batch_size))
-    ids = bags * np.array([table.pooling_factor for table in tables])
     return Workload(
-        rows=rows,
+        rows=np.array([table.num_embeddings for table in tables], dtype=np.float64),
         columns=np.array([table.embedding_dim for table in tables], dtype=np.float64),
-        features=features, bags=bags, ids=ids, unique=unique_ids(rows, features * ids),
-        step_unique=unique_ids(rows, world_size * features * ids))
+        features=np.array([len(table.feature_names) for table in tables], dtype=np.float64),
+        bags=bags, ids=bags * access.pooling, unique=access.unique(batch_size),
+        step_unique=access.unique(world_size * batch_size), access=access)

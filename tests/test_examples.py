@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import runpy
 import subprocess
@@ -15,6 +16,8 @@ import pytest
 
 from shardlab import comm
 from shardlab.comm import Groups
+from shardlab.planner.torchrec_plan import import_plan
+from shardlab.specs import EmbeddingBagConfig
 from tests.harness import run_ranks
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
@@ -73,6 +76,12 @@ def check_checkpoint_resharding(out: str) -> None:
 
 def check_row_wise_torchrun(out: str) -> None:
     assert numbers(r"row_wise +rows +(\d+)", out) == [0]  # a world of one sends nothing
+
+
+def check_torchrec_plan_to_json(out: str) -> None:
+    tables = [EmbeddingBagConfig(1000, 16, "t_user"), EmbeddingBagConfig(4000, 16, "t_item")]
+    plan = import_plan(json.loads(out), tables, 2)
+    assert [len(entry.shards) for entry in plan.tables] == [2, 1]
 
 
 CHECKS = {name.removeprefix("check_"): check for name, check in list(globals().items())

@@ -15,7 +15,7 @@ from shardlab.launch.building import (
 )
 from shardlab.models import DCN, DLRM, DeepFM
 from shardlab.optim import SGD, Adam, RowWiseAdagrad
-from shardlab.specs import OPTIMIZER_STATE
+from shardlab.storage_bytes import OPTIMIZER_STATE
 
 SMALL = "tables={preset: criteo_kaggle, embedding_dim: 4, max_rows: 50}"
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from shardlab.comm import Groups
 from shardlab.config import JobConfig, load_job
-from shardlab.errors import LaunchError, PlanError, ShardLabError
-from shardlab.launch.planning import choose_plan, job_topology
-from shardlab.plan import ShardingPlan, build_table_plan
+from shardlab.errors import ConfigError, LaunchError, PlanError, ShardLabError
+from shardlab.launch.dense_model import dense_model
+from shardlab.launch.planning import choose_plan, job_request, job_topology
+from shardlab.plan import ShardingPlan, WireDtypes, build_table_plan
+from shardlab.planner import read_topology
 from shardlab.specs import ShardingType
 from tests.harness import run_ranks
 
@@ -36,24 +39,51 @@ def write(folder: Path, plan: ShardingPlan) -> Path:
 
 def test_a_new_run_is_planned():
     job = job_of()
-    plan = choose_plan(job, Groups(), previous=None)
-    plan.check(job.table_configs(), 1)
+    chosen = choose_plan(job, Groups(), previous=None)
+    chosen.plan.check(job.table_configs(), 1)
+    predicted = json.loads(chosen.text)["predicted"]
+    assert predicted["step_ms"] > 0
+    assert predicted["dense"]["parameters"] == dense_model(job).parameters
 
 
 def test_the_plan_of_the_job_is_executed(tmp_path):
     wanted = table_wise(job_of(), 1)
     job = job_of(f"plan={write(tmp_path, wanted)}")
-    assert choose_plan(job, Groups(), previous=None) == wanted
+    chosen = choose_plan(job, Groups(), previous=None)
+    assert chosen.plan == wanted
+    assert json.loads(chosen.text)["predicted"]["start"] == "given"
+
+
+def test_a_given_plan_for_another_machine_has_no_predictions(tmp_path):
+    wanted = table_wise(job_of(), 1)
+    job = job_of(f"plan={write(tmp_path, wanted)}", "topology=8xh100")
+    chosen = choose_plan(job, Groups(), previous=None)
+    assert chosen.plan == wanted
+    assert "predicted" not in json.loads(chosen.text)
+
+
+def test_statistics_of_the_job_are_planned_with(tmp_path):
+    path = tmp_path / "stats.json"
+    with pytest.raises(ConfigError, match=r"stats\.json"):
+        choose_plan(job_of(f"statistics={path}"), Groups(), previous=None)
+
+
+def test_a_request_takes_the_job_s_wire_and_time_limit():
+    request = job_request(job_of("dense_dtype=bf16"), read_topology("2xcpu"), 1.5)
+    assert request.settings.time_limit == 1.5
+    assert request.settings.dense.dtype == "bf16"
+    assert request.settings.wire == WireDtypes()
 
 
 def test_a_continued_run_keeps_its_plan(tmp_path):
     former = table_wise(job_of(), 1)
-    assert choose_plan(job_of(), Groups(), previous=write(tmp_path, former)) == former
+    assert choose_plan(job_of(), Groups(), previous=write(tmp_path, former)).plan == former
 
 
 def test_a_run_continued_on_other_ranks_is_planned_anew(tmp_path):
     former = table_wise(job_of(), 2)
-    assert choose_plan(job_of(), Groups(), previous=write(tmp_path, former)).world_size == 1
+    chosen = choose_plan(job_of(), Groups(), previous=write(tmp_path, former))
+    assert chosen.plan.world_size == 1
 
 
 @pytest.mark.parametrize(("text", "message"), [
@@ -84,7 +114,7 @@ def test_hosts_follow_from_the_ranks():
 
 def plan_or_error(groups: Groups, overrides: list[str]) -> str:
     try:
-        return choose_plan(job_of(*overrides), groups, previous=None).to_json()
+        return choose_plan(job_of(*overrides), groups, previous=None).text
     except ShardLabError as error:
         return f"{type(error).__name__}: {error}"
 

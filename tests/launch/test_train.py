@@ -15,10 +15,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from shardlab.cli.main import main
 from shardlab.config import load_job
 from shardlab.errors import ConfigError
 from shardlab.launch.train import run_job
+from shardlab.phases import MEASURED_PHASES
 from shardlab.plan import ShardingPlan
+from shardlab.planner.compare import read_run
+from shardlab.planner.plan_file import read_plan_file
 
 SMALL = ["tables={preset: criteo_kaggle, embedding_dim: 4, max_rows: 500}", "batch_size=16",
          "model={kind: dlrm, bottom_mlp: [16], top_mlp: [16]}", "train.log_every=10"]
@@ -96,6 +100,40 @@ def test_a_run_can_go_on_from_another_run_s_checkpoint(tmp_path):
         assert run_job(job) == 0
         assert (second / resume.name / "checkpoints" / "step-12").is_dir()
     assert json.loads((second / "step-8" / "plan.json").read_text()) == plan
+
+
+def check_phases(run_dir: Path, ranks: int, every: set[str]) -> None:
+    """Every phase of this plan took its time, on every rank and in every interval; no other did."""
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert len(summary["phase_ms"]) == ranks
+    trained = [record["phase_ms"] for record in records(run_dir) if record["kind"] == "train"]
+    for phase_ms in (*summary["phase_ms"], *trained):
+        assert list(phase_ms) == list(MEASURED_PHASES)
+        assert {phase for phase, ms in phase_ms.items() if ms > 0} == every
+    step = summary["pace"]["step_ms_p50"]
+    assert 0.5 * step < sum(summary["phase_ms"][0].values()) < 1.5 * step
+
+
+def test_the_time_of_a_step_is_booked_on_its_phases(tmp_path, capsys):
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert run_job(load_job(None, [*SMALL, *ROWS, f"train.run_dir={one}", "ranks=1"])) == 0
+    check_phases(one, 1, {"ids", "read", "update", "grads", "dense", "overhead", "wait"})
+    done = run(two, "ranks=2", "tables.sharding=row_wise")
+    assert done.returncode == 0, done.stderr
+    check_phases(two, 2, {*MEASURED_PHASES} - {"prefetch"})
+    capsys.readouterr()
+    compare_runs(two, capsys)
+
+
+def compare_runs(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Predicted bytes are the measured ones, to the byte."""
+    measured, (_, predicted) = read_run(run_dir), read_plan_file(run_dir / "plan.json")
+    assert predicted is not None
+    assert predicted.tables == measured.tables
+    with pytest.raises(SystemExit) as stop:
+        main(["plan", "--compare", str(run_dir)])
+    assert not stop.value.code
+    assert "Predicted and measured" in capsys.readouterr().out
 
 
 def test_rows_beyond_the_data_are_refused(tmp_path):

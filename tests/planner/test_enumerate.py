@@ -1,16 +1,18 @@
-"""Options are exactly what `build_table_plan` would lay out."""
+"""Options are what `build_table_plan` would lay out, each in every storage and exchange."""
 
 from __future__ import annotations
 
 import hypothesis
 import hypothesis.strategies as st
+import numpy as np
 import pytest
 
 from shardlab.plan import build_table_plan
-from shardlab.planner.enumerate import MAX_COPIED_BYTES, enumerate_options, table_cuts
+from shardlab.planner.enumerate import enumerate_options
 from shardlab.planner.topology import read_topology
-from shardlab.planner.workload import build_workload
 from shardlab.specs import EmbeddingBagConfig, ExchangeKind, ShardingType
+from shardlab.storage_specs import PrunedSpec, Tier, describe_storage
+from tests.planner.fleets import problem_for
 
 KINDS = [None, *ShardingType]
 
@@ -21,17 +23,20 @@ KINDS = [None, *ShardingType]
 @hypothesis.settings(max_examples=150)
 def test_pieces_are_the_shards_of_the_plan(rows: int, columns: int, kind: ShardingType | None,
                                            machine: str) -> None:
-    table = EmbeddingBagConfig(rows, columns, "t", sharding=kind)
+    table = EmbeddingBagConfig(rows, columns, "t", sharding=kind, exchange="rows")
     topology = read_topology(machine)
-    options = enumerate_options([table], topology, build_workload([table], topology.world_size, 8))
-    assert len(options.cuts) == len(set(options.cuts))
-    for option, cut in enumerate(options.cuts):
-        pieces = options.pieces(option)
-        ranks = list(range(pieces.stop - pieces.start))
+    options = enumerate_options([table], topology)
+    cuts = [options.cut(option) for option in range(len(options))]
+    assert len(cuts) == len(set(cuts))
+    for option, cut in enumerate(cuts):
+        ranks = list(range(int(options.pieces[option])))
         plan = build_table_plan(table, cut.sharding, ranks, columns=cut.col_parts)
-        assert [(s.rows, s.columns) for s in plan.shards] == \
-            list(zip(options.rows[pieces].tolist(), options.columns[pieces].tolist(), strict=True))
-        assert len(ranks) <= topology.world_size
+        assert len(plan.shards) == len(ranks) <= topology.world_size
+        assert max(shard.rows for shard in plan.shards) == options.rows[option]
+        assert max(shard.columns for shard in plan.shards) == options.columns[option]
+        # The first piece of every column block is the one of the first rows.
+        first = [shard.row_start for shard in plan.shards[::cut.row_parts]]
+        assert set(first) == {0}
         if kind is not None:
             assert cut.sharding is kind
         if cut.group:
@@ -39,62 +44,45 @@ def test_pieces_are_the_shards_of_the_plan(rows: int, columns: int, kind: Shardi
             assert cut.group <= topology.ranks_per_host
 
 
-def test_cuts_on_one_rank() -> None:
-    table = EmbeddingBagConfig(10, 64, "t")
-    assert [cut.sharding for cut in table_cuts(table, read_topology("cpu"))] == [
-        ShardingType.TABLE_WISE]
+def test_every_cut_comes_in_every_storage_and_exchange() -> None:
+    table = EmbeddingBagConfig(10**6, 16, "t", sharding="table_wise",
+                               storage={"choose": ["fp32", "int8"]})
+    options = enumerate_options([table], read_topology("8xh100"), (Tier.HBM, Tier.DDR))
+    found = [(describe_storage(options.storage(option)), bool(options.pooled[option]),
+              int(options.preference[option])) for option in range(len(options))]
+    assert len(found) == len(set(found)) == 2 * 2 * 5
+    assert {entry[:1] + entry[2:] for entry in found} == {
+        (text.format(dtype), level) for level, dtype in enumerate(("fp32", "int8"))
+        for text in ("{0} on hbm", "{0} on ddr", "{0} on ddr under {0} 0.01 on hbm",
+                     "{0} on ddr under {0} 0.05 on hbm", "{0} on ddr under {0} 0.2 on hbm")}
 
 
-def test_cuts_of_a_free_table() -> None:
-    cuts = table_cuts(EmbeddingBagConfig(10**6, 64, "t"), read_topology("2x8xh100"))
-    found = [(cut.sharding.value, cut.row_parts, cut.col_parts) for cut in cuts]
-    assert found == [("table_wise", 1, 1),
-                     *[("row_wise", parts, 1) for parts in (2, 3, 4, 5, 6, 7, 8, 16)],
-                     *[("column_wise", 1, parts) for parts in (2, 4)]]
+def test_budgets_in_bytes_hold_for_parts() -> None:
+    table = EmbeddingBagConfig(1000, 16, "t", storage={"kind": "pruned", "budget": {"bytes": 6400}})
+    options = enumerate_options([table], read_topology("2xcpu"))
+    specs = {options.storage(option) for option in range(len(options))}
+    assert specs == {PrunedSpec(ratio=0.1, tier=Tier.HBM)}
 
 
-def test_column_blocks_are_equal_where_they_can_be() -> None:
-    parts = [cut.col_parts for cut in table_cuts(EmbeddingBagConfig(10**6, 96, "t"),
-                                                 read_topology("8xh100"))
-             if cut.sharding is ShardingType.COLUMN_WISE]
-    assert parts == [2, 3, 4, 6]
-
-
-@pytest.mark.parametrize(("rows", "exchange", "copied"), [
-    (MAX_COPIED_BYTES // 4, "auto", True), (MAX_COPIED_BYTES // 4 + 1, "auto", False),
-    (10, "pooled", False), (10, "rows", True)])
-def test_only_small_tables_are_copied(rows: int, exchange: str, copied: bool) -> None:
-    table = EmbeddingBagConfig(rows, 1, "t", exchange=ExchangeKind(exchange))
-    kinds = [cut.sharding for cut in table_cuts(table, read_topology("2xcpu"))]
-    assert (ShardingType.DATA_PARALLEL in kinds) is copied
-
-
-@pytest.mark.parametrize(("kind", "found"), [
-    ("table_row_wise", [(8, 1, 8)]), ("table_column_wise", [(1, p, p) for p in (2, 4, 8)]),
-    ("data_parallel", [(1, 1, 0)]), ("table_wise", [(1, 1, 0)])])
-def test_asked_cuts(kind: str, found: list[tuple[int, int, int]]) -> None:
-    table = EmbeddingBagConfig(1000, 64, "t", sharding=ShardingType(kind))
-    cuts = table_cuts(table, read_topology("2x8xh100"))
-    assert [(cut.row_parts, cut.col_parts, cut.group) for cut in cuts] == found
-
-
-def test_grid_cuts_both_ways_where_it_can() -> None:
-    table = EmbeddingBagConfig(1000, 64, "t", sharding=ShardingType.GRID_SHARD)
-    cuts = table_cuts(table, read_topology("2x8xh100"))
-    assert all(cut.row_parts > 1 and cut.col_parts > 1 for cut in cuts)
-    assert {(cut.row_parts, cut.col_parts) for cut in cuts} >= {(8, 2), (4, 4), (2, 8)}
+def test_take_keeps_tables_apart() -> None:
+    tables = [EmbeddingBagConfig(1000, 64, f"t{i}") for i in range(3)]
+    options = enumerate_options(tables, read_topology("2xcpu"))
+    some = options.take(np.flatnonzero(options.row_parts == 1))
+    assert [list(np.unique(some.table[list(some.of_table(i))])) for i in range(3)] == [[0], [1],
+                                                                                     [2]]
+    assert (some.row_parts == 1).all()
 
 
 def resolved(table: EmbeddingBagConfig, machine: str, batch: int) -> dict[str, bool]:
-    """Whether each option, named by type and parts, pools at the owner."""
-    topology = read_topology(machine)
-    options = enumerate_options([table], topology,
-                                build_workload([table], topology.world_size, batch))
-    return {f"{cut.sharding.value} {cut.row_parts * cut.col_parts}": bool(pooled)
-            for cut, pooled in zip(options.cuts, options.pooled, strict=True)}
+    """Whether each option on hbm, named by type and parts, pools at the owner."""
+    problem = problem_for([table], read_topology(machine), batch)
+    options = problem.options
+    return {f"{cut.sharding.value} {cut.row_parts * cut.col_parts}": bool(options.pooled[option])
+            for option in range(len(options)) for cut in [options.cut(option)]
+            if describe_storage(options.storage(option)) == "fp32 on hbm"}
 
 
-def test_auto_exchange_takes_fewer_bytes() -> None:
+def test_auto_exchange_takes_less_work() -> None:
     # One id a bag: unique rows can only be fewer than bags.
     assert not any(resolved(EmbeddingBagConfig(10**6, 32, "t"), "4xcpu", 512).values())
     # Long bags of ids that hardly repeat: bags are fewer; not so when every row block answers all.

@@ -5,7 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from shardlab.planner.partition import Order, difference, greedy, largest_differencing
+from shardlab.planner.partition import (
+    Order,
+    difference,
+    difference_hosts,
+    greedy,
+    largest_differencing,
+)
 from shardlab.planner.placement import Placement
 from shardlab.specs import EmbeddingBagConfig, ShardingType
 from tests.planner.fleets import assert_sums, generated_fleet, machine, problem_for
@@ -39,6 +45,19 @@ def test_difference_of_one_group() -> None:
     assert slot_sums([[1.0, 3.0]], 3) == [3.0, 1.0, 0.0]
 
 
+@pytest.mark.parametrize(("hosts", "size"), [(1, 4), (3, 2), (4, 8)])
+def test_difference_over_hosts_first(hosts: int, size: int) -> None:
+    rng = np.random.default_rng(hosts)
+    groups = [rng.uniform(1, 9, count) for count in rng.integers(1, hosts * size + 1, 60)]
+    slots = difference_hosts(groups, hosts, size)
+    sums = np.zeros(hosts * size)
+    for group, slot in zip(groups, slots, strict=True):
+        assert len(set(slot.tolist())) == len(group)
+        np.add.at(sums, slot, group)
+    assert sums.sum() == pytest.approx(sum(float(group.sum()) for group in groups))
+    assert sums.max() / sums.mean() < 1.1
+
+
 def greedy_sums(values: list[float], num_slots: int) -> list[float]:
     sums = [0.0] * num_slots
     for value in sorted(values, reverse=True):
@@ -66,7 +85,7 @@ def test_both_starts_balance_a_fleet() -> None:
     assert differenced is not None
     for placement in (placed, differenced):
         assert_sums(placement)
-        assert placement.slowest_ms / placement.loads.mean() < 1.05
+        assert placement.loads.max() / placement.loads.mean() < 1.05
 
 
 def test_starts_respect_hosts() -> None:
@@ -79,7 +98,7 @@ def test_starts_respect_hosts() -> None:
             assert isinstance(placement, Placement)
             assert_sums(placement)
             for option, ranks in zip(placement.choice.tolist(), placement.ranks, strict=True):
-                group = problem.options.cuts[option].group
+                group = int(problem.options.group[option])
                 for start in range(0, len(ranks), group) if group else ():
                     assert len(set((ranks[start:start + group] // 4).tolist())) == 1
 

@@ -12,73 +12,108 @@ import hypothesis.strategies as st
 import pytest
 
 from shardlab.errors import ConfigError, PlanError
+from shardlab.plan import TablePlan
 from shardlab.planner import plan
-from shardlab.planner.report import plan_to_json
+from shardlab.planner.estimate import PHASES
+from shardlab.planner.plan_file import plan_to_json
 from shardlab.planner.result import PlanResult
-from shardlab.specs import (
-    OPTIMIZER_STATE,
-    EmbeddingBagConfig,
-    ExchangeKind,
-    ShardingType,
-    TierBytes,
-    tier_bytes,
-)
-from tests.planner.fleets import generated_fleet, machine
+from shardlab.planner.settings import DenseModel, PlanSettings
+from shardlab.planner.topology import read_topology
+from shardlab.specs import EmbeddingBagConfig, ExchangeKind, ShardingType
+from shardlab.storage_bytes import OPTIMIZER_STATE, TierBytes, tier_bytes
+from shardlab.storage_specs import RowsSpec
+from tests.planner.fleets import generated_fleet, machine, tiered
 
+STORAGES = ["fp32", "fp32", "int8", {"dtype": "fp32", "tier": "ddr"}, {"choose": ["fp32", "bf16"]},
+            {"levels": [{"dtype": "fp32", "fraction": 0.1}, {"dtype": "fp16"}]},
+            {"kind": "pruned", "budget": {"ratio": 0.2}}, {"kind": "tensor_train", "rank": 4}]
 tables_of_any_kind = st.lists(st.tuples(
     st.integers(1, 200_000), st.integers(1, 80), st.sampled_from([0.3, 1.0, 7.0, 60.0]),
-    st.integers(1, 3), st.sampled_from([None, None, None, *ShardingType]),
-    st.sampled_from(list(ExchangeKind))), min_size=1, max_size=12)
+    st.integers(1, 3),
+    st.sampled_from([None, None, None, *ShardingType, ("table_wise", "column_wise")]),
+    st.sampled_from(list(ExchangeKind)), st.sampled_from(STORAGES),
+    st.sampled_from([None, None, 1, 2])), min_size=1, max_size=12)
 
 
-def build(drawn: list[tuple]) -> list[EmbeddingBagConfig]:
+def build(drawn: list[tuple], ranks: dict[int, tuple[int, ...]]) -> list[EmbeddingBagConfig]:
     return [EmbeddingBagConfig(rows, columns, f"t{i}", pooling_factor=pooling, sharding=sharding,
                                feature_names=tuple(f"f{i}_{j}" for j in range(features)),
-                               exchange=exchange)
-            for i, (rows, columns, pooling, features, sharding, exchange) in enumerate(drawn)]
+                               exchange=exchange, storage=storage, max_column_splits=splits,
+                               ranks=ranks.get(i, ()) if sharding != "data_parallel" else ())
+            for i, (rows, columns, pooling, features, sharding, exchange, storage, splits)
+            in enumerate(drawn)]
 
 
 def check(result: PlanResult, tables: list[EmbeddingBagConfig], optimizer: str) -> None:
     world = result.topology.world_size
     result.plan.check(tables, world)
     held = [TierBytes()] * world
-    for table, entry in zip(tables, result.plan.tables, strict=True):
-        assert table.sharding in (None, entry.sharding)
-        assert entry.exchange is not ExchangeKind.AUTO
-        if table.exchange is not ExchangeKind.AUTO and not entry.replicated:
-            assert entry.exchange is table.exchange
+    for table, entry, told in zip(tables, result.plan.tables, result.tables, strict=True):
+        check_wishes(table, entry)
+        assert told.preferences > told.preference
         for shard in entry.shards:
-            held[shard.rank] = held[shard.rank] + tier_bytes(
-                table.storage, shard.tier, shard.rows, shard.columns, optimizer)
+            assert shard.bytes == tier_bytes(entry.storage, shard.rows, shard.columns, optimizer)
+            held[shard.rank] = held[shard.rank] + shard.bytes
         if entry.sharding in (ShardingType.TABLE_ROW_WISE, ShardingType.TABLE_COLUMN_WISE):
             assert len({shard.rank // result.topology.ranks_per_host
                         for shard in entry.shards}) == 1
     for rank, size in zip(result.ranks, held, strict=True):
-        assert rank.table_bytes == size.hbm == size.total
-        assert rank.table_bytes + rank.buffer_bytes <= result.capacity
+        assert rank.held.total == size
+        assert rank.bytes == size + TierBytes(hbm=rank.buffer_bytes + rank.dense_bytes)
+        assert size.hbm + rank.buffer_bytes <= result.capacity
         assert rank.ms <= result.step_ms
+    for host in result.hosts:
+        assert host.ddr <= result.host_capacity.ddr
+        assert host.ssd <= result.host_capacity.ssd
+    work = sum(entry.work_ms for entry in result.tables)
+    fixed = sum(rank.ms + rank.hidden_ms for rank in result.ranks) - work
+    assert fixed >= -1e-6 * work
     assert result.lower_bound_ms <= result.step_ms * (1 + 1e-9)
     assert result.step_ms <= result.barrier_ms * (1 + 1e-9)
 
 
+def check_wishes(table: EmbeddingBagConfig, entry: TablePlan) -> None:
+    assert not table.allowed_sharding or entry.sharding in table.allowed_sharding
+    assert entry.exchange is not ExchangeKind.AUTO
+    if table.exchange is not ExchangeKind.AUTO and not entry.replicated:
+        assert entry.exchange is table.exchange
+    if table.ranks:
+        assert {shard.rank for shard in entry.shards} <= set(table.ranks)
+    if table.max_column_splits:
+        assert len({shard.col_start for shard in entry.shards}) <= table.max_column_splits
+    asked = table.storage
+    if isinstance(asked, RowsSpec) and asked.home.tier:
+        assert entry.storage == asked
+    if isinstance(asked, RowsSpec):
+        assert isinstance(entry.storage, RowsSpec)
+        assert entry.storage.home.dtype == asked.home.dtype
+
+
 @hypothesis.given(drawn=tables_of_any_kind, optimizer=st.sampled_from(list(OPTIMIZER_STATE)),
-                  name=st.sampled_from(["cpu", "3xcpu", "2x2xcpu", "2x4xh100"]))
+                  name=st.sampled_from(["cpu", "3xcpu", "2x2xcpu", "2x4xh100"]),
+                  limited=st.sampled_from([0, 1, 3]))
 @hypothesis.settings(max_examples=60)
-def test_plans_cover_fit_and_obey(drawn: list[tuple], optimizer: str, name: str) -> None:
-    tables = build(drawn)
-    first = plan(tables, machine(name), 128, optimizer)
+def test_plans_cover_fit_and_obey(drawn: list[tuple], optimizer: str, name: str,
+                                  limited: int) -> None:
+    topology = read_topology(name)
+    ranks = {0: tuple(range(min(limited, topology.world_size)))}
+    tables = build(drawn, ranks)
+    first = plan(tables, topology, 128, optimizer)
     check(first, tables, optimizer)
-    second = plan(tables, machine(name), 128, optimizer)
+    second = plan(tables, topology, 128, optimizer)
     assert first == second
     assert plan_to_json(first) == plan_to_json(second)
 
 
-@hypothesis.given(drawn=tables_of_any_kind, hbm_mib=st.floats(0.3, 60.0))
+@hypothesis.given(drawn=tables_of_any_kind, hbm_mib=st.floats(0.3, 60.0),
+                  ddr_mib=st.sampled_from([1.0, 20.0]), ssd_mib=st.sampled_from([0.0, 30.0]))
 @hypothesis.settings(max_examples=60)
-def test_tight_memory_fits_or_explains(drawn: list[tuple], hbm_mib: float) -> None:
-    tables = build(drawn)
+def test_tight_memory_fits_or_explains(drawn: list[tuple], hbm_mib: float, ddr_mib: float,
+                                       ssd_mib: float) -> None:
+    tables = build(drawn, {})
+    topology = tiered("2x2xcpu", hbm_mib * 2**20, ddr_mib * 2**20, ssd_mib * 2**20)
     try:
-        result = plan(tables, machine("2x2xcpu", hbm_mib * 2**20), 16)
+        result = plan(tables, topology, 16)
     except PlanError as error:
         text = str(error)
     else:
@@ -92,7 +127,8 @@ def test_plan_takes_names_paths_and_topologies(tmp_path: Path) -> None:
     tables = generated_fleet(4, largest_rows=1e5)
     path = tmp_path / "ours.yaml"
     path.write_text("profile: 2xcpu\n")
-    plans = [plan(tables, where, 64).plan for where in ("2xcpu", path, str(path), machine("2xcpu"))]
+    plans = [plan(tables, where, 64).plan
+             for where in ("2xcpu", path, str(path), read_topology("2xcpu"))]
     assert all(found == plans[0] for found in plans)
 
 
@@ -114,7 +150,7 @@ def test_one_rank_holds_everything() -> None:
 
 def test_a_table_too_large_for_a_rank_is_cut() -> None:
     result = plan([EmbeddingBagConfig(10**8, 64, "big"), EmbeddingBagConfig(10, 64, "small")],
-                  "4xcpu", 256)
+                  machine("4xcpu"), 256)
     big = result.plan.tables[0]
     assert big.sharding is not ShardingType.TABLE_WISE
     assert "does not fit" in result.tables[0].why or "balance" in result.tables[0].why
@@ -142,8 +178,74 @@ def test_a_thousand_tables_on_128_ranks_in_three_cpu_seconds() -> None:
     start = time.process_time()
     result = plan(tables, topology, 1024)
     assert time.process_time() - start < 3.0
+    assert result.cpu_seconds < 3.0
     assert result.gap < 0.05
     check(result, tables, "row_wise_adagrad")
+
+
+def test_a_fleet_beyond_hbm_uses_ddr_and_says_so() -> None:
+    tables = generated_fleet(200, largest_rows=5e8)
+    size = sum(table.num_embeddings * (4 * table.embedding_dim + 4) for table in tables)
+    topology = tiered("4x8xh100", 0.6 * size / 32, 0.3 * size)
+    start = time.process_time()
+    result = plan(tables, topology, 1024)
+    assert time.process_time() - start < 3.0
+    assert result.gap < 0.05
+    assert result.binding == ("hbm",)
+    assert max(host.ddr for host in result.hosts) > 0
+    check(result, tables, "row_wise_adagrad")
+
+
+def test_options_are_told() -> None:
+    tables = [EmbeddingBagConfig(10**6, 64, "t", storage={"choose": ["fp32", "int8"]}),
+              EmbeddingBagConfig(10, 4, "u")]
+    result = plan(tables, tiered("2xh100", 400e6, 1e9), 64)
+    found = result.options("t")
+    assert [entry.work_ms for entry in found] == sorted(entry.work_ms for entry in found)
+    assert sum(entry.chosen for entry in found) == 1
+    best = next(entry for entry in found if entry.chosen)
+    assert best.allowed
+    assert best.fits
+    assert best.storage == result.tables[0].storage
+    assert {entry.preference for entry in found} == {0, 1}
+    assert not any(entry.allowed for entry in found if entry.preference == 1)
+    with pytest.raises(ConfigError, match=r"no table 'v'.*known: t, u"):
+        result.options("v")
+
+
+def test_a_dense_part_is_part_of_the_step() -> None:
+    tables = generated_fleet(5, largest_rows=1e5)
+    dense = DenseModel(bytes=1 << 20, parameters=10**5, flops_per_sample=1e8)
+    bare, whole = (plan(tables, "8xh100", 512, settings=PlanSettings(model))
+                   for model in (DenseModel(), dense))
+    phases = dict(zip(PHASES, whole.ranks[0].phase_ms, strict=True))
+    assert phases["dense"] > 0
+    assert whole.step_ms == pytest.approx(bare.step_ms + phases["dense"], rel=0.02)
+    assert whole.ranks[0].dense_bytes == 1 << 20
+    assert whole.capacity == bare.capacity - (1 << 20)
+    assert whole.samples_per_s == pytest.approx(8 * 512e3 / whole.step_ms)
+
+
+def test_prefetching_hides_behind_the_dense_part() -> None:
+    storage = {"levels": [{"dtype": "fp32", "tier": "hbm", "fraction": 0.01},
+                          {"dtype": "fp32", "tier": "ddr"}]}
+    tables = [EmbeddingBagConfig(10**6, 64, f"t{i}", storage=storage, pooling_factor=20.0)
+              for i in range(4)]
+    dense = PlanSettings(DenseModel(flops_per_sample=1e9))
+    result = plan(tables, "4xh100", 1024, settings=dense)
+    index = PHASES.index("prefetch")
+    for rank in result.ranks:
+        assert rank.hidden_ms == pytest.approx(min(rank.phase_ms[index],
+                                                   rank.phase_ms[PHASES.index("dense")]))
+        assert rank.ms == pytest.approx(sum(rank.phase_ms) - rank.hidden_ms)
+
+
+def test_a_time_limit_is_kept() -> None:
+    tables = generated_fleet(300, largest_rows=5e8)
+    topology = machine("8x8xh200", 220 << 30)
+    hasty = plan(tables, topology, 1024, settings=PlanSettings(time_limit=0.05))
+    check(hasty, tables, "row_wise_adagrad")
+    assert hasty.cpu_seconds < plan(tables, topology, 1024).cpu_seconds + 0.05
 
 
 IMPORT = """
@@ -157,6 +259,7 @@ print(took)
 PLAN = """
 import sys
 from shardlab.planner import plan
+from shardlab.planner.estimate import PHASES
 from shardlab.planner.report import print_report
 from shardlab.specs import EmbeddingBagConfig
 print_report(plan([EmbeddingBagConfig(10, 4, "t")], "2xcpu", 8))

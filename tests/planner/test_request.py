@@ -5,23 +5,40 @@ from __future__ import annotations
 import pytest
 
 from shardlab.errors import ConfigError, PlanError
+from shardlab.plan import WireDtypes
 from shardlab.planner.request import build_request
-from shardlab.specs import EmbeddingBagConfig, LevelSpec, RowsSpec, Tier
-from tests.planner.fleets import GIB, machine
+from shardlab.planner.settings import DenseModel, PlanSettings
+from shardlab.specs import EmbeddingBagConfig
+from shardlab.storage_specs import LevelSpec, RowsSpec, Tier
+from tests.planner.fleets import GIB, machine, request_for
 
 
 def test_build_request_lists_every_problem() -> None:
     tables = [EmbeddingBagConfig(10, 4, "far", storage=RowsSpec((LevelSpec(tier=Tier.SSD),))),
-              EmbeddingBagConfig(10, 4, "empty", pooling_factor=0.0)]
+              EmbeddingBagConfig(10, 4, "chosen", storage={"choose": [
+                  "fp32", {"dtype": "int8", "tier": "ddr"}]}),
+              EmbeddingBagConfig(10, 4, "empty", pooling_factor=0.0),
+              EmbeddingBagConfig(10, 4, "outside", ranks=(1, 2, 7)),
+              EmbeddingBagConfig(10, 4, "torn", ranks=(1,), sharding="data_parallel")]
+    settings = PlanSettings(DenseModel(bytes=-1, dtype="fp8"), WireDtypes("fp64", "fp32"),
+                            time_limit=0.0)
     with pytest.raises(ConfigError) as error:
-        build_request(tables, machine("2xcpu"), 0, "row_wise_adam_", -1)
+        build_request(tables, machine("2xcpu"), 0, "row_wise_adam_", settings)
     assert error.value.problems == [
         "optimizer: unknown 'row_wise_adam_' (did you mean 'row_wise_adam'?); known: sgd, "
         "adagrad, row_wise_adagrad, adam, row_wise_adam",
         "batch_size: expected at least 1 sample per rank, found 0",
-        "dense_bytes: expected at least 0, found -1",
-        "table 'far': asks for tier 'ssd'; this planner places tables on 'hbm' only",
-        "table 'empty': pooling_factor must be above 0, found 0.0"]
+        "dense.bytes: expected at least 0, found -1",
+        "dense.dtype: expected fp32 or bf16, found 'fp8'",
+        "wire.forward: unknown dtype 'fp64' (did you mean 'fp16'?); known: fp32, fp16, bf16, fp8, "
+        "int8, int4",
+        "time_limit: expected a number of seconds above 0, found 0.0",
+        "table 'far': asks for tier 'ssd'; a host of 2xcpu has none",
+        "table 'chosen': asks for tier 'ddr'; a host of 2xcpu has none",
+        "table 'empty': pooling_factor must be above 0, found 0.0",
+        "table 'outside': asks for ranks [2, 7]; 2xcpu has ranks 0 to 1",
+        "table 'torn': asks for data_parallel, which copies it to every rank, and for ranks [1] "
+        "only; leave out one of them"]
 
 
 @pytest.mark.parametrize(("tables", "message"), [
@@ -29,16 +46,18 @@ def test_build_request_lists_every_problem() -> None:
     ([EmbeddingBagConfig(1, 1, "a"), EmbeddingBagConfig(1, 1, "a")], "'a' is defined 2 times")])
 def test_build_request_checks_the_tables(tables: list[EmbeddingBagConfig], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        build_request(tables, machine("cpu"), 1, "sgd", 0)
+        request_for(tables, machine("cpu"))
 
 
 def test_dense_bytes_leave_nothing() -> None:
-    with pytest.raises(PlanError, match=r"dense_bytes: 12 GiB per rank leave no room.*keep "
-                                        r"dense_bytes below 10\.8 GiB"):
-        build_request([EmbeddingBagConfig(1, 1, "a")], machine("cpu"), 1, "sgd", 12 * GIB)
+    with pytest.raises(PlanError, match=r"dense model: 12 GiB per rank leave no room.*keep the "
+                                        r"dense model below 10\.8 GiB"):
+        request_for([EmbeddingBagConfig(1, 1, "a")], machine("cpu"),
+                    settings=PlanSettings(DenseModel(bytes=12 * GIB)))
 
 
 def test_dense_bytes_come_off_the_capacity() -> None:
     tables = [EmbeddingBagConfig(1, 1, "a")]
-    free = build_request(tables, machine("cpu"), 1, "sgd", 0).capacity
-    assert build_request(tables, machine("cpu"), 1, "sgd", GIB).capacity == free - GIB
+    free = request_for(tables, machine("cpu")).capacity
+    settings = PlanSettings(DenseModel(bytes=GIB))
+    assert request_for(tables, machine("cpu"), settings=settings).capacity == free - GIB

@@ -29,13 +29,13 @@ def test_profiles_are_plausible(name: str) -> None:
     topology = read_topology(name)
     assert topology.hbm_bytes * (1 - topology.reserved_fraction) == pytest.approx(
         topology.capacity, abs=1)
-    assert topology.memory.rows_per_s < topology.memory.stream_bytes_per_s
+    assert topology.hbm.rows_per_s < topology.hbm.stream_bytes_per_s
     assert topology.inter_host.bytes_per_s < topology.intra_host.bytes_per_s \
-        < topology.memory.stream_bytes_per_s
+        < topology.hbm.stream_bytes_per_s
 
 
 def test_cpu_profile_fits_the_measured_random_rows() -> None:
-    memory = read_topology("cpu").memory
+    memory = read_topology("cpu").hbm
     for size, measured in ((64, 43e6), (128, 32e6), (256, 21e6), (512, 12e6)):
         rate = 1 / (1 / memory.rows_per_s + size / memory.row_bytes_per_s)
         assert rate == pytest.approx(measured, rel=0.05)
@@ -61,32 +61,32 @@ def test_read_file_on_a_profile(tmp_path: Path) -> None:
     path = tmp_path / "ours.yaml"
     path.write_text("profile: 8xh100\nhosts: 4\nhbm_bytes: 64 GiB\n"
                     "inter_host: {bytes_per_s: 25 GB/s, latency_s: 7 us}\n"
-                    "memory: {rows_per_s: 1.0e9}\n")
+                    "hbm: {rows_per_s: 1.0e9}\n")
     topology = read_topology(path)
     base = read_topology("8xh100")
     assert (topology.hosts, topology.ranks_per_host) == (4, 8)
     assert topology.hbm_bytes == 64 * GIB
     assert topology.inter_host.bytes_per_s == 25e9
     assert topology.inter_host.latency_s == pytest.approx(7e-6)
-    assert topology.memory == replace(base.memory, rows_per_s=1e9)
+    assert topology.hbm == replace(base.hbm, rows_per_s=1e9)
     assert topology.intra_host == base.intra_host
     assert topology.name == "ours (8xh100)"
 
 
 def test_read_file_without_a_profile_lists_everything_missing(tmp_path: Path) -> None:
     path = tmp_path / "bare.yaml"
-    path.write_text("hosts: 2\nmemory: {rows_per_s: 1}\n")
+    path.write_text("hosts: 2\nhbm: {rows_per_s: 1}\n")
     with pytest.raises(ConfigError) as error:
         read_topology(str(path))
     text = str(error.value)
-    for field in ("ranks_per_host", "hbm_bytes", "memory.stream_bytes_per_s", "intra_host"):
+    for field in ("ranks_per_host", "hbm_bytes", "hbm.stream_bytes_per_s", "intra_host"):
         assert f"field {field!r} is missing" in text
 
 
 def test_read_file_lists_every_problem(tmp_path: Path) -> None:
     path = tmp_path / "bad.yaml"
     path.write_text("profile: h100\nhbm_byte: 3\nhosts: 1.5\nddr_bytes: 3 GiBB\n"
-                    "memory: 7\nintra_host: {latency: 3}\nssd_bytes: .inf\n"
+                    "hbm: 7\nintra_host: {latency: 3}\nstep_overhead_s: .inf\n"
                     "shard_overhead_s: true\n")
     with pytest.raises(ConfigError) as error:
         read_topology(path)
@@ -96,9 +96,9 @@ def test_read_file_lists_every_problem(tmp_path: Path) -> None:
     assert "field 'hosts': expected a whole number, found 1.5" in text
     assert "field 'ddr_bytes': expected a number" in text
     assert "'3 GiBB'" in text
-    assert "field 'memory': expected a mapping, found 7" in text
+    assert "field 'hbm': expected a mapping, found 7" in text
     assert "unknown field 'intra_host.latency' (did you mean 'latency_s'?)" in text
-    assert "field 'ssd_bytes'" in text
+    assert "field 'step_overhead_s'" in text
     assert "field 'shard_overhead_s'" in text
 
 
@@ -121,14 +121,14 @@ def test_topology_refuses_impossible_numbers() -> None:
     base = read_topology("h100")
     with pytest.raises(ConfigError) as error:
         replace(base, hbm_bytes=0, reserved_fraction=1.0,
-                memory=replace(base.memory, rows_per_s=0.0),
+                hbm=replace(base.hbm, rows_per_s=0.0),
                 intra_host=replace(base.intra_host, latency_s=-1.0))
     assert [problem.split(": ")[1].split(" ")[0] for problem in error.value.problems] == [
-        "hbm_bytes", "intra_host.latency_s", "reserved_fraction", "memory.rows_per_s"]
+        "hbm_bytes", "hbm.rows_per_s", "intra_host.latency_s", "reserved_fraction"]
 
 
 def test_local_cpu_divides_this_machine() -> None:
     one, three = local_cpu(1), local_cpu(3)
     assert three.hbm_bytes == one.hbm_bytes // 3
     assert three.world_size == 3
-    assert one.memory == read_topology("cpu").memory
+    assert one.hbm == read_topology("cpu").hbm

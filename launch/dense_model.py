@@ -1,0 +1,97 @@
+"""Size and work of a job's dense model, by arithmetic: planning needs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+from shardlab.planner.settings import DenseModel
+
+if TYPE_CHECKING:
+    from shardlab.config import JobConfig
+
+_FP32_BYTES = 4
+#: fp32 numbers that a dense optimiser keeps for each parameter; SGD keeps one with momentum.
+_STATE = {"sgd": 0, "adagrad": 1, "adam": 2, "adamw": 2}
+
+
+@dataclass(frozen=True)
+class _Work:
+    """Parameters, and operations of one sample forward and backward."""
+
+    parameters: int = 0
+    flops: int = 0
+
+    def __add__(self, other: _Work) -> _Work:
+        return _Work(self.parameters + other.parameters, self.flops + other.flops)
+
+
+def dense_model(job: JobConfig) -> DenseModel:
+    """The dense part of a job, as the planner takes it.
+
+    A product of an [a, b] matrix costs 2 a b operations forward, as many again for the gradient of
+    its input, and as many for that of its weights; the first layer over the dense features has no
+    gradient of its input. What is done element by element is left out.
+    """
+    work = _MODELS[job.model.kind](job)
+    optimizer = job.optimizer.dense
+    state = _STATE[optimizer.kind] + (optimizer.kind == "sgd" and bool(optimizer.momentum))
+    held = 2 + state  # the parameter, its gradient, its state
+    return DenseModel(bytes=_FP32_BYTES * held * work.parameters, parameters=work.parameters,
+                      flops_per_sample=float(work.flops), dtype=job.dense_dtype)
+
+
+def _layers(sizes: Sequence[int], *, of_data: bool = False) -> _Work:
+    """Fully connected layers, biases included.
+
+    Args:
+        sizes: columns that go in, then those that each layer puts out.
+        of_data: the first layer's input needs no gradient.
+    """
+    work = _Work()
+    for index, (inputs, outputs) in enumerate(pairwise(sizes)):
+        products = 2 if of_data and index == 0 else 3
+        work += _Work((inputs + 1) * outputs, 2 * products * inputs * outputs)
+    return work
+
+
+def _dimensions(job: JobConfig) -> list[int]:
+    """Columns of every feature."""
+    return [table.embedding_dim for table in job.table_configs() for _ in table.feature_names]
+
+
+def _dlrm(job: JobConfig) -> _Work:
+    columns, vectors = _dimensions(job)[0], len(_dimensions(job)) + 1
+    bottom = list(job.model.bottom_mlp)
+    if not bottom or bottom[-1] != columns:
+        bottom.append(columns)
+    pairs = vectors * (vectors - 1) // 2
+    # Forward the pairs' inner products; backward a full [N, N] x [N, D] product.
+    crossed = _Work(0, 2 * pairs * columns + 2 * vectors * vectors * columns)
+    return _layers([job.data.num_dense, *bottom], of_data=True) + crossed + \
+        _layers([columns + pairs, *job.model.top_mlp, 1])
+
+
+def _deepfm(job: JobConfig) -> _Work:
+    columns = _dimensions(job)[0]
+    width = job.data.num_dense + sum(_dimensions(job))
+    # The dense features' vectors enter a sum and a sum of squares.
+    vectors = _Work(job.data.num_dense * columns, 2 * 2 * 2 * job.data.num_dense * columns)
+    return vectors + _layers([width, 1]) + _layers([width, *job.model.top_mlp, 1])
+
+
+def _dcn(job: JobConfig) -> _Work:
+    width, rank = job.data.num_dense + sum(_dimensions(job)), job.model.cross_rank
+    cross = _layers([width, width])
+    if rank is not None:
+        down = _layers([width, rank])
+        cross = _Work(down.parameters - rank, down.flops) + _layers([rank, width])
+    work = _Work()
+    for _ in range(job.model.cross_layers):
+        work += cross
+    return work + _layers([width, *job.model.top_mlp, 1])
+
+
+_MODELS = {"dlrm": _dlrm, "deepfm": _deepfm, "dcn": _dcn}

@@ -1,0 +1,46 @@
+"""What a plan may take into account besides tables, machine, batch and optimiser; no NumPy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from shardlab.plan import WireDtypes
+
+if TYPE_CHECKING:
+    from shardlab.planner.statistics import Statistics
+
+
+@dataclass(frozen=True)
+class DenseModel:
+    """The dense part of the model, as far as a plan depends on it.
+
+    Attributes:
+        bytes: what it takes of every rank's hbm: parameters, gradients, optimiser state.
+        parameters: fp32 gradients that all ranks reduce in every step.
+        flops_per_sample: forward and backward; a multiply-add counts two.
+        dtype: of its products, ``fp32`` or ``bf16``.
+    """
+
+    bytes: int = 0
+    parameters: int = 0
+    flops_per_sample: float = 0.0
+    dtype: str = "fp32"
+
+
+@dataclass(frozen=True)
+class PlanSettings:
+    """What else a plan may take into account.
+
+    Attributes:
+        dense: the dense part of the model; its time is part of the step.
+        wire: dtypes of rows and gradients on the wire.
+        statistics: measured ids; None: the Zipf assumption of `zipf`.
+        time_limit: CPU seconds after which the search takes the best plan it has; None: effort is
+            limited by counts, and the plan is the same on every machine.
+    """
+
+    dense: DenseModel = field(default_factory=DenseModel)
+    wire: WireDtypes = field(default_factory=WireDtypes)
+    statistics: Statistics | None = None
+    time_limit: float | None = None
