@@ -104,10 +104,9 @@ def choose_plan(job: JobConfig, groups: Groups, previous: Path | None) -> Chosen
         except ShardLabError as error:  # the other ranks wait for an answer
             failure = error
     text = broadcast_text(text, groups)
-    if failure is not None:
-        raise failure
-    if not text:
-        raise LaunchError("rank 0 found no plan; see its message")
+    if not text:  # whichever rank is heard first, its message says what is wrong
+        reason = broadcast_text("" if failure is None else str(failure), groups)
+        raise failure or LaunchError(f"rank 0 found no plan: {reason}")
     return ChosenPlan(ShardingPlan.from_json(text), text)
 
 

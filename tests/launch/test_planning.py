@@ -128,4 +128,5 @@ def test_all_ranks_get_the_plan_of_rank_0():
 def test_all_ranks_end_where_rank_0_finds_no_plan():
     first, second = run_ranks(2, plan_or_error, ["topology=8xh100"])
     assert first.startswith("PlanError: topology: 8xh100 has 8 ranks, this run has 2")
-    assert second == f"{LaunchError.__name__}: rank 0 found no plan; see its message"
+    reason = first.removeprefix("PlanError: ")
+    assert second == f"{LaunchError.__name__}: rank 0 found no plan: {reason}"
