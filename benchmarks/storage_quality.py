@@ -19,7 +19,6 @@ from pathlib import Path
 
 from shardlab.config import load_job
 from shardlab.storage_bytes import tier_bytes
-from shardlab.storage_text import parse_storage
 
 NEAREST = ", rounding: nearest"
 CACHE = "{{levels: [{{fraction: {share}}}, {{dtype: {dtype}}}]{rest}}}".format
@@ -56,10 +55,10 @@ def train(args: argparse.Namespace, storage: str, seed: int) -> float:
 
 def table_bytes(args: argparse.Namespace, storage: str) -> int:
     """Bytes of all tables on one rank, without optimiser state."""
-    spec = parse_storage(load_job(None, [f"tables.storage={storage}"]).tables.storage, "storage")
-    tables = load_job(args.job, args.overrides).table_configs()
-    return sum(tier_bytes(spec, table.num_embeddings, table.embedding_dim, "sgd").total
-               for table in tables)
+    job = load_job(args.job, [*args.overrides, f"data.path={args.data}",
+                              f"tables.storage={storage}"])
+    return sum(tier_bytes(table.storage, table.num_embeddings, table.embedding_dim, "sgd").total
+               for table in job.table_configs())
 
 
 def error_of(values: list[float]) -> float:

@@ -18,6 +18,7 @@ from shardlab.optim import RowOptimizer
 from shardlab.sharded import EmbeddingBagCollection, shard
 from shardlab.specs import EmbeddingBagConfig
 from shardlab.storage_bytes import record_layout
+from shardlab.storage_specs import RowsSpec
 
 _FP32_BYTES = 4
 _STREAM_BYTES = 256 << 20  # several times the caches of the machines we know
@@ -88,7 +89,7 @@ def measure(shape: Shape, seconds: float) -> Iterator[Speed]:
         ConfigError: the shape needs more than half of the machine's memory.
     """
     rule = ROW_OPTIMIZERS[shape.optimizer](lr=_LR)
-    layout = record_layout(EmbeddingBagConfig(1, 1, "t").storage.home, shape.dim, rule.kind)
+    layout = record_layout(RowsSpec().home, shape.dim, rule.kind)
     needed = shape.tables * shape.rows * layout.record_bytes + 2 * _STREAM_BYTES
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if needed > memory // 2:

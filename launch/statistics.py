@@ -87,7 +87,7 @@ def file_work(path: str, features: Iterable[str], label: str, samples: int | Non
     if chosen:
         source = build_source(SourceSpec("parquet", dict.fromkeys(chosen, UNKNOWN_ROWS), path,
                                          label=label))
-        groups = {(name,): UNKNOWN_ROWS for name in chosen}
+        groups: dict[tuple[str, ...], int] = {(name,): UNKNOWN_ROWS for name in chosen}
     else:
         kind = "criteo_tsv" if text else "criteo_parquet"
         if not text:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -115,27 +116,27 @@ class MeasuredAccess:
         """See `Access`."""
         found = [sum(float(record.unique_ids(samples)) for record in records)
                  for records in self._records]
-        return np.minimum(np.array(found), self._rows)
+        return np.asarray(np.minimum(np.array(found), self._rows))
 
     def hot_share(self, table: Ints, rows: Floats) -> Floats:
         """See `Access`."""
-        return self._ask(table, lambda record, x: record.hot_share(x), rows)
+        return self._ask(table, lambda x, record: record.hot_share(x), rows)
 
     def miss_ratio(self, table: Ints, cache_rows: Floats) -> Floats:
         """See `Access`."""
-        found = self._ask(table, lambda record, x: record.miss_ratio(x), cache_rows)
-        return np.where(cache_rows >= self._rows[table], 0.0, found)
+        found = self._ask(table, lambda x, record: record.miss_ratio(x), cache_rows)
+        return np.asarray(np.where(cache_rows >= self._rows[table], 0.0, found))
 
     def fullest_block(self, table: Ints, parts: Ints) -> Floats:
         """See `Access`."""
-        return self._ask(table, lambda record, x: record.fullest_block(x), parts)
+        return self._ask(table, lambda x, record: record.fullest_block(x), parts)
 
     def fullest_unique_block(self, table: Ints, parts: Ints, unique: Floats) -> Floats:
         """See `Access`."""
-        lasting = self._ask(table, lambda record, x: record.fullest_unique_block(x), parts)
+        lasting = self._ask(table, lambda x, record: record.fullest_unique_block(x), parts)
         return with_chance(lasting, parts, unique)
 
-    def _ask(self, table: Ints, curve: Callable[[IdStatistics, Floats], Floats],
+    def _ask(self, table: Ints, curve: Callable[[Floats | Ints, IdStatistics], Floats],
              x: Floats | Ints) -> Floats:
         """Evaluates each table's curve at its own entries of ``x``."""
         out = np.empty(len(table))
@@ -143,7 +144,7 @@ class MeasuredAccess:
         for entries in np.split(order, np.flatnonzero(np.diff(table[order])) + 1):
             if len(entries):
                 records, points = self._records[int(table[entries[0]])], x[entries]
-                out[entries] = _mean(records, lambda record, at=points: curve(record, at))
+                out[entries] = _mean(records, partial(curve, points))
         return out
 
 
@@ -159,4 +160,4 @@ def with_chance(share: Floats, parts: Ints, unique: Floats) -> Floats:
     """The expected largest share of ``parts`` blocks in one batch of ``unique`` ids."""
     expected = np.maximum(share * unique, 1e-9)
     excess = np.sqrt(2 * np.log(np.maximum(parts, 1)) / expected)
-    return np.minimum(np.asarray(share * (1 + excess)), 1.0)
+    return np.asarray(np.minimum(share * (1 + excess), 1.0))

@@ -73,6 +73,10 @@ def _memory(bytes_per_s: float) -> Memory:
                   row_bytes_per_s=bytes_per_s, ids_per_s=bytes_per_s / _SORT_BYTES)
 
 
+def _flat(bytes_per_s: float, latency_s: float) -> Link:
+    return Link(((1.0, bytes_per_s),), latency_s)
+
+
 def _rising(bytes_per_s: float, latency_s: float) -> Link:
     return Link(((_HALF_SPEED_BYTES, bytes_per_s / 2), (_FULL_SPEED_BYTES, bytes_per_s)),
                 latency_s)
@@ -141,7 +145,7 @@ _CPU = Topology(
     device_host=None,
     # gloo all-to-all between two processes of one host: 165 us at 8 B, 1.2 ms at 2 MiB to the
     # peer. Between hosts: 10 Gb/s Ethernet at 90 %, assumed to cost the same per message.
-    intra_host=Link(2.0 * _GB, 165e-6), inter_host=Link(1.125 * _GB, 165e-6),
+    intra_host=_flat(2.0 * _GB, 165e-6), inter_host=_flat(1.125 * _GB, 165e-6),
     # A pass over memory that is not wider than the kernels' lanes; own assumption.
     encode_bytes_per_s=7 * _GB, decode_bytes_per_s=7 * _GB,
     # Measured: square products of 1,024 and more, one thread, AVX-512 and AMX.

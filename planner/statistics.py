@@ -14,7 +14,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -78,7 +78,7 @@ class IdStatistics:
         found = np.exp(np.interp(np.log(size), x, y)
                        + slope * np.maximum(np.log(size) - x[-1], 0.0))
         smallest = size / math.exp(x[0])  # below the smallest size ids hardly repeat
-        return np.minimum(np.asarray(found * np.minimum(smallest, 1.0)), self.rows)
+        return np.asarray(np.minimum(found * np.minimum(smallest, 1.0), self.rows))
 
     def hot_share(self, rows: ArrayLike) -> Floats:
         """Share of ids that take one of the ``rows`` most frequent rows."""
@@ -87,7 +87,7 @@ class IdStatistics:
     def miss_ratio(self, cache_rows: ArrayLike) -> Floats:
         """Share of ids that an LRU cache of so many rows misses; 0 if it holds the table."""
         found = _curve(self.miss, cache_rows, 1.0)
-        return np.where(np.asarray(cache_rows) >= self.rows, 0.0, found)
+        return np.asarray(np.where(np.asarray(cache_rows) >= self.rows, 0.0, found))
 
     def fullest_block(self, parts: ArrayLike) -> Floats:
         """Share of ids in the fullest of so many equal blocks of rows."""
@@ -100,7 +100,7 @@ class IdStatistics:
     def _block(self, parts: ArrayLike, column: int) -> Floats:
         points, count = np.array(self.blocks), np.asarray(parts, dtype=np.float64)
         found = np.exp(np.interp(np.log(count), np.log(points[:, 0]), np.log(points[:, column])))
-        return np.maximum(found, 1.0 / count)
+        return np.asarray(np.maximum(found, 1.0 / count))
 
 
 def _curve(points: Points, x: ArrayLike, at_zero: float) -> Floats:
@@ -218,7 +218,7 @@ def _curve_problem(value: Any, columns: int) -> str | None:
     return None
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 

@@ -147,7 +147,7 @@ def fullest_block(rows: Floats, parts: Ints) -> Floats:
     size = np.rint(_SIZES_PER_OCTAVE * np.log2(np.maximum(rows, 1.0))).astype(np.int64)
     pairs, where = np.unique(np.stack([size, parts]), axis=1, return_inverse=True)
     found = np.array([_dealt_share(*pair) for pair in pairs.T.tolist()])
-    return np.maximum(found[where.reshape(-1)], 1.0 / parts)
+    return np.asarray(np.maximum(found[where.reshape(-1)], 1.0 / parts))
 
 
 @cache

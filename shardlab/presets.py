@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from shardlab.errors import ConfigError
 from shardlab.specs import BoundsMode, EmbeddingBagConfig, ExchangeKind, ShardingType
-from shardlab.storage_specs import RowsSpec, StorageSpec
+from shardlab.storage_specs import RowsSpec, StorageRequest
 
 #: Distinct values of C1..C26 over the full Criteo Kaggle week (45.8 million rows).
 CRITEO_KAGGLE_CARDINALITIES: tuple[int, ...] = (
@@ -23,7 +23,7 @@ def criteo_kaggle_tables(
     embedding_dim: int,
     max_rows: int | None = None,
     *,
-    storage: StorageSpec | None = None,
+    storage: StorageRequest | None = None,
     sharding: ShardingType | tuple[ShardingType, ...] | None = None,
     exchange: ExchangeKind = ExchangeKind.AUTO,
     bounds: BoundsMode = BoundsMode.ERROR,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from shardlab.launch.probe.timing import median_seconds
@@ -54,5 +56,5 @@ def copy_seconds(device: torch.device, seconds: float) -> list[tuple[int, float]
     host = torch.empty(COPY_BYTES[-1], dtype=torch.uint8, pin_memory=True)
     target = torch.empty(COPY_BYTES[-1], dtype=torch.uint8, device=device)
     return [(size, median_seconds(
-        lambda size=size: target[:size].copy_(host[:size], non_blocking=True), seconds, device))
+        partial(target[:size].copy_, host[:size], non_blocking=True), seconds, device))
         for size in COPY_BYTES]

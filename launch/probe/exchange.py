@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 
-from shardlab.comm import Groups, all_to_all
+from shardlab.comm import Groups, Work, all_to_all
 from shardlab.jagged import KeyedJaggedTensor
 from shardlab.launch.probe.timing import median_together
 from shardlab.optim import RowWiseAdagrad
@@ -20,6 +23,10 @@ FEW_TABLES, MANY_TABLES = 1, 33
 _FP32_BYTES = 4
 
 
+def _finish(exchange: Callable[[], Work]) -> None:
+    exchange().wait()
+
+
 def all_to_all_seconds(groups: Groups, largest: int, seconds: float) -> list[tuple[int, float]]:
     """(bytes to each peer, seconds) of all-to-alls of up to ``largest`` bytes to each peer."""
     found = []
@@ -30,9 +37,8 @@ def all_to_all_seconds(groups: Groups, largest: int, seconds: float) -> list[tup
         source = torch.ones(count * groups.world_size, device=groups.device)
         target = torch.empty_like(source)
         splits = [count] * groups.world_size
-        found.append((size, median_together(
-            lambda out=target, sent=source, splits=splits:
-            all_to_all(out, sent, splits, splits, groups).wait(), seconds, groups)))
+        exchange = partial(all_to_all, target, source, splits, splits, groups)
+        found.append((size, median_together(partial(_finish, exchange), seconds, groups)))
     return found
 
 

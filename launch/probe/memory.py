@@ -17,6 +17,7 @@ from shardlab.plan import build_table_plan
 from shardlab.specs import EmbeddingBagConfig, ShardingType
 from shardlab.storage import LocalShard, StorageOptions, build_storage
 from shardlab.storage_bytes import record_layout
+from shardlab.storage_specs import RowsSpec
 
 ROW_BYTES = (64, 128, 256, 512)
 OPTIMIZER = "row_wise_adagrad"
@@ -135,8 +136,7 @@ def fit_rows(speeds: Sequence[RowSpeed]) -> RowFit:
 
 def record_layout_bytes(speeds: Sequence[RowSpeed]) -> int:
     """Bytes of optimiser state behind every row that was measured."""
-    home = EmbeddingBagConfig(1, 1, "probe").storage.home
-    return record_layout(home, speeds[0].row_bytes // _FP32_BYTES, OPTIMIZER).state_bytes
+    return record_layout(RowsSpec().home, speeds[0].row_bytes // _FP32_BYTES, OPTIMIZER).state_bytes
 
 
 def ids_per_s(device: torch.device, seconds: float) -> float:

@@ -9,6 +9,7 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -95,9 +96,11 @@ def _memory(key: str, words: str, device: torch.device, options: Options) -> lis
         stream.append(memory.stream_bytes_per_s(device, options.stream_bytes, time))
         return stream[0]
 
+    def measure_rows(size: int) -> dict[str, float]:
+        return asdict(memory.row_speed(device, size, options.arena_bytes, stream[0], time))
+
     rows: list[Measurement] = [
-        (f"{key}_rows_{size}", f"{words}, random rows of {size} B", lambda size=size: asdict(
-            memory.row_speed(device, size, options.arena_bytes, stream[0], time)))
+        (f"{key}_rows_{size}", f"{words}, random rows of {size} B", partial(measure_rows, size))
         for size in memory.ROW_BYTES]
     return [(f"{key}_stream", f"{words}, streams", measure_stream), *rows,
             (f"{key}_ids", "ids", lambda: memory.ids_per_s(device, time))]
