@@ -4,7 +4,7 @@
 
 `shardlab.shard` finds every EmbeddingBagCollection wherever it hangs in a module and leaves the
 rest alone: no tracing, no base class. All that is not a table is trained by a torch optimiser,
-under DistributedDataParallel where there are several ranks.
+replicated, its gradients averaged over ranks.
 """
 
 from __future__ import annotations

@@ -64,7 +64,7 @@ def main() -> None:
     #           dense = KeyedOptimizerWrapper(dict(in_backward_optimizer_filter(
     #               model.named_parameters())), lambda p: torch.optim.Adam(p, lr=1e-2))
     #           optimizer = CombinedOptimizer([model.fused_optimizer, dense])
-    torch.manual_seed(0)  # DDP starts every rank from rank 0's dense parameters
+    torch.manual_seed(0)  # every rank starts from rank 0's dense parameters
     model, optimizer = sl.shard(
         Clicks(ebc), optimizer=sl.optim.RowWiseAdagrad(lr=0.1),
         dense_optimizer=lambda p: torch.optim.Adam(p, lr=1e-2), groups=groups)

@@ -6,10 +6,13 @@ from shardlab.comm.collectives import (
     all_reduce_,
     all_to_all,
     barrier,
+    broadcast_,
     broadcast_text,
     gather_objects_json,
+    start_all_reduce,
 )
 from shardlab.comm.groups import Groups, build_groups, init, shutdown
 
-__all__ = ["Groups", "WireBytes", "Work", "all_reduce_", "all_to_all", "barrier",
-           "broadcast_text", "build_groups", "gather_objects_json", "init", "shutdown"]
+__all__ = ["Groups", "WireBytes", "Work", "all_reduce_", "all_to_all", "barrier", "broadcast_",
+           "broadcast_text", "build_groups", "gather_objects_json", "init", "shutdown",
+           "start_all_reduce"]

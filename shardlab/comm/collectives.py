@@ -65,6 +65,21 @@ def all_reduce_(tensor: Tensor, groups: Groups, op: str = "sum") -> Tensor:
     return tensor
 
 
+def start_all_reduce(tensor: Tensor, groups: Groups) -> Work:
+    """Starts adding up ``tensor`` over all ranks, in place; uses `process_group`."""
+    if groups.process_group is None:
+        return Work(None)
+    return Work(dist.all_reduce(tensor, group=groups.process_group, async_op=True))
+
+
+def broadcast_(tensor: Tensor, groups: Groups) -> Tensor:
+    """Rank 0's tensor on every rank, in place."""
+    if groups.process_group is not None:
+        sent = tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor
+        dist.broadcast(sent, 0, group=groups.process_group)
+    return tensor
+
+
 def barrier(groups: Groups) -> None:
     """Waits until every rank is here."""
     if groups.process_group is not None:

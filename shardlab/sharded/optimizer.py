@@ -13,6 +13,7 @@ from shardlab.comm import Groups
 from shardlab.errors import CheckpointError
 from shardlab.optim.rules import RowOptimizer, step_parameters
 from shardlab.sharded.collection import ShardedEmbeddingBagCollection
+from shardlab.sharded.dense import DenseReducer
 
 #: Keeps a zero norm from dividing; torch.nn.utils.clip_grad_norm_ uses the same.
 _NORM_EPS = 1e-6
@@ -21,8 +22,8 @@ _NORM_EPS = 1e-6
 class ShardedOptimizer(torch.optim.Optimizer):
     """Steps table rows with fused kernels and the dense parameters with a torch optimiser.
 
-    The gradient of a table row is the mean over ranks of what their local losses give, as DDP does
-    for dense parameters. ``param_groups[0]`` holds the tables' hyper-parameters, the dense
+    The gradient of a table row is the mean over ranks of what their local losses give, as for
+    dense parameters. ``param_groups[0]`` holds the tables' hyper-parameters, the dense
     optimiser's groups follow; a scheduler moves them all.
 
     Args:
@@ -30,12 +31,15 @@ class ShardedOptimizer(torch.optim.Optimizer):
         rows: optimiser of the rows.
         dense: optimiser of the other parameters, or None when there are none.
         groups: the ranks.
+        reducer: averages the dense gradients over ranks; None: there is nothing to average.
     """
 
     def __init__(self, collections: Sequence[ShardedEmbeddingBagCollection], rows: RowOptimizer,
-                 dense: torch.optim.Optimizer | None, groups: Groups) -> None:
+                 dense: torch.optim.Optimizer | None, groups: Groups,
+                 reducer: DenseReducer | None = None) -> None:
         self._collections, self.dense, self._groups = list(collections), dense, groups
         self._clock = self._collections[0].clock
+        self._reducer = reducer
         self.steps_taken = 0
         placeholder = torch.nn.Parameter(torch.empty(0), requires_grad=False)
         super().__init__([{"params": [placeholder], **rows.group()}], {})
@@ -62,6 +66,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._reducer is not None:
+            self._reducer.settle()
         if self.dense is not None:
             self.dense.step()
         self.steps_taken += 1

@@ -1,4 +1,4 @@
-"""`shard`: a user's model, its tables in shards over all ranks, its dense part under DDP."""
+"""`shard`: a user's model, its tables in shards over all ranks, its dense part on every rank."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from shardlab.comm import Groups, build_groups
 from shardlab.errors import PlanError, ShardLabError
@@ -15,6 +14,7 @@ from shardlab.optim import RowOptimizer, RowWiseAdagrad
 from shardlab.plan import ShardingPlan, build_table_plan
 from shardlab.sharded.clock import PhaseClock
 from shardlab.sharded.collection import EmbeddingBagCollection, ShardedEmbeddingBagCollection
+from shardlab.sharded.dense import DenseReducer
 from shardlab.sharded.optimizer import ShardedOptimizer
 from shardlab.specs import EmbeddingBagConfig, ShardingType
 
@@ -39,21 +39,14 @@ class ShardedModel(nn.Module):
         self.module = module
         self.groups = groups
         dense = any(parameter.requires_grad for parameter in module.parameters())
-        runner: nn.Module = module
-        if groups.process_group is not None and dense:
-            runner = _data_parallel(module, groups)
-        # Not registered as a child: its parameters are the module's.
-        object.__setattr__(self, "_runner", runner)
+        several = groups.process_group is not None
+        self.reducer = DenseReducer(module, groups) if several and dense else None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the user's model."""
-        return self._runner(*args, **kwargs)
-
-    def train(self, mode: bool = True) -> ShardedModel:
-        """Sets training mode everywhere, also of the DDP wrapper."""
-        super().train(mode)
-        self._runner.train(mode)
-        return self
+        if self.reducer is not None and self.training and torch.is_grad_enabled():
+            self.reducer.share_buffers()
+        return self.module(*args, **kwargs)
 
     @property
     def clock(self) -> PhaseClock:
@@ -72,21 +65,6 @@ class ShardedModel(nn.Module):
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Loads what `state_dict` gave."""
         return self.module.load_state_dict(*args, **kwargs)
-
-
-def _data_parallel(module: nn.Module, groups: Groups) -> DistributedDataParallel:
-    """The dense part under DDP.
-
-    DDP lays its buckets anew after the first step, in the order gradients came. A run that resumes
-    then sums its first step in another order than the run it continues (visible from 4 ranks on).
-    On the CPU, where buckets overlap nothing, they are laid once, here; torch has no public way.
-    """
-    wrapped = DistributedDataParallel(module, process_group=groups.process_group,
-                                      gradient_as_bucket_view=True)
-    if groups.device.type == "cpu":
-        wrapped.reducer._push_all_rebuilt_params()
-        wrapped.reducer._rebuild_buckets()
-    return wrapped
 
 
 def shard(model: nn.Module, plan: ShardingPlan | None = None, *,
@@ -135,7 +113,8 @@ def shard(model: nn.Module, plan: ShardingPlan | None = None, *,
     model.to(groups.device)
     parameters = [p for p in model.parameters() if p.requires_grad]
     dense = dense_optimizer(parameters) if parameters else None
-    return ShardedModel(model, groups), ShardedOptimizer(collections, rows, dense, groups)
+    sharded_model = ShardedModel(model, groups)
+    return sharded_model, ShardedOptimizer(collections, rows, dense, groups, sharded_model.reducer)
 
 
 def _replace(model: nn.Module, name: str, child: nn.Module) -> nn.Module:

@@ -78,7 +78,7 @@ def _dense_inputs(step):
 
 
 def _train_tower(groups, job, dense_state):
-    torch.manual_seed(groups.rank)  # ranks start apart: DDP must take rank 0's dense weights
+    torch.manual_seed(groups.rank)  # ranks start apart: all must take rank 0's dense weights
     tower = Tower(sl.EmbeddingBagCollection(TABLES))
     if groups.rank == 0:
         tower.load_state_dict(dense_state)
