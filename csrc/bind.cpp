@@ -157,5 +157,6 @@ NB_MODULE(_native, m) {
   bind_dense_bf16(m);
   bind_cache(m);
   bind_scatter(m);
+  bind_tensor_train(m);
   bind_disk(m);
 }

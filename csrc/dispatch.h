@@ -6,6 +6,7 @@
 #include "linear.h"
 #include "rows.h"
 #include "scatter.h"
+#include "tensor_train.h"
 
 namespace shardlab {
 
@@ -17,6 +18,7 @@ struct Kernels {
   const LinearKernels* linear;
   const CodecKernels* codecs;
   const ScatterKernels* scatter;
+  const TensorTrainKernels* tensor_train;
 };
 
 // Those that this build and this processor have, widest first; the portable ones are always last.

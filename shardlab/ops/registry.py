@@ -40,6 +40,8 @@ OPS: dict[str, tuple[str, ...]] = {
     "decode_rows": ("native", "triton"),
     "dot_interaction": ("native", "triton"),
     "linear_relu": ("native",),
+    "tensor_train_rows": ("native", "triton"),
+    "tensor_train_gradients": ("native", "triton"),
 }
 
 #: Ops whose native face pays on one vendor's processors only. torch multiplies with MKL and oneDNN,
