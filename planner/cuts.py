@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from shardlab.planner.topology import Topology
 from shardlab.specs import EmbeddingBagConfig, ExchangeKind, ShardingType
-from shardlab.storage_specs import Choice, RowsSpec, StorageRequest
+from shardlab.storage_specs import StorageRequest, TensorTrainSpec, cut_units
 
 #: Narrowest column block that is cut without being asked for: one 64-byte cache line of fp32.
 MIN_COLUMNS = 16
@@ -54,7 +54,7 @@ class Shape:
     """All that the cuts of a table depend on, so that equal tables share them.
 
     Attributes:
-        rows: rows, at most as many as there are ranks for it.
+        rows: pieces that the rows can be cut into, at most as many as there are ranks for it.
         columns: columns.
         unit: columns of a block must be a multiple of it.
         splits: most column blocks.
@@ -128,20 +128,17 @@ def shape_of(table: EmbeddingBagConfig, topology: Topology, request: StorageRequ
     """What the cuts of a table depend on."""
     ranks = len(table.ranks) or topology.world_size
     everywhere = ranks == topology.world_size
-    small = table.num_embeddings * table.embedding_dim * _FP32_BYTES <= MAX_COPIED_BYTES
+    elements = table.num_embeddings * table.embedding_dim
+    if isinstance(request, TensorTrainSpec):
+        elements = request.piece_shape(table.num_embeddings, table.embedding_dim).parameters
+    small = elements * _FP32_BYTES <= MAX_COPIED_BYTES
     kinds = tuple(kind for kind in table.allowed_sharding
                   if everywhere or kind is not ShardingType.DATA_PARALLEL)
-    return Shape(rows=min(table.num_embeddings, ranks), columns=table.embedding_dim,
-                  unit=2 if _packs_two(request) else 1,
+    row_unit, column_unit = cut_units(request, table.num_embeddings, table.embedding_dim)
+    return Shape(rows=min(-(-table.num_embeddings // row_unit), ranks),
+                  columns=table.embedding_dim, unit=column_unit,
                   splits=table.max_column_splits or table.embedding_dim, ranks=ranks, kinds=kinds,
                   copied=small and everywhere and table.exchange is not ExchangeKind.POOLED)
-
-
-def _packs_two(request: StorageRequest) -> bool:
-    """int4 packs two columns in a byte: blocks have an even width."""
-    options = request.options if isinstance(request, Choice) else (request,)
-    return any(level.dtype == "int4" for spec in options if isinstance(spec, RowsSpec)
-               for level in spec.levels)
 
 
 def table_cuts(table: EmbeddingBagConfig, topology: Topology) -> list[Cut]:

@@ -17,6 +17,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from shardlab.errors import ConfigError
 from shardlab.planner.cuts import Cut, Shape, cuts_of, shape_of
 from shardlab.planner.topology import Topology
 from shardlab.planner.variants import Variant, storage_variants
@@ -27,7 +28,9 @@ from shardlab.storage_specs import (
     StorageRequest,
     StorageSpec,
     Tier,
+    cut_units,
     home_tier,
+    resolve_storage,
 )
 
 Ints = NDArray[np.int64]
@@ -124,6 +127,20 @@ def _in_shares(request: StorageRequest, rows: int, columns: int) -> StorageReque
     return request
 
 
+def _of_table(table: EmbeddingBagConfig) -> StorageRequest:
+    """What a table asks for, as it holds for every part of it."""
+    rows, columns = table.num_embeddings, table.embedding_dim
+    try:
+        return resolve_storage(_in_shares(table.storage, rows, columns), rows, columns)
+    except ConfigError as error:
+        raise ConfigError(f"table {table.name!r}: {error}") from None
+
+
+def _largest(size: Ints, unit: Ints, parts: Ints) -> Ints:
+    """The largest of so many pieces that begin at multiples of a unit."""
+    return np.minimum(size, unit * -(-(-(-size // unit)) // parts))
+
+
 def _lies_on_hbm(spec: StorageSpec) -> bool:
     """Copies on every rank are worth it only in memory that is near."""
     return home_tier(spec) is Tier.HBM
@@ -139,7 +156,7 @@ class _Builder:
 
     def columns_of(self, table: EmbeddingBagConfig) -> Ints:
         """[n, 6]: sharding, row_parts, col_parts, group, pooled, variant of every option."""
-        request = _in_shares(table.storage, table.num_embeddings, table.embedding_dim)
+        request = _of_table(table)
         shape = shape_of(table, self.topology, request)
         key = shape, request, table.exchange
         if key not in self.known:
@@ -182,11 +199,13 @@ def enumerate_options(tables: Sequence[EmbeddingBagConfig], topology: Topology,
     counts = np.array([len(block) for block in blocks], dtype=np.int64)
     sharding, row_parts, col_parts, group, pooled, variant = np.concatenate(blocks).T
     table = np.repeat(np.arange(len(tables)), counts)
+    units = np.array([cut_units(entry.storage, entry.num_embeddings, entry.embedding_dim)
+                      for entry in tables], dtype=np.int64)[table]
     rows = np.array([entry.num_embeddings for entry in tables], dtype=np.int64)[table]
     columns = np.array([entry.embedding_dim for entry in tables], dtype=np.int64)[table]
     copies = np.where(sharding == _COPIED, topology.world_size, 1)
     return Options(
         variants=tuple(builder.variants), first=_starts(counts), table=table, sharding=sharding,
         row_parts=row_parts, col_parts=col_parts, pieces=row_parts * col_parts * copies,
-        group=group, pooled=pooled.astype(bool), variant=variant, rows=-(-rows // row_parts),
-        columns=-(-columns // col_parts))
+        group=group, pooled=pooled.astype(bool), variant=variant, rows=_largest(rows, units[:, 0], row_parts),
+        columns=_largest(columns, units[:, 1], col_parts))

@@ -169,7 +169,7 @@ def _pruned(spec: PrunedSpec, rows: int, columns: int, optimizer: str,
 def _tensor_train(spec: TensorTrainSpec, rows: int, columns: int, speeds: Speeds) -> Holding:
     """Products of slices of cores, left to right; cores are small and stay near."""
     try:
-        shape = spec.shape(rows, columns)
+        shape = spec.piece_shape(rows, columns)
     except ConfigError:
         return Holding(0.0, 0.0)  # never taken: `sizes.piece_bytes` calls it impossible
     flops, width, elements = 0.0, 1, 0

@@ -15,7 +15,17 @@ from typing import Any
 from shardlab.errors import ConfigError, PlanError
 from shardlab.specs import EmbeddingBagConfig, ExchangeKind, ShardingType
 from shardlab.storage_bytes import TierBytes
-from shardlab.storage_specs import Choice, LevelSpec, RowsSpec, StorageSpec, Tier, place_home
+from shardlab.storage_specs import (
+    Choice,
+    LevelSpec,
+    RowsSpec,
+    StorageSpec,
+    Tier,
+    cut_units,
+    describe_storage,
+    place_home,
+    resolve_storage,
+)
 from shardlab.storage_text import parse_storage, storage_to_data
 
 SCHEMA_VERSION = 2
@@ -172,6 +182,8 @@ def _cover_problems(plan: TablePlan, table: EmbeddingBagConfig, world: int) -> l
         if not whole or sorted(s.rank for s in plan.shards) != list(range(world)):
             return [f"{where}: data_parallel needs one whole copy on each of {world} ranks"]
         return []
+    if problems := _cut_problems(plan, table):
+        return problems
     spans: dict[tuple[int, int], list[tuple[int, int]]] = {}
     for shard in plan.shards:
         spans.setdefault((shard.row_start, shard.row_end), []).append(
@@ -182,16 +194,37 @@ def _cover_problems(plan: TablePlan, table: EmbeddingBagConfig, world: int) -> l
     return []
 
 
+def _cut_problems(plan: TablePlan, table: EmbeddingBagConfig) -> list[str]:
+    """Cuts that the storage cannot be cut at, such as through the slices of a core."""
+    try:
+        row_unit, column_unit = cut_units(plan.storage, table.num_embeddings, table.embedding_dim)
+    except ConfigError as error:
+        return [f"table {table.name!r}: {error}"]
+    for shard in plan.shards:
+        if shard.row_start % row_unit or shard.col_start % column_unit:
+            return [f"table {table.name!r}: {describe_storage(plan.storage)} is cut at multiples "
+                    f"of {row_unit} rows and {column_unit} columns, found a shard from row "
+                    f"{shard.row_start} and column {shard.col_start} on"]
+    return []
+
+
 def _tiles(spans: list[tuple[int, int]], size: int) -> bool:
     ends = [0, *(end for _, end in spans)]
     return bool(spans) and ends[-1] == size and \
         all(start == end for (start, _), end in zip(spans, ends, strict=False))
 
 
-def even_splits(size: int, parts: int) -> list[tuple[int, int]]:
-    """[start, end) of up to ``parts`` nearly equal, non-empty pieces of range(size)."""
-    parts = max(1, min(parts, size))
-    bounds = [size * i // parts for i in range(parts + 1)]
+def even_splits(size: int, parts: int, unit: int = 1) -> list[tuple[int, int]]:
+    """[start, end) of up to ``parts`` nearly equal, non-empty pieces of range(size).
+
+    Args:
+        size: end of the last piece.
+        parts: pieces wanted.
+        unit: pieces begin at multiples of it.
+    """
+    units = -(-size // unit)
+    parts = max(1, min(parts, units))
+    bounds = [min(size, unit * (units * i // parts)) for i in range(parts + 1)]
     return list(pairwise(bounds))
 
 
@@ -219,7 +252,7 @@ def build_table_plan(table: EmbeddingBagConfig, sharding: ShardingType, ranks: S
     rows, dim = table.num_embeddings, table.embedding_dim
     ranks = list(ranks)
     where = f"table {table.name!r}, {sharding.value}"
-    held = storage or table.storage
+    held = resolve_storage(storage or table.storage, rows, dim)
     if isinstance(held, Choice):
         raise PlanError(f"{where}: the table's storage is still a choice of "
                         f"{len(held.options)}; let the planner choose, or name one")
@@ -244,9 +277,11 @@ def build_table_plan(table: EmbeddingBagConfig, sharding: ShardingType, ranks: S
         if len(groups) > dim:
             raise PlanError(f"{where}: {len(groups)} column blocks asked, "
                             f"the table has {dim} columns")
-        spans = even_splits(dim, len(groups))
+        row_unit, column_unit = cut_units(held, rows, dim)
+        spans = even_splits(dim, len(groups), column_unit)
         shards = [Shard(rank, *block, *span)
-                  for group, span in zip(groups, spans, strict=True)
-                  for rank, block in zip(group, even_splits(rows, len(group)), strict=False)]
+                  for group, span in zip(groups, spans, strict=False)
+                  for rank, block in zip(group, even_splits(rows, len(group), row_unit),
+                                         strict=False)]
     return TablePlan(table.name, sharding, exchange or table.exchange, tuple(shards),
                      place_home(held, Tier.HBM))

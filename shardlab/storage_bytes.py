@@ -19,6 +19,7 @@ from shardlab.storage_specs import (
     TensorTrainSpec,
     Tier,
 )
+from shardlab.tensor_train_shapes import hot_rows_shape
 
 #: Optimiser state of one row: (elements per column, elements per row).
 OPTIMIZER_STATE: dict[str, tuple[int, int]] = {
@@ -110,13 +111,14 @@ def cache_bytes(level: LevelSpec, rows: int, columns: int, optimizer: str,
 
 def _tensor_train_bytes(spec: TensorTrainSpec, rows: int, columns: int,
                         optimizer: str) -> TierBytes:
-    shape = spec.shape(rows, columns)
+    shape = spec.piece_shape(rows, columns)
     per_column, per_row = OPTIMIZER_STATE[optimizer]
     state = _FP32_BYTES * (per_column * shape.parameters + per_row * sum(shape.row_factors))
     total = payload_bytes(spec.dtype, shape.parameters) + state
     if spec.cache_fraction:
-        level = LevelSpec("fp32", spec.tier, spec.cache_fraction)
-        total += cache_bytes(level, rows, columns, optimizer)
+        hot = hot_rows_shape(rows, spec.cache_fraction)
+        record = _FP32_BYTES * (columns * (1 + per_column) + per_row)
+        total += hot.capacity * record + hot.index_bytes
     return TierBytes.on(spec.tier, total)
 
 

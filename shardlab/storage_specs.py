@@ -6,6 +6,7 @@ Three kinds: ``rows`` (a chain of levels, near to far), ``tensor_train`` and ``p
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from enum import Enum
 
@@ -87,6 +88,8 @@ class TensorTrainSpec:
         dtype: of the cores, ``fp32`` or ``bf16``.
         init: initial distribution, a member of `TENSOR_TRAIN_INITS`.
         cache_fraction: share of the rows that a cache of plain fp32 rows holds; 0 for none.
+        cache_warmup_steps: optimiser steps that only count uses; then the hottest rows are cached.
+        cache_refresh_steps: steps between later choices of the cached rows; 0: the first one stays.
         tier: where the cores live; None lets the planner pick.
     """
 
@@ -97,12 +100,46 @@ class TensorTrainSpec:
     dtype: str = "fp32"
     init: str = "sampled_gaussian"
     cache_fraction: float = 0.0
+    cache_warmup_steps: int = 1000
+    cache_refresh_steps: int = 0
     tier: Tier | None = None
 
     def shape(self, rows: int, columns: int) -> TensorTrainShape:
-        """Factors and ranks for a table, or a shard of one, of this size."""
+        """Factors and ranks for a table of this size.
+
+        Raises:
+            ConfigError: factors that do not fit.
+        """
         return tensor_train_shape(rows, columns, self.rank, self.cores, self.row_factors or None,
                                   self.column_factors or None)
+
+    def resolve(self, rows: int, columns: int) -> TensorTrainSpec:
+        """The same storage with all factors and ranks of a table of this size.
+
+        First digits that no row has are left out. What is resolved resolves to itself.
+
+        Raises:
+            ConfigError: factors that do not fit.
+        """
+        whole = self.shape(rows, columns)
+        used = replace(self, row_factors=(-(-rows // whole.row_unit), *whole.row_factors[1:]),
+                       column_factors=whole.column_factors)
+        return replace(used, rank=used.shape(rows, columns).ranks[1:-1])
+
+    def piece_shape(self, rows: int, columns: int) -> TensorTrainShape:
+        """Shape of a rectangle of the table that this was resolved for.
+
+        Unresolved, the rectangle is taken for a table.
+
+        Raises:
+            ConfigError: factors that do not fit, or a cut between the columns of a core.
+        """
+        known = self.row_factors and self.column_factors and isinstance(self.rank, tuple)
+        spec = self if known else self.resolve(rows, columns)
+        assert isinstance(spec.rank, tuple)
+        whole = TensorTrainShape(math.prod(spec.row_factors), spec.row_factors,
+                                 spec.column_factors, (1, *spec.rank, 1))
+        return whole.piece(rows, columns)
 
 
 @dataclass(frozen=True)
@@ -144,6 +181,35 @@ StorageSpec = RowsSpec | TensorTrainSpec | PrunedSpec
 StorageRequest = StorageSpec | Choice
 
 
+def resolve_storage(request: StorageRequest, rows: int, columns: int) -> StorageRequest:
+    """The same storage with whatever follows from the table's size filled in.
+
+    Raises:
+        ConfigError: a shape that the table cannot have.
+    """
+    if isinstance(request, Choice):
+        options = tuple(resolve_storage(option, rows, columns) for option in request.options)
+        return replace(request, options=options)  # type: ignore[arg-type]
+    return request.resolve(rows, columns) if isinstance(request, TensorTrainSpec) else request
+
+
+def cut_units(request: StorageRequest, rows: int, columns: int) -> tuple[int, int]:
+    """Rows and columns at whose multiples a table may be cut, in every storage of a request.
+
+    Raises:
+        ConfigError: a shape that the table cannot have.
+    """
+    if isinstance(request, Choice):
+        units = [cut_units(option, rows, columns) for option in request.options]
+        return math.lcm(*(unit for unit, _ in units)), math.lcm(*(unit for _, unit in units))
+    if isinstance(request, TensorTrainSpec):
+        shape = request.resolve(rows, columns).piece_shape(rows, columns)
+        return shape.row_unit, shape.column_unit
+    packs_two = isinstance(request, RowsSpec) and any(
+        level.dtype == "int4" for level in request.levels)
+    return 1, 2 if packs_two else 1
+
+
 def place_home(spec: StorageSpec, tier: Tier) -> StorageSpec:
     """The same storage with every level that named no tier on ``tier``."""
     if not isinstance(spec, RowsSpec):
@@ -161,7 +227,9 @@ def describe_storage(spec: StorageSpec) -> str:
     """A few words: ``int8 on ddr under fp32 5% on hbm``, ``tensor_train rank 32``."""
     if isinstance(spec, TensorTrainSpec):
         cache = f" + {spec.cache_fraction:.4g} cached" if spec.cache_fraction else ""
-        return f"tensor_train rank {spec.rank}{cache}"
+        ranks = (spec.rank,) if isinstance(spec.rank, int) else spec.rank
+        rank = ", ".join(str(rank) for rank in (ranks[:1] if len(set(ranks)) == 1 else ranks))
+        return f"tensor_train rank {rank}{cache}"
     if isinstance(spec, PrunedSpec):
         budget = f"{spec.ratio:.4g}" if spec.ratio is not None else f"{spec.bytes} B"
         return f"pruned to {budget}"

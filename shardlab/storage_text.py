@@ -148,6 +148,11 @@ def _parse_tensor_train(value: Mapping[str, Any], where: str) -> TensorTrainSpec
     check_word(spec.init, TENSOR_TRAIN_INITS, f"{where}.init")
     if spec.cache_fraction:
         check_share(spec.cache_fraction, f"{where}.cache_fraction")
+    for key in ("cache_warmup_steps", "cache_refresh_steps"):
+        steps = getattr(spec, key)
+        if type(steps) is not int or steps < 0:
+            raise ConfigError(f"{where}.{key}: expected a number of steps, 0 or more, found "
+                              f"{steps!r}")
     return replace(spec, tier=_parse_memory_tier(spec.tier, where))
 
 

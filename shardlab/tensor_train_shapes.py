@@ -15,6 +15,11 @@ from shardlab.errors import ConfigError
 
 _MAX_PADDING = 0.02
 _MIN_CORES, _MAX_CORES = 2, 4
+_ID_BYTES = 8
+#: Rows that are counted for each row that is cached: a row may come up from far below.
+_TRACKED = 4
+#: Fewer noted uses would have to be sorted several times a batch.
+_MIN_PENDING = 4096
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,39 @@ class TensorTrainShape:
     def padding(self) -> float:
         """Share of rows that the cores express beyond the table's."""
         return self.padded_rows / self.rows - 1
+
+    @property
+    def columns(self) -> int:
+        """Columns of the table."""
+        return math.prod(self.column_factors)
+
+    @property
+    def row_unit(self) -> int:
+        """Rows that share a first digit: where a table may be cut by rows."""
+        return math.prod(self.row_factors[1:])
+
+    @property
+    def column_unit(self) -> int:
+        """Columns that share the first core's column: where a table may be cut by columns."""
+        return math.prod(self.column_factors[1:])
+
+    def piece(self, rows: int, columns: int) -> TensorTrainShape:
+        """The shape of a rectangle: a part of the first core, and all of the others.
+
+        Args:
+            rows: of the rectangle, which begins at a multiple of `row_unit`.
+            columns: of the rectangle, which begins at a multiple of `column_unit`.
+
+        Raises:
+            ConfigError: the columns are no multiple of `column_unit`.
+        """
+        if columns % self.column_unit:
+            raise ConfigError(f"tensor_train of {self.columns} columns in factors "
+                              f"{list(self.column_factors)}: cannot be cut to {columns} columns; "
+                              f"cut at multiples of {self.column_unit}")
+        return TensorTrainShape(
+            rows, (-(-rows // self.row_unit), *self.row_factors[1:]),
+            (columns // self.column_unit, *self.column_factors[1:]), self.ranks)
 
 
 def tensor_train_shape(rows: int, columns: int, rank: int | Sequence[int], cores: int = 3,
@@ -94,6 +132,33 @@ def tensor_train_shape(rows: int, columns: int, rank: int | Sequence[int], cores
     ranks = [min(r, math.prod(sizes[:k + 1]), math.prod(sizes[k + 1:]))
              for k, r in enumerate(wanted)]
     return TensorTrainShape(rows, p, q, (1, *ranks, 1))
+
+
+@dataclass(frozen=True)
+class HotRowsShape:
+    """Sizes of the cache of hot rows in front of the cores of a rectangle.
+
+    Attributes:
+        capacity: rows that it holds.
+        tracked: rows whose uses are counted between two choices of the cached ones.
+        pending: uses that are noted before they are added to the counts.
+    """
+
+    capacity: int
+    tracked: int
+    pending: int
+
+    @property
+    def index_bytes(self) -> int:
+        """Ids of cached rows; ids and counts of the others."""
+        return _ID_BYTES * (self.capacity + 2 * (self.tracked + self.pending))
+
+
+def hot_rows_shape(rows: int, fraction: float) -> HotRowsShape:
+    """Sizes for a cache of a share of the rows, at least one."""
+    capacity = max(1, min(rows, round(fraction * rows)))
+    tracked = min(rows, _TRACKED * capacity)
+    return HotRowsShape(capacity, tracked, min(rows, max(tracked, _MIN_PENDING)))
 
 
 def _checked(factors: Sequence[int] | None, cores: int, where: str) -> tuple[int, ...]:
