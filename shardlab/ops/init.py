@@ -62,6 +62,17 @@ def init_uniform_reference(rows: Tensor, table: EmbeddingBagConfig, shard: Shard
         rows[first:first + number.numel()] = (low + (high - low) * unit).to(rows.device)
 
 
+def unit_uniform(start: int, counter: Tensor) -> Tensor:
+    """fp64 in (0, 1), a multiple of 2^-53 plus half of one, for every counter of a stream.
+
+    Args:
+        start: first counter of the stream, of `table_seed`.
+        counter: int64.
+    """
+    bits = _splitmix_tensor(_signed(start) + counter)
+    return (_shift(bits, 11).double() + 0.5) * 2.0**-53
+
+
 def _signed(x: int) -> int:
     return x - _WORD if x >= _WORD // 2 else x
 

@@ -39,8 +39,12 @@ class TensorTrain:
 
     def numbers(self) -> list[int]:
         """The kernels' numbers, in their order."""
-        shape = self.shape
-        return [len(self.cores), *shape.row_factors, *shape.column_factors, *shape.ranks]
+        return train_numbers(self.shape)
+
+
+def train_numbers(shape: TensorTrainShape) -> list[int]:
+    """(cores, row factors, column factors, ranks) as one list."""
+    return [len(shape.row_factors), *shape.row_factors, *shape.column_factors, *shape.ranks]
 
 
 @dataclass(frozen=True)

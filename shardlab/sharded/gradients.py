@@ -14,6 +14,7 @@ from shardlab.sharded.cells import CellIndex
 from shardlab.sharded.layout import Layout, column
 from shardlab.sharded.messages import Incoming
 from shardlab.sharded.row_squares import RowSquares
+from shardlab.sharded.shared_cores import SharedCores
 from shardlab.specs import BoundsMode
 from shardlab.storage import Storage
 
@@ -163,6 +164,7 @@ class RowUpdater:
                  wire: WireBytes) -> None:
         self.layout, self.storage, self.groups = layout, storage, groups
         self._squares = RowSquares(layout, groups, wire)
+        self._shared = SharedCores(layout, groups)
         rows = [local.shard.rows for local in layout.local_shards]
         errors = [BOUNDS_CODE[BoundsMode.ERROR]] * len(rows)
         self._segments = Segments(column(rows), column(errors))
@@ -206,6 +208,8 @@ class RowUpdater:
                 partial[block] = summed.square().sum(1)
             squares = self._squares.complete(rows.uniques, partial)
         self.storage.update(rows.uniques, rows.weights, rows.grads, step, squares)
+        if self._shared.needed:
+            self._shared.step(self.storage, step)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)

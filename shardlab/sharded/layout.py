@@ -22,6 +22,7 @@ from shardlab.errors import PlanError
 from shardlab.plan import Shard, ShardingPlan, TablePlan
 from shardlab.specs import EmbeddingBagConfig, ExchangeKind
 from shardlab.storage import LocalShard
+from shardlab.storage_specs import Choice, StorageSpec, resolve_storage
 
 #: Local ids below this travel as int32.
 _INT32_ROWS = 1 << 31
@@ -78,6 +79,7 @@ class Layout:
     groups: tuple[Group, ...]  # first all of the rows exchange, then all of the pooled
     slots: tuple[Slot, ...]  # over all ranks, this one last
     wire_dtype: torch.dtype
+    plans: tuple[TablePlan, ...]  # in the order of the tables
 
     @property
     def peers(self) -> list[int]:
@@ -123,10 +125,17 @@ def compile_layout(tables: tuple[EmbeddingBagConfig, ...], plan: ShardingPlan,
         features=tuple(name for name, _ in features),
         feature_table=tuple(t for _, t in features), feature_columns=tuple(columns[:-1]),
         total_columns=columns[-1], kinds=kinds,
-        local_shards=tuple(LocalShard(tables[t], shard, plans[t].storage, plans[t].replicated)
-                           for t, shard in owned[rank]),
+        local_shards=tuple(LocalShard(tables[t], shard, _storage(plans[t], tables[t]),
+                                      plans[t].replicated) for t, shard in owned[rank]),
         groups=groups, slots=tuple(slots),
-        wire_dtype=torch.int32 if narrow else torch.int64)
+        wire_dtype=torch.int32 if narrow else torch.int64, plans=tuple(plans))
+
+
+def _storage(plan: TablePlan, table: EmbeddingBagConfig) -> StorageSpec:
+    """A plan's storage with all that follows from its table's size."""
+    storage = resolve_storage(plan.storage, table.num_embeddings, table.embedding_dim)
+    assert not isinstance(storage, Choice)
+    return storage
 
 
 def _kind(plan: TablePlan, world_size: int) -> ExchangeKind:

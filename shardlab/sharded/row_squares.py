@@ -14,6 +14,7 @@ from shardlab.comm import Groups, WireBytes, all_to_all
 from shardlab.ops.unique import Uniques
 from shardlab.plan import Shard
 from shardlab.sharded.layout import Layout
+from shardlab.storage_specs import TensorTrainSpec
 
 _FP32_BYTES = 4
 
@@ -33,7 +34,7 @@ class RowSquares:
         mine = owned[layout.rank]
         #: Blocks whose rows have columns elsewhere, or in another block here.
         self.blocks = [b for b, (t, s) in enumerate(mine)
-                       if s.columns < layout.tables[t].embedding_dim]
+                       if _is_cut(layout, t, s)]
         self._send = {r: [b for b in self.blocks if _shares(mine[b], theirs)]
                       for r, theirs in owned.items()}
         # What a rank sends here, as (its shard, a block of the same rows here for the size).
@@ -43,7 +44,7 @@ class RowSquares:
                          for r, theirs in owned.items()}
         self._mine = mine
         # Gathering is collective: all ranks take part as soon as any table is cut by columns.
-        self.needed = any(shard.columns < layout.tables[t].embedding_dim
+        self.needed = any(_is_cut(layout, t, shard)
                           for found in owned.values() for t, shard in found)
 
     def complete(self, uniques: Uniques, partial: dict[int, Tensor]) -> Tensor:
@@ -91,6 +92,12 @@ class RowSquares:
                   for shard, _ in self._receive[r]]
         every = [size for part in sizes for size in part]
         return list(zip(shards, out.split(every), strict=True)) if every else []
+
+
+def _is_cut(layout: Layout, table: int, shard: Shard) -> bool:
+    """Whether a row's state needs columns of other shards; of tensor trains cores have states."""
+    return shard.columns < layout.tables[table].embedding_dim and \
+        not isinstance(layout.plans[table].storage, TensorTrainSpec)
 
 
 def _owned(layout: Layout, rank: int) -> list[tuple[int, Shard]]:

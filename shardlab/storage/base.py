@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -76,6 +76,10 @@ class TableChunk:
         weights: fp32 [n, d]; row i, column j is cell (row_start + i, col_start + j) of the table.
         state: by name, fp32 [n, d] per element or [n] per row.
         replicated: every rank holds the same cells.
+        present: int64 [n], ascending: the rows that ``weights`` are, counted from row_start, where
+            not all rows of a range are there; the others are zeros. None: all are.
+        span: rows of the range, where ``present`` is given.
+        extra: what only a storage of the same kind takes, by name.
     """
 
     table: str
@@ -84,6 +88,31 @@ class TableChunk:
     weights: Tensor
     state: dict[str, Tensor]
     replicated: bool = False
+    present: Tensor | None = None
+    span: int = 0
+    extra: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the table that the chunk speaks of."""
+        return self.weights.shape[0] if self.present is None else self.span
+
+    def dense(self, max_rows: int) -> Iterator[TableChunk]:
+        """The same with all rows, absent ones as zeros, at most ``max_rows`` at a time."""
+        if self.present is None:
+            yield self
+            return
+        for first in range(0, self.span, max_rows):
+            count = min(max_rows, self.span - first)
+            low, high = torch.searchsorted(self.present, torch.tensor([first, first + count]))
+            at, some = self.present[low:high] - first, slice(int(low), int(high))
+            parts = {}
+            for name, value in {"": self.weights, **self.state}.items():
+                parts[name] = torch.zeros(count, *value.shape[1:])
+                parts[name][at] = value[some]
+            weights = parts.pop("")
+            yield TableChunk(self.table, self.row_start + first, self.col_start, weights, parts,
+                             self.replicated)
 
 
 class Storage(Protocol):

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from shardlab.errors import ConfigError
 from shardlab.storage.base import LocalShard, Storage, StorageOptions
+from shardlab.storage.mixed import MixedStorage
 from shardlab.storage.rows import RowsStorage
-from shardlab.storage_specs import RowsSpec, describe_storage
+from shardlab.storage.tensor_train import TensorTrainStorage
+from shardlab.storage_specs import RowsSpec, TensorTrainSpec, describe_storage
 
-_STORAGES: dict[type, type[Storage]] = {RowsSpec: RowsStorage}
+_STORAGES: dict[type, type[Storage]] = {RowsSpec: RowsStorage, TensorTrainSpec: TensorTrainStorage}
 
 
 def build_storage(shards: list[LocalShard], options: StorageOptions) -> Storage:
-    """Builds the storage that holds these shards.
+    """Builds the storage that holds these shards; several kinds share one face.
 
     Args:
-        shards: all of one kind of spec.
+        shards: of the rank.
         options: what all storages of a rank share.
 
     Raises:
@@ -27,5 +29,11 @@ def build_storage(shards: list[LocalShard], options: StorageOptions) -> Storage:
             raise ConfigError(f"table {local.table.name!r}: storage "
                               f"{describe_storage(local.storage)} can be planned but not trained; "
                               f"kinds that can: {known}")
-    kinds = {type(local.storage) for local in shards} or {RowsSpec}
-    return _STORAGES[kinds.pop()](shards, options)  # type: ignore[call-arg]
+    kinds: dict[type, list[int]] = {}
+    for block, local in enumerate(shards):
+        kinds.setdefault(type(local.storage), []).append(block)
+    if len(kinds) <= 1:
+        return _STORAGES[next(iter(kinds), RowsSpec)](shards, options)  # type: ignore[call-arg]
+    return MixedStorage(shards, {
+        _STORAGES[kind]([shards[block] for block in blocks], options): blocks  # type: ignore[call-arg]
+        for kind, blocks in kinds.items()})
