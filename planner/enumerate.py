@@ -138,7 +138,8 @@ def _of_table(table: EmbeddingBagConfig) -> StorageRequest:
 
 def _largest(size: Ints, unit: Ints, parts: Ints) -> Ints:
     """The largest of so many pieces that begin at multiples of a unit."""
-    return np.minimum(size, unit * -(-(-(-size // unit)) // parts))
+    units = -(-size // unit)
+    return np.minimum(size, unit * -(-units // parts))
 
 
 def _lies_on_hbm(spec: StorageSpec) -> bool:
@@ -207,5 +208,6 @@ def enumerate_options(tables: Sequence[EmbeddingBagConfig], topology: Topology,
     return Options(
         variants=tuple(builder.variants), first=_starts(counts), table=table, sharding=sharding,
         row_parts=row_parts, col_parts=col_parts, pieces=row_parts * col_parts * copies,
-        group=group, pooled=pooled.astype(bool), variant=variant, rows=_largest(rows, units[:, 0], row_parts),
+        group=group, pooled=pooled.astype(bool), variant=variant,
+        rows=_largest(rows, units[:, 0], row_parts),
         columns=_largest(columns, units[:, 1], col_parts))
