@@ -2,19 +2,24 @@
 
     python disk_training.py --dir /path/on/the/disk
 
-One table, Zipf(1.05) ids, row-wise Adagrad, batches announced one early. The bound is the slower of
-computing (the step with everything in memory) and the disk (rows missed a step over the random rows
-a second that the same disk and file size give with a full queue, measured in the same run). Results
-of both are asserted equal first. Prints JSON lines.
+One table, Zipf(1.05) ids, row-wise Adagrad, batches announced one early. The cache is full before
+the clock starts, so that what comes in pushes as much out. The bound is the slower of computing
+(the step with everything in memory) and the disk (rows missed a step over the random rows a second
+that the same disk gives a file of the table's size, asked for as many rows at a time as a step
+misses; measured in the same run, like what `limits.py` does with single reads). Losses of both are
+equal bit for bit. Memory is what the process took on top of what it had before the table was made,
+at its peak, beside `tier_bytes`. Prints a JSON line.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
 import tempfile
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -25,6 +30,10 @@ import shardlab as sl
 from shardlab.ops.allocator import keep_freed_memory
 from shardlab.sharded import simple_plan
 from shardlab.tiers import Disk, FileSpec, RecordFile
+
+
+#: Reads that the disk's rate is the median of.
+_RATE_REPEATS = 40
 
 
 class Lookup(nn.Module):
@@ -69,23 +78,68 @@ def train(args: argparse.Namespace, model: nn.Module, optimizer: torch.optim.Opt
     return seconds
 
 
-def random_rows_per_second(args: argparse.Namespace, record_bytes: int) -> float:
-    """Random records of a file of the table's size, in batches as large as the misses of steps."""
+def random_rows_per_second(args: argparse.Namespace, record_bytes: int, at_once: int) -> float:
+    """Random records of a file of the table's size, ``at_once`` at a time, ascending."""
     with Disk() as disk, tempfile.TemporaryDirectory(dir=args.dir) as folder:
         file = RecordFile.create(disk, f"{folder}/rows", FileSpec("t", args.rows, record_bytes, 1))
         block = torch.zeros(1 << 14, record_bytes, dtype=torch.uint8)
         for first in range(0, args.rows, 1 << 14):
             count = min(1 << 14, args.rows - first)
             file.write_records(range(first, first + count), block[:count])
-        rows = torch.randint(args.rows, (1 << 16,))
-        out = torch.empty(rows.numel(), record_bytes, dtype=torch.uint8)
+        out = torch.empty(at_once, record_bytes, dtype=torch.uint8)
         rates = []
-        for part in torch.randperm(args.rows)[:5 << 16].split(1 << 16):
+        for _ in range(_RATE_REPEATS):
+            rows = torch.randint(args.rows, (at_once,)).sort().values
             began = time.perf_counter()
-            file.read_records(part.sort().values, out[:part.numel()])
-            rates.append(part.numel() / (time.perf_counter() - began))
+            file.read_records(rows, out)
+            rates.append(at_once / (time.perf_counter() - began))
         file.unlink()
     return statistics.median(rates)
+
+
+def resident_bytes(peak: bool) -> int:
+    """Memory of this process now, or at its peak since `forget_peak`."""
+    name = "VmHWM" if peak else "VmRSS"
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(rf"{name}:\s+(\d+) kB", status)[1]) << 10
+
+
+def forget_peak() -> None:
+    """Starts the peak anew (proc(5), clear_refs)."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def train_on_disk(args: argparse.Namespace, data: list[sl.KeyedJaggedTensor]) -> dict[str, object]:
+    """Warms the cache, measures the rest; what the last read saw is in ``rows``."""
+    forget_peak()
+    before = resident_bytes(peak=False)
+    model, optimizer = build(args, {"levels": [{"tier": "ddr", "fraction": args.share},
+                                               {"tier": "ssd"}]})
+    storage = model.collections()["tables"].storage
+    (cache,), (home,) = storage.chains.caches, storage.chains.disk_homes
+    train(args, model, optimizer, data[:args.warm_up])
+    counted, moved = cache.counters.clone(), home.disk.counters()
+    seconds = train(args, model, optimizer, data[args.warm_up:])
+    peak = resident_bytes(peak=True) - before
+    hits, misses, _, evictions, *_ = (cache.counters - counted).sum(0).tolist()
+    after, steps = home.disk.counters(), len(seconds)
+    budget = storage.tier_bytes()
+    found = {
+        "disk": home.disk.describe(), "file_mib": budget.ssd >> 20,
+        "cache_and_index_mib": budget.ddr + budget.hbm >> 20,
+        "table_over_memory": args.rows * args.dim * 4 / (budget.ddr + budget.hbm),
+        "peak_rss_over_budget": peak / (budget.ddr + budget.hbm),
+        "peak_rss_mib": peak >> 20, "hit_rate": hits / (hits + misses),
+        "missed_rows_per_step": misses / steps, "evictions_per_step": evictions / steps,
+        "reads_per_step": (after.reads - moved.reads) / steps,
+        "writes_per_step": (after.writes - moved.writes) / steps,
+        "read_mib_per_step": (after.read_bytes - moved.read_bytes) / steps / 2**20,
+        "written_mib_per_step": (after.written_bytes - moved.written_bytes) / steps / 2**20,
+        "disk_step_ms": statistics.median(seconds) * 1e3,
+        "disk_mean_ms": statistics.mean(seconds) * 1e3,
+        "record_bytes": home.logs[0].record_bytes, "rows": model(data[0]).detach().clone()}
+    home.close()
+    return found
 
 
 def main() -> None:
@@ -93,41 +147,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dir", required=True, help="folder on the disk to measure")
-    parser.add_argument("--rows", type=int, default=8_000_000)
+    parser.add_argument("--rows", type=int, default=4_000_000)
     parser.add_argument("--dim", type=int, default=64)
     parser.add_argument("--features", type=int, default=8)
     parser.add_argument("--batch", type=int, default=2048)
     parser.add_argument("--share", type=float, default=0.1)
-    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--warm-up", type=int, default=240, help="steps that fill the cache")
+    parser.add_argument("--steps", type=int, default=100, help="steps that are measured")
     args = parser.parse_args()
     torch.set_num_threads(1)
     keep_freed_memory()
-    data = batches(args, args.steps)
-    chain = {"levels": [{"tier": "ddr", "fraction": args.share}, {"tier": "ssd"}]}
+    data = batches(args, args.warm_up + args.steps)
+    found = train_on_disk(args, data)
     memory, memory_optimizer = build(args, {"tier": "ddr"})
     in_memory = train(args, memory, memory_optimizer, data)
-    expected = memory(data[0]).detach().clone()
-    del memory, memory_optimizer
-    disk, disk_optimizer = build(args, chain)
-    (home,) = disk.collections()["tables"].storage.chains.disk_homes
-    (cache,) = disk.collections()["tables"].storage.chains.caches
-    half = args.steps // 2
-    on_disk = train(args, disk, disk_optimizer, data[:half])
-    before = cache.counters.clone()
-    on_disk = train(args, disk, disk_optimizer, data[half:])
-    hits, misses, _, evictions, *_ = (cache.counters - before).sum(0).tolist()
-    assert torch.equal(disk(data[0]).detach(), expected), "disk and memory disagree"
-    rate = random_rows_per_second(args, home.files[0].spec.record_bytes)
-    missed = misses / (args.steps - half)
-    compute, step = statistics.median(in_memory[half:]), statistics.median(on_disk)
-    bound = max(compute, missed / rate)
+    assert torch.equal(memory(data[0]).detach(), found.pop("rows")), "disk and memory disagree"
+    rate = random_rows_per_second(args, found.pop("record_bytes"),
+                                  round(found["missed_rows_per_step"]))
+    compute = statistics.median(in_memory[args.warm_up:])
+    bound = max(compute, found["missed_rows_per_step"] / rate)
     print(json.dumps({
-        "disk": home.disk.describe(), "table_mib": args.rows * args.dim * 4 >> 20,
-        "cache_mib": int(args.rows * args.share) * args.dim * 4 >> 20,
-        "ids_per_step": args.features * args.batch, "hit_rate": hits / (hits + misses),
-        "missed_rows_per_step": missed, "evictions_per_step": evictions / (args.steps - half),
-        "disk_rows_per_s": rate, "memory_step_ms": compute * 1e3, "disk_step_ms": step * 1e3,
-        "bound_ms": bound * 1e3, "over_bound": step / bound}))
+        "table_mib": args.rows * args.dim * 4 >> 20, "ids_per_step": args.features * args.batch,
+        **found, "disk_rows_per_s": rate, "memory_step_ms": compute * 1e3,
+        "bound_ms": bound * 1e3, "over_bound": found["disk_step_ms"] / 1e3 / bound}))
 
 
 if __name__ == "__main__":

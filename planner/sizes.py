@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from shardlab.cache_layout import cache_layout
 from shardlab.errors import ConfigError
-from shardlab.pages import HEADER_PAGES, MAX_RECORD_BYTES, PAGE_BYTES, unit_layout
+from shardlab.log_layout import log_layout
 from shardlab.planner.enumerate import Options
 from shardlab.storage_bytes import TierBytes, cache_bytes, record_layout, tier_bytes
 from shardlab.storage_specs import LevelSpec, RowsSpec, StorageSpec, Tier
@@ -49,19 +49,28 @@ def _rows_bytes(spec: RowsSpec, rows: Ints, columns: int, optimizer: str) -> Int
     size = np.zeros((len(rows), len(TIERS)), dtype=np.int64)
     record = record_layout(spec.home, columns, optimizer, spec.state_dtype).record_bytes
     home = TIERS.index(spec.home.tier or Tier.HBM)
-    size[:, home] = _file_bytes(rows, record) if home == _SSD else rows * record
+    if home == _SSD:
+        size[:, [_DDR, _SSD]] = _log_bytes(rows, record)
+    else:
+        size[:, home] = rows * record
     for level in spec.levels[:-1]:
         size[:, TIERS.index(level.tier or Tier.HBM)] += _cache_bytes(
             level, rows, columns, optimizer, spec.state_dtype)
     return size
 
 
-def _file_bytes(rows: Ints, record: int) -> Ints:
-    """`pages.file_bytes` of many sizes."""
-    if record > MAX_RECORD_BYTES:
-        return np.full(len(rows), IMPOSSIBLE)
-    layout = unit_layout(record)
-    return PAGE_BYTES * (HEADER_PAGES + -(-rows // layout.records) * layout.pages)
+def _log_bytes(rows: Ints, record: int) -> Ints:
+    """[n, 2] bytes in memory and on disk of logs of many sizes, `log_layout.log_layout`."""
+    sizes, index = np.unique(rows, return_inverse=True)
+    return np.array([_bytes_of_log(size, record) for size in sizes.tolist()])[index.reshape(-1)]
+
+
+def _bytes_of_log(rows: int, record: int) -> tuple[int, int]:
+    try:
+        layout = log_layout(rows, record)
+    except ConfigError:
+        return int(IMPOSSIBLE), int(IMPOSSIBLE)
+    return layout.memory_bytes, layout.file_bytes
 
 
 def _cache_bytes(level: LevelSpec, rows: Ints, columns: int, optimizer: str,

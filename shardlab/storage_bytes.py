@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from shardlab.cache_layout import cache_layout
-from shardlab.pages import file_bytes
+from shardlab.log_layout import log_layout
 from shardlab.storage_specs import (
     DTYPES,
     LevelSpec,
@@ -93,8 +93,11 @@ def tier_bytes(spec: StorageSpec, rows: int, columns: int, optimizer: str) -> Ti
 
 def _rows_bytes(spec: RowsSpec, rows: int, columns: int, optimizer: str) -> TierBytes:
     record = record_layout(spec.home, columns, optimizer, spec.state_dtype).record_bytes
-    on_disk = spec.home.tier is Tier.SSD
-    total = TierBytes.on(spec.home.tier, file_bytes(rows, record) if on_disk else rows * record)
+    if spec.home.tier is Tier.SSD:
+        layout = log_layout(rows, record)
+        total = TierBytes(ddr=layout.memory_bytes, ssd=layout.file_bytes)
+    else:
+        total = TierBytes.on(spec.home.tier, rows * record)
     for level in spec.levels[:-1]:
         total += TierBytes.on(level.tier, cache_bytes(level, rows, columns, optimizer,
                                                       spec.state_dtype))

@@ -1,35 +1,42 @@
-"""The home of several shards on disk: a record file each, read ahead while a batch trains."""
+"""The home of several shards on disk: logs of records, read ahead while a batch trains."""
 
 from __future__ import annotations
 
 import weakref
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from shardlab.codecs import table_key
-from shardlab.errors import StorageError
+from shardlab.errors import ConfigError, StorageError
+from shardlab.log_layout import log_layout
 from shardlab.ops.blocks import Blocks
 from shardlab.ops.moves import MoveEnd
 from shardlab.ops.records import Records
 from shardlab.storage.arena import BlockSpec, encoding_of
 from shardlab.storage.levels import Clock
-from shardlab.tiers import Disk, FileSpec, ReadTicket, RecordFile, RecordRequest
+from shardlab.tiers import Disk, LogSpec, RecordLog
 
 _WORD = 1 << 64
 
 
-@dataclass
-class _Ahead:
-    """Records that were asked for ahead, by shard; rows ascend."""
+@dataclass(frozen=True)
+class _Batch:
+    """Records of one log in a buffer.
 
-    rows: dict[int, Tensor]
-    records: dict[int, Tensor]
-    ticket: ReadTicket
+    Attributes:
+        log: whose.
+        keys: int64 [n], rows as the log counts them.
+        records: uint8 [n, record bytes], a view of the buffer.
+    """
+
+    log: RecordLog
+    keys: Tensor
+    records: Tensor
 
 
 class DiskHome:
@@ -37,7 +44,7 @@ class DiskHome:
 
     Attributes:
         numbers: every shard is its own block.
-        files: a file per shard.
+        logs: one for every size of records.
         close: finishes what is under way and deletes the files; runs by itself at the end.
 
     Args:
@@ -48,6 +55,7 @@ class DiskHome:
         disk: who reads and writes.
 
     Raises:
+        ConfigError: a row too long for a disk, or a shard of too many rows.
         StorageError: the folder is not writable, or the disk too small.
     """
 
@@ -64,111 +72,99 @@ class DiskHome:
             raise StorageError(f"table {specs[0].local.table.name!r}: cannot make the folder "
                                f"{folder} for its rows: {error.strerror}; give another ssd_dir "
                                "that this user can write to") from None
-        self.files = [self._create(spec, number, folder) for number, spec in enumerate(specs)]
-        self.close = weakref.finalize(self, _close, disk, self.files)
-        #: Read ahead and perhaps not used yet: the batch that comes, and the one behind it.
-        self._ahead: deque[_Ahead] = deque(maxlen=2)
-        self._writes: list[RecordRequest] = []
+        logs = [self._log_spec(spec, number, folder) for number, spec in enumerate(specs)]
+        sizes = np.array([log.layout.record_bytes for log in logs])
+        self._record_bytes = torch.from_numpy(sizes)
+        self.logs: list[RecordLog] = []
+        self._log_of = [0] * len(specs)
+        self._key_of = torch.zeros(len(specs), dtype=torch.int64)
+        for size in np.unique(sizes):
+            members = np.flatnonzero(sizes == size).tolist()
+            log = RecordLog(disk, [logs[number] for number in members])
+            for inside, number in enumerate(members):
+                self._log_of[number] = len(self.logs)
+                self._key_of[number] = int(log.starts[inside])
+            self.logs.append(log)
+        self.close = weakref.finalize(self, _close, disk, self.logs)
+        self._writes: list[_Batch] = []
 
-    def _create(self, spec: BlockSpec, number: int, folder: Path) -> RecordFile:
+    def _log_spec(self, spec: BlockSpec, number: int, folder: Path) -> LogSpec:
         shard, name = spec.local.shard, spec.local.table.name
         salt = (table_key(name) * 31 + shard.row_start * 7 + shard.col_start) % _WORD
-        path = folder / f"{name}-{shard.row_start}-{shard.col_start}.rows"
-        record = self._layouts[number].record_bytes
-        return RecordFile.create(self.disk, path, FileSpec(name, spec.rows, record, salt),
-                                 replace=True)
+        try:
+            layout = log_layout(spec.rows, self._layouts[number].record_bytes)
+        except ConfigError as error:
+            raise ConfigError(f"table {name!r}: {error}") from None
+        return LogSpec(name, layout, salt,
+                       folder / f"{name}-{shard.row_start}-{shard.col_start}.rows")
 
-    def _blocks(self, offsets: Tensor, counts: Tensor, numbers: Tensor) -> Blocks:
-        """Blocks of a buffer that holds ``counts`` records of shards, from ``offsets`` on."""
+    def _new_end(self, jobs: Tensor, rows: Tensor) -> tuple[MoveEnd, list[_Batch]]:
+        """An empty buffer for the records of jobs, and what of it belongs to which log."""
+        number, counts = jobs[:, 0], jobs[:, 2]
+        log_of = torch.tensor([self._log_of[n] for n in number.tolist()])
+        order = torch.sort(log_of, stable=True).indices.tolist()
+        offsets, at, batches = [0] * len(order), 0, []
+        keys = rows + torch.repeat_interleave(self._key_of[number], counts)
+        buffer = torch.empty(int((self._record_bytes[number] * counts).sum()), dtype=torch.uint8)
+        for log in sorted(set(log_of.tolist())):
+            size, first, pieces = self.logs[log].record_bytes, at, []
+            for job in [job for job in order if int(log_of[job]) == log]:
+                _, start, count = jobs[job].tolist()
+                offsets[job] = at
+                pieces.append(keys[start:start + count])
+                at += size * count
+            batches.append(_Batch(self.logs[log], torch.cat(pieces),
+                                  buffer[first:at].view(-1, size)))
+        places = torch.cat([torch.arange(count) for count in counts.tolist()])
+        return MoveEnd(buffer, self._blocks(offsets, jobs), places), batches
+
+    def _blocks(self, offsets: list[int], jobs: Tensor) -> Blocks:
+        """Blocks of a buffer that holds the records of jobs, each from its offset on."""
         table = torch.zeros(len(self.numbers), 6, dtype=torch.int64)
-        for offset, count, number in zip(offsets.tolist(), counts.tolist(), numbers.tolist(),
-                                         strict=True):
-            layout = self._layouts[number]
+        for offset, (number, _, count) in zip(offsets, jobs.tolist(), strict=True):
+            size = int(self._record_bytes[number])
             table[number] = torch.tensor([
-                offset, layout.record_bytes, offset + layout.payload_bytes, layout.record_bytes,
+                offset, size, offset + self._layouts[number].payload_bytes, size,
                 self._columns[number], count])
         return Blocks.build(table, self._encodings)
-
-    def _new_end(self, jobs: Tensor) -> tuple[MoveEnd, list[Tensor]]:
-        """An empty buffer for jobs, and each job's records in it."""
-        sizes = torch.tensor([layout.record_bytes for layout in self._layouts])
-        lengths = sizes[jobs[:, 0]] * jobs[:, 2]
-        offsets = lengths.cumsum(0) - lengths
-        buffer = torch.empty(int(lengths.sum()), dtype=torch.uint8)
-        parts = [buffer[offset:offset + length].view(count, -1) for offset, length, count in zip(
-            offsets.tolist(), lengths.tolist(), jobs[:, 2].tolist(), strict=True)]
-        places = torch.cat([torch.arange(count) for count in jobs[:, 2].tolist()])
-        return MoveEnd(buffer, self._blocks(offsets, jobs[:, 2], jobs[:, 0]), places), parts
 
     # ------------------------------------------------------------------ level
     def source(self, jobs: Tensor, rows: Tensor) -> MoveEnd:
         """Reads records into a buffer: those that were read ahead from there, others now."""
-        end, parts = self._new_end(jobs)
-        for ahead in self._ahead:
-            ahead.ticket.wait()
-            ahead.ticket.refresh()
-        requests, late = [], []
-        for (number, start, count), part in zip(jobs.tolist(), parts, strict=True):
-            wanted = rows[start:start + count]
-            missing = self._take_ahead(number, wanted, part)
-            records = part if missing is None else torch.empty(
-                (missing.numel(), part.shape[1]), dtype=torch.uint8)
-            if missing is not None:
-                late.append((part, missing, records))
-                wanted = wanted[missing]
-            requests.append(RecordRequest(self.files[number], wanted, records))
-        self.disk.read([request for request in requests if request.records.shape[0]])
-        for part, missing, records in late:
-            part[missing] = records
+        end, batches = self._new_end(jobs, rows)
+        for batch in batches:
+            batch.log.read(batch.keys.numpy(), batch.records.numpy())
         return end
-
-    def _take_ahead(self, number: int, wanted: Tensor, part: Tensor) -> Tensor | None:
-        """Copies what was read ahead; returns positions that were not, None when nothing was."""
-        missing = torch.ones(wanted.numel(), dtype=torch.bool)
-        for ahead in self._ahead:
-            if number not in ahead.rows:
-                continue
-            rows = ahead.rows[number]
-            at = torch.searchsorted(rows, wanted).clamp(max=rows.numel() - 1)
-            found = (rows[at] == wanted) & missing
-            part[found] = ahead.records[number][at[found]]
-            missing &= ~found
-        return None if bool(missing.all()) else missing.nonzero()[:, 0]
 
     def target(self, jobs: Tensor, rows: Tensor) -> MoveEnd:
         """A buffer that `commit` writes."""
-        end, parts = self._new_end(jobs)
-        self._writes = [RecordRequest(self.files[number], rows[start:start + count], part)
-                        for (number, start, count), part in zip(jobs.tolist(), parts, strict=True)]
+        end, self._writes = self._new_end(jobs, rows)
         return end
 
     def commit(self) -> None:
-        """Starts writing the buffer; reads that follow see it."""
-        self.disk.start_write(self._writes)
+        """Takes the buffer's records; reads that follow see them."""
+        for batch in self._writes:
+            batch.log.write(batch.keys.numpy(), batch.records.numpy())
         self._writes = []
 
     def prefetch(self, jobs: Tensor, rows: Tensor) -> None:
         """Starts reading rows; a later `source` takes them from memory."""
-        ahead_rows, ahead_records, requests = {}, {}, []
-        for number, start, count in jobs.tolist():
-            unique = torch.unique(rows[start:start + count])
-            records = torch.empty((unique.numel(), self._layouts[number].record_bytes),
-                                  dtype=torch.uint8)
-            ahead_rows[number], ahead_records[number] = unique, records
-            requests.append(RecordRequest(self.files[number], unique, records))
-        self._ahead.append(_Ahead(ahead_rows, ahead_records, self.disk.start_read(requests)))
+        keys = rows + torch.repeat_interleave(self._key_of[jobs[:, 0]], jobs[:, 2])
+        log_of = torch.tensor(self._log_of)[jobs[:, 0]].repeat_interleave(jobs[:, 2])
+        for number, log in enumerate(self.logs):
+            mine = keys if len(self.logs) == 1 else keys[log_of == number]
+            if mine.numel():
+                log.read_ahead(mine.numpy())
 
     def flush(self) -> None:
         """Waits for all writes, and forgets what was read ahead."""
-        self._ahead.clear()
-        self.disk.drain()
+        for log in self.logs:
+            log.settle()
 
     # ------------------------------------------------------------------ home
     def read_range(self, number: int, first: int, count: int) -> tuple[Tensor, Tensor]:
         """fp32 rows and states of a shard."""
-        jobs = torch.tensor([[number, 0, count]])
-        end, (part,) = self._new_end(jobs)
-        self.disk.read([RecordRequest(self.files[number], range(first, first + count), part)])
+        end = self.source(*_range_job(number, first, count))
         records = Records(end.arena, end.blocks, number, end.places)
         return records.read_rows(), records.read_states()
 
@@ -177,32 +173,42 @@ class DiskHome:
         """Encodes fp32 rows, or states, or both, and writes them."""
         value = rows if rows is not None else state
         assert value is not None
-        count = value.shape[0]
-        span = range(first, first + count)
-        end, (part,) = self._new_end(torch.tensor([[number, 0, count]]))
-        file = self.files[number]
-        if first < file.rows_written:
-            self.disk.read([RecordRequest(file, span, part)])
+        job = _range_job(number, first, value.shape[0])
+        whole = rows is not None and state is not None
+        end, batches = self._new_end(*job)
+        if whole:
+            end.arena.zero_()
         else:
-            part.zero_()
+            for batch in batches:
+                batch.log.read(batch.keys.numpy(), batch.records.numpy())
         records = Records(end.arena, end.blocks, number, end.places)
-        words = records.words(self._clock.key(0), torch.arange(first, first + count)
-                              + self._encodings[number].row_start)
+        words = records.words(self._clock.key(0), job[1] + self._encodings[number].row_start)
         if rows is not None:
             records.write_rows(rows, words)
         if state is not None:
             records.write_states(state, words)
-        self.disk.write([RecordRequest(file, span, part)])
+        self._writes = batches
+        self.commit()
 
     @property
     def allocated_bytes(self) -> int:
         """Bytes that the file system holds."""
-        return sum(file.allocated_bytes() for file in self.files)
+        return sum(log.allocated_bytes for log in self.logs)
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of indices and of records that wait to be written."""
+        return sum(log.memory_bytes for log in self.logs)
 
 
-def _close(disk: Disk, files: list[RecordFile]) -> None:
+def _range_job(number: int, first: int, count: int) -> tuple[Tensor, Tensor]:
+    return torch.tensor([[number, 0, count]]), torch.arange(first, first + count)
+
+
+def _close(disk: Disk, logs: list[RecordLog]) -> None:
     """Finishes what is under way and deletes the files: checkpoints are what lasts."""
     disk.drain()
-    for file in files:
-        file.unlink()
+    for log in logs:
+        for file in log.files:
+            file.unlink()
     disk.close()

@@ -5,6 +5,7 @@ from shardlab.tiers.disk_failures import FileSpec
 from shardlab.tiers.disk_tickets import ReadTicket, RecordRequest, WriteTicket
 from shardlab.tiers.memory import allocate
 from shardlab.tiers.record_file import RecordFile
+from shardlab.tiers.record_log import LogSpec, RecordLog
 
-__all__ = ["Disk", "FileSpec", "ReadTicket", "RecordFile", "RecordRequest", "WriteTicket",
-           "allocate"]
+__all__ = ["Disk", "FileSpec", "LogSpec", "ReadTicket", "RecordFile", "RecordLog", "RecordRequest",
+           "WriteTicket", "allocate"]

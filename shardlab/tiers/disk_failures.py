@@ -25,6 +25,8 @@ class FileSpec:
         salt: goes into every checksum, so that a page of another file is refused; give each shard
             of a job another one. 0 <= salt < 2^64.
         checksums: whether pages carry and check them.
+        in_order: rows lie in order and are first written so. Else (a log) ``rows`` are places,
+            whole pages of them are first written in any order, and messages call them places.
 
     Raises:
         ConfigError: a size that no file can have, or a salt out of range.
@@ -35,6 +37,7 @@ class FileSpec:
     record_bytes: int
     salt: int
     checksums: bool = True
+    in_order: bool = True
 
     def __post_init__(self) -> None:
         file_bytes(self.rows, self.record_bytes)  # refuses sizes that no file can have
@@ -86,7 +89,8 @@ def describe_failure(failure: Failure, path: str, spec: FileSpec) -> str:
     rows = range(rows_of_page(failure.first, spec.rows, spec.record_bytes).start,
                  rows_of_page(last, spec.rows, spec.record_bytes).stop)
     pages = f"page {last}" if failure.count == 1 else f"pages {failure.first} to {last}"
-    place = f"{where}: {pages} (rows {rows.start} to {rows.stop - 1})"
+    noun = "rows" if spec.in_order else "places"
+    place = f"{where}: {pages} ({noun} {rows.start} to {rows.stop - 1})"
     if failure.kind == "io":
         verb = "write" if failure.write else "read"
         return (f"{place}: {verb} failed: {system_reason(failure.error)}; then restart from the "

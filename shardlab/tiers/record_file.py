@@ -77,7 +77,7 @@ class RecordFile:
             os.close(fd)
             os.unlink(path)
             raise
-        file._register(0)
+        file._register(0 if spec.in_order else spec.rows)
         return file
 
     @classmethod

@@ -226,6 +226,7 @@ def test_bytes_are_the_planners(name, tmp_path):
     memory += sum(level.arena.used_bytes + level.index.meta.numel() for level in chains.below)
     memory += sum(home.arena.data.numel() for home in {id(home): home for home, _ in chains.homes
                                                        if isinstance(home, MemoryHome)}.values())
+    memory += sum(home.memory_bytes for home in chains.disk_homes)
     assert counted.hbm + counted.ddr == memory
     assert counted.ssd == sum(home.allocated_bytes for home in chains.disk_homes)
     storage.close()
