@@ -9,14 +9,15 @@ it for there. With row(b) of the level's memory, records of r bytes, payloads of
     hbm                  row(p)                 x row(r)
     ddr                  row(p)                 x row(r)               4 row(r)
     ddr behind a link    row(p) + p link        2 row(r) + r link      4 row(r) + r link
-    ssd                  a page read            a page written         2 pages read, 1 written
+    ssd                  a page read            a page written         a page read, c r moved
     tensor_train         its products, cores    three times that
     pruned               an index, the rest     an index, the rest
 
 A missed row is read below and written above while another goes the other way, both at once over a
-link. A page that holds several records is read before a record in it is written back. Rows share
-pages: m rows of a file of N pages take N (1 - e^(-m / N)) pages. Narrower dtypes are decoded when
-read, decoded and encoded when updated.
+link. Rows that are written back go to a log in large requests; c = `log_layout.CLEANING` counts
+how often a row is read and written there until it stays. Rows share pages: m rows of a file of N
+pages take N (1 - e^(-m / N)) pages. Narrower dtypes are decoded when read, decoded and encoded when
+updated.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardlab.errors import ConfigError
+from shardlab.log_layout import CLEANING, TAG_BYTES
 from shardlab.pages import MAX_RECORD_BYTES, PAGE_BYTES, UnitLayout, unit_layout
 from shardlab.planner.speeds import Speeds
 from shardlab.storage_bytes import payload_bytes, record_layout
@@ -126,10 +128,9 @@ def _fetch(near: LevelSpec, far: LevelSpec, columns: int, optimizer: str, state_
     below = record_layout(far, columns, optimizer, state_dtype).record_bytes
     row = 2 * float(speeds.row(near.tier or Tier.HBM, above))
     if far.tier is Tier.SSD:
-        layout = _layout(below)
-        reads = 2 if layout.records > 1 else 1
-        page = reads * _page_ms(layout, speeds.page_read, speeds.page_byte[0]) + \
-            _page_ms(layout, speeds.page_write, speeds.page_byte[1])
+        layout = _layout(below + TAG_BYTES)
+        page = _page_ms(layout, speeds.page_read, speeds.page_byte[0])
+        row += CLEANING * (below + TAG_BYTES) * sum(speeds.page_byte)
         if near.tier is not Tier.DDR and speeds.behind_link:
             row += below * speeds.link_byte
         return Fetch(near.fraction, row, page, layout.records)

@@ -28,15 +28,18 @@ _SEGMENT_PAGES = MAX_RECORD_PAGES
 _LEAST_SEGMENTS = 64
 #: 32 MiB of rows in a partition: what memory must hold of it stays below 0.5 % of the rows.
 _PARTITION_SEGMENTS = 512
-#: A fifth of a file is free or stale. A row that is written then causes 1.7 to be moved.
+#: A fifth of a file is free or stale.
 _SPARE_SHARE = 4
+#: Of rows that change evenly, those in the emptiest segments are 0.63 live when a fifth is stale
+#: (u = (v - 1) / ln v): a row that is written makes 1.7 others move.
+CLEANING = 2.7
 _LEAST_SPARE = 4
 #: Rows that are taken at a time; they may come on top of what waits in partitions.
 _INTAKE_ROWS = 4096
 _MAX_SLOTS = 2**31 - 1
-#: In memory: of a row its place; of a waiting record its row and partition; of a segment its live
-#: rows, its age and its condition; of a partition its waiting rows and its free segments.
-INDEX_BYTES, WAITING_BYTES, SEGMENT_BYTES, PARTITION_BYTES = 4, 12, 13, 16
+#: In memory: of a row its place; of a waiting record its row, partition and free list; of a segment its live
+#: rows, its age and its condition; of a partition four counts.
+INDEX_BYTES, WAITING_BYTES, SEGMENT_BYTES, PARTITION_BYTES = 4, 20, 13, 32
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,7 @@ class LogLayout:
         segment_rows: records of a segment.
         partition_rows: rows of a partition; the last one may have fewer.
         partition_segments: segments of a partition, all of the same number.
+        spare_segments: of these, beyond what the rows fill.
         partitions: how many there are.
         intake_rows: rows that are taken at a time.
     """
@@ -58,6 +62,7 @@ class LogLayout:
     segment_rows: int
     partition_rows: int
     partition_segments: int
+    spare_segments: int
     partitions: int
     intake_rows: int
 
@@ -110,10 +115,11 @@ def log_layout(rows: int, record_bytes: int) -> LogLayout:
     home = -(-rows // segment_rows)
     partitions = -(-home // _PARTITION_SEGMENTS)
     home = -(-home // partitions)
+    spare = max(_LEAST_SPARE, -(-home // _SPARE_SHARE))
     layout = LogLayout(
         rows=rows, record_bytes=record, segment_rows=segment_rows,
         partition_rows=home * segment_rows,
-        partition_segments=home + max(_LEAST_SPARE, -(-home // _SPARE_SHARE)),
+        partition_segments=home + spare, spare_segments=spare,
         partitions=partitions, intake_rows=min(rows, _INTAKE_ROWS))
     if layout.slots > _MAX_SLOTS:
         raise ConfigError(f"a shard on disk has at most {_MAX_SLOTS:,} places for rows, {rows:,} "

@@ -34,7 +34,7 @@ from shardlab.storage.levels import Clock
 from shardlab.storage_bytes import OPTIMIZER_STATE, TierBytes, tier_bytes
 
 _FP32_BYTES = 4
-_INIT_BYTES = 8 << 20
+_INIT_BYTES = 1 << 20
 
 #: Names of the state's parts in a checkpoint, element-wise parts first.
 STATE_NAMES: dict[str, tuple[str, ...]] = {

@@ -15,6 +15,8 @@ from shardlab.tiers.log_segments import Ints
 Bytes = NDArray[np.uint8]
 Bools = NDArray[np.bool_]
 #: (keys, places, moment) -> whether rows still lie there and were not written since.
+#: Bytes of recent writes to hold; what was written earlier is read from disk again.
+_MOST_RECENT = 16 << 20
 Unchanged = Callable[[Ints, Ints, int], Bools]
 
 
@@ -98,28 +100,24 @@ class ReadAhead:
 
 
 class RecentWrites:
-    """Records that left the waiting room since the oldest read ahead: these need not be read.
+    """Records that were written since the oldest read ahead: these need not be read."""
 
-    Args:
-        room: records to hold at most; beyond, the oldest are read from disk again.
-    """
-
-    def __init__(self, room: int) -> None:
-        self._room, self._held = room, 0
+    def __init__(self) -> None:
+        self._held = 0
         self._writes: deque[tuple[int, Ints, Ints, Bytes]] = deque()
 
     def add(self, keys: Ints, records: Bytes, moment: int) -> None:
         """Holds records that were written at a moment."""
         order = np.argsort(keys)
         self._writes.append((moment, keys[order], order, records))
-        self._held += keys.size
-        while self._held > self._room:
-            self._held -= self._writes.popleft()[1].size
+        self._held += records.nbytes
+        while self._held > _MOST_RECENT:
+            self._held -= self._writes.popleft()[3].nbytes
 
     def forget(self, moment: int) -> None:
         """Lets go of what was written by a moment."""
         while self._writes and self._writes[0][0] <= moment:
-            self._held -= self._writes.popleft()[1].size
+            self._held -= self._writes.popleft()[3].nbytes
 
     def take(self, keys: Ints, wanted: Ints, out: Bytes) -> Bools:
         """Copies records to ``out`` [n, record bytes]; returns bool [wanted], whether they were

@@ -12,6 +12,9 @@ from shardlab.log_layout import LogLayout
 Ints = NDArray[np.int64]
 
 _FREE, _USED, _CLEANING = range(3)
+#: Of a partition's spare segments, an eighth is kept free: what is read to clean one queues behind
+#: the batch that is being read ahead, and until then rows keep coming.
+_WANTED_SHARE, _LEAST_FREE = 8, 3
 
 
 class LogSegments:
@@ -21,6 +24,7 @@ class LogSegments:
         layouts: shape of every shard's log.
         part_starts: int64 [shards + 1], first partition of every shard.
         free: int64 [partitions], free segments.
+        wanted_free: int64 [partitions], cleaning starts when there are fewer.
         cleaning: int64 [partitions], segments that are being cleaned.
         segment_rows: int64 [partitions], records of a segment.
     """
@@ -42,13 +46,15 @@ class LogSegments:
         self._written = np.zeros(total, dtype=np.int64)
         self._state = np.zeros(total, dtype=np.uint8)
         self.free = sizes.astype(np.int64)
+        spare = [layout.spare_segments for layout in layouts]
+        self.wanted_free = np.maximum(_LEAST_FREE, np.repeat(spare, parts) // _WANTED_SHARE)
         self.cleaning = np.zeros(len(sizes), dtype=np.int64)
 
     @property
     def memory_bytes(self) -> int:
         """Bytes of what is kept of segments and partitions."""
         return int(self._live.nbytes + self._written.nbytes + self._state.nbytes
-                   + self.free.nbytes + self.cleaning.nbytes)
+                   + self.free.nbytes + self.wanted_free.nbytes + self.cleaning.nbytes)
 
     def partitions(self, shards: Ints, rows: Ints) -> Ints:
         """Partition of rows of shards."""

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -33,8 +34,6 @@ from shardlab.tiers.record_file import RecordFile
 
 Bytes = NDArray[np.uint8]
 _NEVER_WRITTEN = -(2**31)
-#: Cleaning starts when a partition has fewer free segments.
-_WANTED_FREE = 3
 #: Bytes that writes under way may hold: a disk that cannot keep up slows its caller down.
 _MOST_UNDER_WAY = 8 << 20
 
@@ -56,12 +55,14 @@ class LogSpec:
     path: Path
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Victim:
-    """A segment that is being cleaned."""
+    """A segment that is being cleaned; `start` is its first place in the shard's file."""
 
     segment: int
     part: int
+    shard: int
+    start: int
     records: Bytes
     ticket: ReadTicket
 
@@ -101,18 +102,21 @@ class RecordLog:
         self._free_places = np.arange(room - 1, -1, -1)
         self._num_free = room
         self._intake = sum(layout.intake_rows for layout in layouts)
+        most = max(layout.segment_rows for layout in layouts)
+        self._room_for_cleaned = max(self._intake, most)
         self._counts = np.zeros(len(self.segments.free), dtype=np.int64)
         self._victims: list[_Victim] = []
         self._moment = 0
         self._writes: deque[tuple[WriteTicket, int]] = deque()
         self._ahead = ReadAhead()
-        self._recent = RecentWrites(room)
+        self._recent = RecentWrites()
 
     @property
     def memory_bytes(self) -> int:
         """Bytes of the index and of the rows that wait; `LogLayout.memory_bytes` of all shards."""
         return int(self._index.nbytes + self._waiting.nbytes + self._waiting_key.nbytes
-                   + self._waiting_part.nbytes + self.segments.memory_bytes)
+                   + self._waiting_part.nbytes + self._free_places.nbytes + self._counts.nbytes
+                   + self.segments.memory_bytes)
 
     def shards_of(self, keys: Ints) -> Ints:
         """Shard of every key."""
@@ -179,10 +183,10 @@ class RecordLog:
         """Reads of places, in runs of one shard."""
         shards = self.shards_of(keys)
         cuts = np.flatnonzero(np.diff(shards)) + 1
-        bounds = [0, *cuts.tolist(), keys.size]
+        bounds = [0, *cuts.tolist(), keys.size] if keys.size else []
         return [RecordRequest(self.files[int(shards[a])], torch.from_numpy(places[a:b]),
                               torch.from_numpy(records[a:b]))
-                for a, b in zip(bounds, bounds[1:], strict=False) if b > a]
+                for a, b in pairwise(bounds)]
 
     def _refuse_unwritten(self, keys: Ints, places: Ints) -> None:
         if places.size and int(places.min()) == _NEVER_WRITTEN:
@@ -219,8 +223,8 @@ class RecordLog:
         shards = self.shards_of(keys)
         rows = (keys - self.starts[shards]).astype("<i4")
         records[:, -TAG_BYTES:] = rows.view(np.uint8).reshape(-1, TAG_BYTES)
-        while self._victims and self._victims[0].ticket.done():
-            self._absorb(self._victims[0])
+        while done := self._cleaned():
+            self._absorb(done)
             self._write_full()
         for start in range(0, keys.size, self._intake):
             part = slice(start, start + self._intake)
@@ -302,39 +306,60 @@ class RecordLog:
     # ------------------------------------------------------------------ cleaning
     def _start_cleaning(self, parts: Ints) -> None:
         """Starts reading segments of partitions that run out of free ones."""
-        lacking = _WANTED_FREE - self.segments.free[parts] - self.segments.cleaning[parts]
+        lacking = (self.segments.wanted_free - self.segments.free
+                   - self.segments.cleaning)[parts]
         chosen = [(segment, part) for part, lack in zip(parts.tolist(), lacking.tolist(),
                                                         strict=True) if lack > 0
                   for segment in self.segments.begin_cleaning(part, lack)]
         self._read_victims(chosen)
 
     def _read_victims(self, chosen: list[tuple[int, int]]) -> None:
+        if not chosen:
+            return
+        requests, found = [], []
         for segment, part in chosen:
             size = int(self.segments.segment_rows[part])
             records = np.empty((size, self.record_bytes), np.uint8)
             shard, start = self.segments.first_place(segment, part)
-            ticket = self.disk.start_read([RecordRequest(
-                self.files[shard], range(start, start + size), torch.from_numpy(records))])
-            self._victims.append(_Victim(segment, part, records, ticket))
+            places = range(start, start + size)
+            requests.append(RecordRequest(self.files[shard], places, torch.from_numpy(records)))
+            found.append((segment, part, shard, start, records))
+        ticket = self.disk.start_read(requests)
+        self._victims += [_Victim(*victim, ticket) for victim in found]
 
     def _clean_now(self, part: int) -> None:
         if not self.segments.cleaning[part]:
             self._read_victims([(segment, part)
                                 for segment in self.segments.begin_cleaning(part, 1)])
-        self._absorb(next(victim for victim in self._victims if victim.part == part))
+        self._absorb([next(victim for victim in self._victims if victim.part == part)])
 
-    def _absorb(self, victim: _Victim) -> None:
-        """Lets the live records of a segment wait, and frees it."""
-        victim.ticket.wait()
-        self._victims.remove(victim)
-        shard, start = self.segments.first_place(victim.segment, victim.part)
-        rows = np.ascontiguousarray(victim.records[:, -TAG_BYTES:]).view("<i4")[:, 0].astype(
-            np.int64)
-        keys = self.starts[shard] + rows
-        live = np.flatnonzero(self._index[keys] == np.arange(start, start + rows.size))
+    def _cleaned(self) -> list[_Victim]:
+        """Segments that were read, as many as can be taken at a time."""
+        done: list[_Victim] = []
+        rows = 0
+        for victim in self._victims:
+            rows += victim.records.shape[0]
+            if rows > self._room_for_cleaned or not victim.ticket.done():
+                break
+            done.append(victim)
+        return done
+
+    def _absorb(self, victims: list[_Victim]) -> None:
+        """Lets the live records of segments wait, and frees these."""
+        victims[-1].ticket.wait()
+        self._victims = [victim for victim in self._victims if victim not in victims]
+        records = np.concatenate([victim.records for victim in victims])
+        sizes = [victim.records.shape[0] for victim in victims]
+        places = np.concatenate([np.arange(victim.start, victim.start + size)
+                                 for victim, size in zip(victims, sizes, strict=True)])
+        shards = np.repeat([victim.shard for victim in victims], sizes)
+        rows = np.ascontiguousarray(records[:, -TAG_BYTES:]).view("<i4")[:, 0].astype(np.int64)
+        keys = self.starts[shards] + rows
+        live = np.flatnonzero(self._index[keys] == places)
         if live.size:
-            self._insert(keys[live], np.full(live.size, shard), rows[live], victim.records[live])
-        self.segments.give_back(victim.segment, victim.part)
+            self._insert(keys[live], shards[live], rows[live], records[live])
+        for victim in victims:
+            self.segments.give_back(victim.segment, victim.part)
 
     @property
     def allocated_bytes(self) -> int:

@@ -88,7 +88,7 @@ def test_a_full_disk_is_named() -> None:
     storage = {"dtype": "fp32", "tier": "ssd"}
     tables = [EmbeddingBagConfig(100_000_000, 64, "t", storage=storage)]
     text = message(tables, "", topology=tiered("2xcpu", 4 << 30, 1 << 30, 20 << 30))
-    assert re.search(r"table 't' .* does not fit, .*needs 2\d\.?\d* GiB on one host's ssd; a host "
+    assert re.search(r"table 't' .* does not fit, .*needs 3\d\.?\d* GiB on one host's ssd; a host "
                      r"of 2xcpu holds 20 GiB: short by \d", text)
     assert "let table 't' lie on any tier (asked: ssd)" not in text
     assert "storage bf16 instead of fp32" in text
