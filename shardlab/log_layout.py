@@ -37,8 +37,8 @@ _LEAST_SPARE = 4
 #: Rows that are taken at a time; they may come on top of what waits in partitions.
 _INTAKE_ROWS = 4096
 _MAX_SLOTS = 2**31 - 1
-#: In memory: of a row its place; of a waiting record its row, partition and free list; of a segment its live
-#: rows, its age and its condition; of a partition four counts.
+#: In memory: of a row its place; of a waiting record its row, partition and place in the list of
+#: free ones; of a segment its live rows, its age and its condition; of a partition four counts.
 INDEX_BYTES, WAITING_BYTES, SEGMENT_BYTES, PARTITION_BYTES = 4, 20, 13, 32
 
 
