@@ -26,10 +26,13 @@ touched rows t = g s; what reading, updating and fetching a row costs where it l
     prefetch  rows that a cache misses, min(t, W F n a x its miss ratio), from the level below
     read      t read + stream(4 d W r): gather once, then copy or pool for every source
               (data_parallel: u read + stream(4 D u))
-    update    sort(W e) + t update + stream(4 d W r): merge gradients, update once
+    update    sort(W e) + t update + stream(4 d W r): merge gradients, update once; where a
+              row-wise optimiser's rows are cut into C column blocks also stream(4 d (W r + 4 t)),
+              and 4 t bytes to each of the C - 1 others: squares of whole rows
     pool      unique rows: stream(4 D (F (2 n + B) + u)); pooled: stream(8 F D B k), k row blocks
     ids also  unique rows: sort(F n); pooled: stream(16 F n)
-    dense     the dense model's products and the sum of its gradients
+    dense     the dense model's products with their activations, the sum of its gradients, its
+              optimiser
     overhead  Python and launches of a step
 
 Every exchange also takes a message to each other rank; ids need two (counts first). On one rank
@@ -55,7 +58,7 @@ from shardlab.planner.row_costs import RowCosts
 from shardlab.planner.sizes import piece_bytes
 from shardlab.planner.speeds import Speeds
 from shardlab.planner.workload import Workload
-from shardlab.storage_bytes import payload_bytes
+from shardlab.storage_bytes import ROW_WISE_OPTIMIZERS, payload_bytes
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -75,6 +78,8 @@ _LENGTH_BYTES = 4
 _INT64_BYTES = 8
 # The runtime sends ids as int32 where every shard has fewer rows than this.
 _INT32_ROWS = 1 << 31
+# Passes of touched rows that squares of whole rows take: sums written and read, squares likewise.
+_SQUARE_PASSES = 4
 # Options that are priced at once, so that intermediate arrays stay in the cache.
 _CHUNK = 1 << 15
 
@@ -154,6 +159,8 @@ class Pricer:
         for which, share in enumerate(shares):
             self._wire(phases[:, which], options, chosen, view, share)
             self._rows(phases[:, which], rows, view, share)
+            if self.request.optimizer in ROW_WISE_OPTIMIZERS:
+                self._squares(phases[:, which], options, chosen, view, share)
         wire = self._wire_bytes(options, chosen, view, shares[0])
         vectors = _FP32_BYTES * options.columns[chosen] * wire[1]
         held = wire[0] + vectors * np.where(options.copied[chosen], 1, 2)
@@ -230,6 +237,20 @@ class Pricer:
         phase[:, _UPDATE] = speeds.sort * world * entries + world * moved + rows.update(touched)
         phase[:, _PREFETCH] = rows.fetch(touched, world * view.features * view.ids * most,
                                          self._miss_ratio)
+
+    def _squares(self, phase: Floats, options: Options, chosen: Ints, view: _View,
+                 share: tuple[Floats, Floats]) -> None:
+        """Adds what a row-wise optimiser needs of the other column blocks of its rows."""
+        speeds, (unique, most) = self.speeds, share
+        cut, columns = options.col_parts[chosen], options.columns[chosen]
+        touched = unique * view.touched
+        answers = np.where(options.pooled[chosen], view.features * (view.ids * most + view.bags),
+                           view.unique * unique)
+        passes = speeds.world * answers + _SQUARE_PASSES * touched
+        # A wire's byte goes to all others; squares go to those that hold the same rows.
+        others = np.minimum((cut - 1) / max(speeds.world - 1, 1), 1.0)
+        phase[:, _UPDATE] += np.where(cut > 1, speeds.stream * _FP32_BYTES * columns * passes
+                                      + self.wire_ms[2] * others * _FP32_BYTES * touched, 0.0)
 
     @staticmethod
     def _coding(dtype: str, fp32: Floats, ms: float) -> Floats:

@@ -19,12 +19,16 @@ class DenseModel:
         bytes: what it takes of every rank's hbm: parameters, gradients, optimiser state.
         parameters: fp32 gradients that all ranks reduce in every step.
         flops_per_sample: forward and backward; a multiply-add counts two.
+        activations_per_sample: numbers that layers read and write, forward and backward.
+        update_bytes: what its optimiser reads and writes in a step.
         dtype: of its products, ``fp32`` or ``bf16``.
     """
 
     bytes: int = 0
     parameters: int = 0
     flops_per_sample: float = 0.0
+    activations_per_sample: float = 0.0
+    update_bytes: int = 0
     dtype: str = "fp32"
 
 

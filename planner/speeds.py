@@ -17,6 +17,9 @@ _FP32_BYTES = 4
 _REDUCE_PASSES = 2
 # Of a layer's three products two belong to the backward pass.
 _BACKWARD_SHARE = 2 / 3
+# Gradients are copied where they are reduced, and made means afterwards: two reads, two writes.
+_REDUCE_COPIES = 4
+_ACTIVATION_BYTES = {"fp32": 4, "bf16": 2}
 
 
 class Speeds:
@@ -77,16 +80,20 @@ class Speeds:
         return _MS * (near * topology.intra_host.latency_s + far * topology.inter_host.latency_s)
 
     def dense(self, model: DenseModel, batch_size: int) -> float:
-        """ms of the dense part: its products, and the sum of its gradients over all ranks.
+        """ms of the dense part: its products and what they read and write, the sum of its
+        gradients over all ranks, its optimiser.
 
         On devices the sum runs while the backward pass goes on, and only what exceeds that counts.
         """
         speed = self.topology.fp32_flops_per_s if model.dtype == "fp32" \
             else self.topology.bf16_flops_per_s
-        products = _MS * batch_size * model.flops_per_sample / speed
-        summed = self._all_reduce(_FP32_BYTES * model.parameters)
-        hidden = _BACKWARD_SHARE * products if self.behind_link else 0.0
-        return products + max(summed - hidden, 0.0)
+        layers = _MS * batch_size * model.flops_per_sample / speed + self.stream * batch_size * \
+            _ACTIVATION_BYTES[model.dtype] * model.activations_per_sample
+        size = _FP32_BYTES * model.parameters
+        summed = self._all_reduce(size)
+        hidden = _BACKWARD_SHARE * layers if self.behind_link else 0.0
+        moved = model.update_bytes + (_REDUCE_COPIES * size if self.world > 1 else 0)
+        return layers + max(summed - hidden, 0.0) + self.stream * moved
 
     def _all_reduce(self, size: float) -> float:
         """ms to sum so many bytes of all ranks: in rings inside hosts, then, of each rank's part,

@@ -29,6 +29,8 @@ OPTIMIZER_STATE: dict[str, tuple[int, int]] = {
     "adam": (2, 0),
     "row_wise_adam": (1, 1),
 }
+#: Optimisers with state of whole rows: a step needs the squares of a gradient's whole row.
+ROW_WISE_OPTIMIZERS = tuple(name for name, (_, per_row) in OPTIMIZER_STATE.items() if per_row)
 _FP32_BYTES = 4
 
 

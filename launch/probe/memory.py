@@ -22,9 +22,12 @@ from shardlab.storage_specs import RowsSpec
 ROW_BYTES = (64, 128, 256, 512)
 OPTIMIZER = "row_wise_adagrad"
 _FP32_BYTES = 4
-#: Rows of one read: about what a step asks of a rank. Different ones each time, so that none is
-#: still in a cache.
-_ROWS_READ, _READS = 1 << 16, 8
+#: Rows of one read: about what a step asks of a rank.
+_ROWS_READ = 1 << 16
+#: Bytes that other reads touch before the same rows come again: more than any cache holds.
+_FORGOTTEN_BYTES = 512 << 20
+_MOST_READS = 128
+_LINE_BYTES = 64
 #: Ids of a step of 26 features in batches of 2,048.
 _SEGMENTS, _SEGMENT_IDS, _SEGMENT_ROWS = 26, 2048, 1_000_000
 #: A row cannot take less than this share of what was measured when the copy's time is taken off.
@@ -70,7 +73,7 @@ def row_speed(device: torch.device, row_bytes: int, arena_bytes: int, stream: fl
     local = LocalShard(table, plan.shards[0], plan.storage, False)
     storage = build_storage([local], StorageOptions(OPTIMIZER, 0, device))
     count = min(_ROWS_READ, rows // 2)
-    batches = cycle(list(_random_rows(rows, count, device)))
+    batches = cycle(list(_random_rows(rows, count, row_bytes, device)))
     out = torch.ones(count * columns, device=device)
     segments = torch.tensor([[0, 0, count, 0]])
     read = median_seconds(lambda: storage.read(segments, next(batches).ids, out), seconds, device)
@@ -82,15 +85,20 @@ def row_speed(device: torch.device, row_bytes: int, arena_bytes: int, stream: fl
                                  for total in (read, update)))
 
 
-def _random_rows(rows: int, count: int, device: torch.device) -> Iterator[Uniques]:
-    """Sets of different random rows, ascending, each with one entry."""
+def _random_rows(rows: int, count: int, row_bytes: int,
+                 device: torch.device) -> Iterator[Uniques]:
+    """Sets of different random rows, ascending, each with one entry.
+
+    One set, moved on by a random number of rows each time: in so many sets that no cache still
+    holds a row when it comes again.
+    """
     rng = np.random.default_rng(0)
-    for _ in range(_READS):
-        ids = np.unique(rng.integers(0, rows, 2 * count))[:]
-        chosen = np.sort(rng.permutation(ids)[:count])
-        if len(chosen) < count:  # so few rows that some did not come
-            chosen = np.arange(count)
-        yield Uniques(torch.from_numpy(chosen).to(device), torch.tensor([0, count]),
+    chosen = np.unique(rng.integers(0, rows, 2 * count))
+    chosen = rng.permutation(chosen)[:count] if len(chosen) >= count else np.arange(count)
+    touched = count * -(-row_bytes // _LINE_BYTES) * _LINE_BYTES
+    for _ in range(min(1 + _FORGOTTEN_BYTES // touched, _MOST_READS)):
+        moved = np.sort((chosen + rng.integers(rows)) % rows)
+        yield Uniques(torch.from_numpy(moved).to(device), torch.tensor([0, count]),
                       torch.arange(count + 1, device=device), torch.arange(count, device=device))
 
 

@@ -59,11 +59,13 @@ def test_operations_are_those_that_torch_counts(model: str, monkeypatch) -> None
         counted.get_total_flops() / batch, rel=0.02)
 
 
-@pytest.mark.parametrize(("optimizer", "held"), [
-    ("{kind: adam}", 4), ("{kind: adagrad}", 3), ("{kind: sgd}", 2),
-    ("{kind: sgd, momentum: 0.9}", 3), ("{kind: sgd, momentum: 0.0}", 2)])
-def test_bytes_count_parameters_gradients_and_state(optimizer: str, held: int) -> None:
+@pytest.mark.parametrize(("optimizer", "held", "moved"), [
+    ("{kind: adam}", 4, 7), ("{kind: adagrad}", 3, 5), ("{kind: sgd}", 2, 3),
+    ("{kind: sgd, momentum: 0.9}", 3, 5), ("{kind: sgd, momentum: 0.0}", 2, 3)])
+def test_bytes_count_parameters_gradients_and_state(optimizer: str, held: int,
+                                                    moved: int) -> None:
     job = load_job(None, [SMALL, f"optimizer.dense={optimizer}", "dense_dtype=bf16"])
     found = dense_model(job)
     assert found.bytes == 4 * held * found.parameters
+    assert found.update_bytes == 4 * moved * found.parameters
     assert found.dtype == "bf16"

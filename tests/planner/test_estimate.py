@@ -194,7 +194,8 @@ def test_dense_part_takes_products_and_a_sum() -> None:
     pricer = pricer_for([table_of(None)], topology, PlanSettings(dense=dense))
     products = BATCH * 1e6 / topology.bf16_flops_per_s
     reduce = float(topology.intra_host.seconds(4e7 / 4, 2 * 3))
-    assert pricer.dense_ms == pytest.approx(1e3 * (products + reduce - products * 2 / 3))
+    copies = 4 * 4e7 / topology.hbm.stream_bytes_per_s
+    assert pricer.dense_ms == pytest.approx(1e3 * (products / 3 + reduce + copies))
     assert pricer.window_ms == pricer.dense_ms
     many = pricer_for([table_of(None)], replace(topology, hosts=5), PlanSettings(dense=dense))
     between = float(topology.inter_host.seconds(1e7 / 5, 2 * 4))
@@ -202,8 +203,42 @@ def test_dense_part_takes_products_and_a_sum() -> None:
     cpu = read_topology("4xcpu")
     slow = pricer_for([table_of(None)], cpu, PlanSettings(dense=dense))
     assert slow.dense_ms == pytest.approx(1e3 * (
-        BATCH * 1e6 / cpu.bf16_flops_per_s + float(cpu.intra_host.seconds(1e7, 6))))
+        BATCH * 1e6 / cpu.bf16_flops_per_s + float(cpu.intra_host.seconds(1e7, 6))
+        + 4 * 4e7 / cpu.hbm.stream_bytes_per_s))
     assert slow.window_ms == 0
+
+
+@pytest.mark.parametrize(("dtype", "size"), [("fp32", 4), ("bf16", 2)])
+def test_thin_layers_and_the_optimiser_move_bytes(dtype: str, size: int) -> None:
+    topology = read_topology("1xcpu")
+    dense = DenseModel(parameters=100, activations_per_sample=3000.0, update_bytes=10**6,
+                       dtype=dtype)
+    found = pricer_for([table_of(None)], topology, PlanSettings(dense=dense)).dense_ms
+    assert found == pytest.approx(
+        1e3 * (BATCH * size * 3000 + 10**6) / topology.hbm.stream_bytes_per_s)
+
+
+@pytest.mark.parametrize("exchange", ["rows", "pooled"])
+def test_row_wise_optimisers_gather_squares_of_columns_apart(exchange: str) -> None:
+    """Each of C column blocks sends 4 bytes of every touched row to the C - 1 others."""
+    topology, table = read_topology("4xcpu"), table_of("column_wise", exchange)
+    options = enumerate_options([table], topology)
+    found = {}
+    for optimizer in ("adagrad", "row_wise_adagrad"):
+        pricer = pricer_for([table], topology, optimizer=optimizer)
+        work, costs = pricer.work, pricer.price(options, np.arange(len(options)))
+        assert (options.col_parts > 1).any()
+        found[optimizer] = costs.phase_ms[:, 0, PHASES.index("update")]
+    memory, touched = topology.hbm, float(work.step_unique[0])
+    for option, (parts, width) in enumerate(zip(options.col_parts, options.columns, strict=True)):
+        answers = 2 * 400 if exchange == "pooled" else float(work.unique[0])
+        squares = 4 * width * (4 * answers + 4 * touched) / memory.stream_bytes_per_s + \
+            (parts - 1) * 4 * touched / topology.intra_host.bytes_per_s
+        # State of whole rows is one number, and state of elements one each.
+        rows = touched * memory.rewrite_factor * (
+            float(memory.row_seconds(8 * width)) - float(memory.row_seconds(4 * width + 4)))
+        assert found["row_wise_adagrad"][option] - found["adagrad"][option] == pytest.approx(
+            1e3 * ((squares if parts > 1 else 0.0) - rows))
 
 
 def test_caches_are_filled_for_what_they_miss() -> None:
