@@ -44,6 +44,13 @@ class _Chosen:
         phases: Floats = self.priced.phase_ms[table][which]
         return phases
 
+    def piece_written(self, table: int) -> Floats:
+        """[n] bytes that a step of the pieces of a table writes to the disk."""
+        first, other = self.priced.written_bytes[table]
+        option = int(self.placement.choice[table])
+        number = np.arange(int(self.problem.options.pieces[option]))
+        return np.where(number % int(self.problem.options.row_parts[option]), other, first)
+
 
 def build_result(request: Request, pricer: Pricer, solved: Solved,
                  cpu_seconds: float) -> PlanResult:
@@ -123,15 +130,18 @@ def _rank_predictions(chosen: _Chosen, pricer: Pricer,
     phases = np.tile(common, (problem.world_size, 1))
     buffers = np.full(problem.world_size, chosen.priced.common_bytes.sum())
     held = np.zeros((problem.world_size, 3, len(Tier)), dtype=np.int64)
+    written = np.zeros(problem.world_size)
     for table, ranks in enumerate(placement.ranks):
         phases[ranks] += chosen.piece_phases(table)
         buffers[ranks] += chosen.priced.buffer_bytes[table]
+        written[ranks] += chosen.piece_written(table)
         held[ranks] += np.array([_numbers(size) for size in shards[table]])
     dense = chosen.request.settings.dense.bytes
     return tuple(
         RankPrediction(rank, ShardBytes(*(TierBytes(*part) for part in held[rank].tolist())),
                        int(buffers[rank]), dense, tuple(phases[rank].tolist()),
-                       min(float(phases[rank, PREFETCH]), problem.window_ms))
+                       min(float(phases[rank, PREFETCH]), problem.window_ms),
+                       float(written[rank]))
         for rank in range(problem.world_size))
 
 

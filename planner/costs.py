@@ -46,9 +46,11 @@ class Priced:
         buffer_bytes: [O] ids, rows and gradients that an owner of a piece holds for all sources.
         common_phase_ms: [O, phases] on every rank as a source.
         common_bytes: [O] buffers on every rank as a source.
+        written_bytes: [O, 2] that a step writes to the disk, of a first piece and of another.
     """
 
     phase_ms: Floats
     buffer_bytes: Ints
     common_phase_ms: Floats
     common_bytes: Ints
+    written_bytes: Floats

@@ -156,7 +156,9 @@ class Pricer:
         shares = self._shares(options, chosen)
         phases = np.zeros((len(chosen), 2, len(PHASES)))
         rows = RowCosts(options, chosen, self.request.optimizer, self.speeds)
+        written = np.zeros((len(chosen), 2))
         for which, share in enumerate(shares):
+            written[:, which] = rows.written(*self._accesses(view, share), self._miss_ratio)
             self._wire(phases[:, which], options, chosen, view, share)
             self._rows(phases[:, which], rows, view, share)
             if self.request.optimizer in ROW_WISE_OPTIMIZERS:
@@ -165,7 +167,8 @@ class Pricer:
         vectors = _FP32_BYTES * options.columns[chosen] * wire[1]
         held = wire[0] + vectors * np.where(options.copied[chosen], 1, 2)
         common, common_bytes = self._source(options, chosen, view)
-        return Priced(phases, (self.speeds.world * held).astype(np.int64), common, common_bytes)
+        return Priced(phases, (self.speeds.world * held).astype(np.int64), common, common_bytes,
+                      written)
 
     def _view(self, options: Options, chosen: Ints) -> _View:
         work, table = self.work, options.table[chosen]
@@ -235,8 +238,12 @@ class Pricer:
         phase[:, _READ] = speeds.shard + np.where(copied, moved, world * moved) + rows.read(
             np.where(copied, view.unique, touched))
         phase[:, _UPDATE] = speeds.sort * world * entries + world * moved + rows.update(touched)
-        phase[:, _PREFETCH] = rows.fetch(touched, world * view.features * view.ids * most,
-                                         self._miss_ratio)
+        phase[:, _PREFETCH] = rows.fetch(*self._accesses(view, share), self._miss_ratio)
+
+    def _accesses(self, view: _View, share: tuple[Floats, Floats]) -> tuple[Floats, Floats]:
+        """Different rows and ids that a step asks of a piece."""
+        unique, most = share
+        return unique * view.touched, self.speeds.world * view.features * view.ids * most
 
     def _squares(self, phase: Floats, options: Options, chosen: Ints, view: _View,
                  share: tuple[Floats, Floats]) -> None:

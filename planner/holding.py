@@ -59,12 +59,14 @@ class Fetch:
         row_ms: a missed row.
         page_ms: a page of missed rows, where the level below is a disk.
         records: records of such a page; 0 where the level below is memory.
+        written_bytes: what a missed row writes to the disk, as the one that leaves has changed.
     """
 
     fraction: float
     row_ms: float
     page_ms: float = 0.0
     records: int = 0
+    written_bytes: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,7 @@ class Holding:
         page_read_ms: a page of touched rows, where the home is a disk without a cache.
         page_write_ms: the same, updated.
         records: records of such a page.
+        written_bytes: what an updated row writes to the disk.
         fetches: between levels, from near to far.
     """
 
@@ -85,6 +88,7 @@ class Holding:
     page_read_ms: float = 0.0
     page_write_ms: float = 0.0
     records: int = 0
+    written_bytes: float = 0.0
     fetches: tuple[Fetch, ...] = field(default=())
 
 
@@ -110,7 +114,8 @@ def _rows(spec: RowsSpec, columns: int, optimizer: str, speeds: Speeds) -> Holdi
         layout = _layout(record.record_bytes)
         return Holding(decode, decode + encode, _page_ms(layout, speeds.page_read,
                                                          speeds.page_byte[0]),
-                       _page_ms(layout, speeds.page_write, speeds.page_byte[1]), layout.records)
+                       _page_ms(layout, speeds.page_write, speeds.page_byte[1]), layout.records,
+                       CLEANING * (record.record_bytes + TAG_BYTES))
     payload, whole = record.payload_bytes, record.record_bytes
     read = float(speeds.row(tier, payload))
     update = float(speeds.row(tier, whole))
@@ -130,10 +135,11 @@ def _fetch(near: LevelSpec, far: LevelSpec, columns: int, optimizer: str, state_
     if far.tier is Tier.SSD:
         layout = _layout(below + TAG_BYTES)
         page = _page_ms(layout, speeds.page_read, speeds.page_byte[0])
-        row += CLEANING * (below + TAG_BYTES) * sum(speeds.page_byte)
+        written = CLEANING * (below + TAG_BYTES)
+        row += written * sum(speeds.page_byte)
         if near.tier is not Tier.DDR and speeds.behind_link:
             row += below * speeds.link_byte
-        return Fetch(near.fraction, row, page, layout.records)
+        return Fetch(near.fraction, row, page, layout.records, written)
     row += 2 * float(speeds.row(far.tier or Tier.HBM, below))
     if far.tier is Tier.DDR and near.tier is not Tier.DDR and speeds.behind_link:
         row += below * speeds.link_byte

@@ -21,6 +21,7 @@ from shardlab.planner.rate import overfull
 from shardlab.planner.report_text import (
     compact,
     describe_shards,
+    disk_text,
     number,
     rate_text,
     storage_text,
@@ -70,6 +71,7 @@ def _head(result: PlanResult, title: str) -> str:
     shown = "".join(f'<div class="card"><b>{escape(value)}</b><span>{escape(words)}</span></div>'
                     for value, words in cards)
     held = f" Held by {', '.join(result.binding)}." if result.binding else ""
+    disk = f" Of a host's disk: {disk_text(result)}." if disk_text(result) else ""
     warnings = "".join(f'<div class="warn">Does not fit: {escape(line)}</div>'
                        for line in overfull(result))
     wire = result.settings.wire
@@ -77,7 +79,7 @@ def _head(result: PlanResult, title: str) -> str:
             f"{topology.ranks_per_host} ranks, batch {result.batch_size} per rank, "
             f"{escape(result.optimizer)}, wire {escape(wire.forward)} and "
             f"{escape(wire.backward)}. Predicted, with {escape(result.assumption)}."
-            f"{escape(held)}</p>{warnings}"
+            f"{escape(held)}{escape(disk)}</p>{warnings}"
             f'<div class="cards">{shown}</div>')
 
 

@@ -40,6 +40,7 @@ class _Rated:
     entry: TablePlan
     sizes: list[ShardBytes]
     phases: Floats
+    written: Floats
 
 
 def rate(plan: ShardingPlan, request: Request) -> PlanResult:
@@ -68,7 +69,7 @@ def rate(plan: ShardingPlan, request: Request) -> PlanResult:
         entry, ExchangeKind.POOLED if plan.world_size == 1 else ExchangeKind.ROWS))
         for entry in entries]
     priced = pricer.price(_options(entries), np.arange(len(entries)))
-    rated = [_rated(entry, priced.phase_ms[index], request.optimizer)
+    rated = [_rated(entry, priced, index, request.optimizer)
              for index, entry in enumerate(entries)]
     world, topology = plan.world_size, request.topology
     tables = tuple(_table(rated[index], priced, index, world, request)
@@ -139,16 +140,17 @@ def choose_exchanges(plan: ShardingPlan, request: Request) -> ShardingPlan:
                                           else ExchangeKind.ROWS)) for entry in plan.tables))
 
 
-def _rated(entry: TablePlan, phase_ms: Floats, optimizer: str) -> _Rated:
+def _rated(entry: TablePlan, priced: Priced, index: int, optimizer: str) -> _Rated:
     sizes = [shard_bytes(entry.storage, shard.rows, shard.columns, optimizer)
              for shard in entry.shards]
     which = np.minimum(np.arange(len(entry.shards)) % _parts(entry)[0], 1)
-    phases = phase_ms[np.zeros_like(which) if entry.replicated else which]
+    which = np.zeros_like(which) if entry.replicated else which
+    phases = priced.phase_ms[index][which]
     shards = tuple(
         Shard(shard.rank, shard.row_start, shard.row_end, shard.col_start, shard.col_end,
               size.total, ms)
         for shard, size, ms in zip(entry.shards, sizes, phases.sum(axis=1).tolist(), strict=True))
-    return _Rated(replace(entry, shards=shards), sizes, phases)
+    return _Rated(replace(entry, shards=shards), sizes, phases, priced.written_bytes[index][which])
 
 
 def _table(rated: _Rated, priced: Priced, index: int, world: int,
@@ -172,10 +174,12 @@ def _ranks(rated: Sequence[_Rated], priced: Priced, pricer: Pricer,
     phases = np.tile(pricer.fixed_phase_ms + priced.common_phase_ms.sum(axis=0), (world, 1))
     buffers = np.full(world, priced.common_bytes.sum())
     held = np.zeros((world, 3, len(Tier)), dtype=np.int64)
+    written = np.zeros(world)
     for index, table in enumerate(rated):
         # A rank may hold several shards of a table: sums must not overwrite each other.
         ranks = np.array([shard.rank for shard in table.entry.shards])
         np.add.at(phases, ranks, table.phases)
+        np.add.at(written, ranks, table.written)
         np.add.at(buffers, ranks, priced.buffer_bytes[index])
         np.add.at(held, ranks, np.array([
             [[part.hbm, part.ddr, part.ssd] for part in (size.tables, size.state, size.cache)]
@@ -184,7 +188,7 @@ def _ranks(rated: Sequence[_Rated], priced: Priced, pricer: Pricer,
     return tuple(
         RankPrediction(rank, ShardBytes(*(TierBytes(*part) for part in held[rank].tolist())),
                        int(buffers[rank]), dense, tuple(phases[rank].tolist()),
-                       min(float(phases[rank, PREFETCH]), pricer.window_ms))
+                       min(float(phases[rank, PREFETCH]), pricer.window_ms), float(written[rank]))
         for rank in range(world))
 
 

@@ -14,6 +14,7 @@ from shardlab.planner.report_tables import print_storages, print_tables
 from shardlab.planner.report_text import (
     PHASE_LETTERS,
     PHASE_STYLES,
+    disk_text,
     grid,
     number,
     rate_text,
@@ -113,6 +114,8 @@ def _memory(result: PlanResult) -> dict[str, str]:
             limit = getattr(result.host_capacity, tier)
             where = f"host {held.index(max(held))}, the fullest"
             lines[tier] = f"{share_of(max(held), limit)} on {where}"
+    if disk_text(result):
+        lines["disk"] = disk_text(result)
     total = sum(rank.table_bytes for rank in result.ranks)
     lines["tables"] = f"{format_bytes(total)} with optimiser state and caches, all ranks together"
     return lines

@@ -15,10 +15,13 @@ if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
+    from shardlab.planner.result import PlanResult
+
 #: A letter and a colour for every phase, so that a bar reads without colours too.
 PHASE_LETTERS = dict(zip(PHASES, "ifrwpgudo", strict=True))
 PHASE_STYLES = dict(zip(PHASES, ("blue", "bright_cyan", "green", "cyan", "yellow", "magenta",
                                  "red", "bright_black", "white"), strict=True))
+_DAY_S = 86_400
 _FULL = 0.9  # a tier that is fuller than this is shown as a warning
 
 
@@ -35,6 +38,18 @@ def rate_text(samples_per_s: float) -> str:
         if samples_per_s >= size:
             return f"{samples_per_s / size:.3g} {unit} samples/s"
     return f"{samples_per_s:.3g} samples/s"
+
+
+def disk_text(result: PlanResult) -> str:
+    """What training writes to the disk, and how long that may go on; empty where it is not written.
+    """
+    if not result.disk_bytes_per_s:
+        return ""
+    written = f"{format_bytes(result.disk_bytes_per_s)}/s written"
+    life = result.disk_life_s
+    if life is None:
+        return f"{written}, endurance not known"
+    return f"{written}: the disk is rated for {life / _DAY_S:.3g} days of it"
 
 
 def signed(value: float, text: str) -> str:

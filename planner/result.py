@@ -30,6 +30,7 @@ class RankPrediction:
         dense_bytes: the dense model, in hbm.
         phase_ms: milliseconds by phase, in the order of `estimate.PHASES`.
         hidden_ms: the part of prefetching that runs while the dense part does.
+        written_bytes: what a step of its shards writes to the disk.
     """
 
     rank: int
@@ -38,6 +39,7 @@ class RankPrediction:
     dense_bytes: int
     phase_ms: tuple[float, ...]
     hidden_ms: float = 0.0
+    written_bytes: float = 0.0
 
     @property
     def ms(self) -> float:
@@ -217,6 +219,21 @@ class PlanResult:
                 total += rank.bytes
             totals.append(total)
         return tuple(totals)
+
+    @property
+    def disk_bytes_per_s(self) -> float:
+        """What training writes to the disk of the host that is written most."""
+        size = self.topology.ranks_per_host
+        return max(sum(rank.written_bytes for rank in self.ranks[first:first + size])
+                   for first in range(0, len(self.ranks), size)) / self.step_ms * 1e3
+
+    @property
+    def disk_life_s(self) -> float | None:
+        """Seconds of training that the disk is rated for; None: it is not written, or not rated."""
+        disk = self.topology.ssd
+        if disk is None or disk.endurance_bytes is None or not self.disk_bytes_per_s:
+            return None
+        return disk.endurance_bytes / self.disk_bytes_per_s
 
     def options(self, table: str) -> tuple[OptionCost, ...]:
         """Every option of a table that was considered, least work first.

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from numpy.typing import NDArray
 
 from shardlab.planner.enumerate import Options
-from shardlab.planner.holding import Holding, holding
+from shardlab.planner.holding import Fetch, Holding, holding
 from shardlab.planner.speeds import Speeds
 from shardlab.storage_specs import TensorTrainSpec
 
@@ -78,14 +78,31 @@ class RowCosts:
             miss_ratio: share of the rows that a cache holds -> [T] share of ids that it misses.
         """
         time = np.zeros(len(touched))
+        for some, fetch, missed in self._misses(touched, accesses, miss_ratio):
+            time[some] += fetch.row_ms * missed
+            if fetch.records:
+                time[some] += fetch.page_ms * self._pages(missed, some, fetch.records)
+        return time
+
+    def written(self, touched: Floats, accesses: Floats,
+                miss_ratio: Callable[[float], Floats]) -> Floats:
+        """[n] bytes that a step writes to the disk; arguments as of `fetch`."""
+        size = np.zeros(len(touched))
+        for some, cost in self._groups:
+            if cost.records:
+                size[some] = cost.written_bytes * touched[some]
+        for some, fetch, missed in self._misses(touched, accesses, miss_ratio):
+            if fetch.records:
+                size[some] += fetch.written_bytes * missed
+        return size
+
+    def _misses(self, touched: Floats, accesses: Floats, miss_ratio: Callable[[float], Floats],
+                ) -> Iterator[tuple[Ints, Fetch, Floats]]:
+        """Options that share costs, a way between their levels, and rows that take it."""
         for some, cost in self._groups:
             for fetch in cost.fetches:
                 ratio = miss_ratio(fetch.fraction)[self._table[some]]
-                missed = np.minimum(touched[some], accesses[some] * ratio)
-                time[some] += fetch.row_ms * missed
-                if fetch.records:
-                    time[some] += fetch.page_ms * self._pages(missed, some, fetch.records)
-        return time
+                yield some, fetch, np.minimum(touched[some], accesses[some] * ratio)
 
     def _pages(self, rows: Floats, some: Ints, records: int) -> Floats:
         """Pages that so many random rows of a piece touch; a record of several counts as one."""

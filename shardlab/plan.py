@@ -175,6 +175,10 @@ def _cover_problems(plan: TablePlan, table: EmbeddingBagConfig, world: int) -> l
         if not inside or not 0 <= shard.rank < world:
             problems.append(f"{where}: shard {shard} lies outside {rows} x {columns} "
                             f"on {world} ranks")
+    barred = sorted({shard.rank for shard in plan.shards} - set(table.ranks)) if table.ranks else []
+    if barred:
+        problems.append(f"{where}: has shards on ranks {barred}, the job allows ranks "
+                        f"{list(table.ranks)}; plan again, or change the table's ranks")
     if problems:
         return problems
     if plan.replicated:

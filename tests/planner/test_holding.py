@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from shardlab.log_layout import CLEANING
 from shardlab.planner.holding import Holding, holding
 from shardlab.planner.speeds import Speeds
 from shardlab.planner.topology import read_topology
@@ -58,6 +59,7 @@ def test_disks_read_pages_by_the_ranks_share() -> None:
                                                    8e3 * 4096 / GPU.ssd.read_bytes_per_s))
     assert found.page_write_ms >= 8e3 / GPU.ssd.write_iops
     assert found.records == 4088 // 260
+    assert found.written_bytes == pytest.approx(CLEANING * (260 + 4))
     assert found.read_ms == found.update_ms == 0
 
 
@@ -74,6 +76,7 @@ def test_chains_fetch_from_level_to_level() -> None:
     # Rows that go back are appended: a few of their own bytes, and no page of theirs is read.
     assert second.page_ms == pytest.approx(disk.page_read_ms)
     assert second.row_ms < disk.page_write_ms / 4
+    assert 260 < second.written_bytes < 4 * 260
 
 
 def test_pruned_rows_are_cheaper_to_move_and_need_an_index() -> None:

@@ -25,11 +25,12 @@ def request_of(tables: list[EmbeddingBagConfig], topology: Topology) -> Request:
 
 @settings(max_examples=25, deadline=None)
 @given(count=st.integers(1, 12), seed=st.integers(0, 5),
-       name=st.sampled_from(["1xcpu", "2xcpu", "2x4xh100"]), hbm=st.sampled_from([2, 8, 64]))
+       name=st.sampled_from(["1xcpu", "2xcpu", "2x4xh100"]), hbm=st.sampled_from([1, 8, 64]),
+       ddr=st.sampled_from([1, 256]))
 def test_the_planner_s_own_plan_gets_its_own_figures(count: int, seed: int, name: str,
-                                                     hbm: int) -> None:
+                                                     hbm: int, ddr: int) -> None:
     tables = generated_fleet(count, seed=seed, largest_rows=1e6)
-    topology = tiered(name, hbm * GIB, 256 * GIB)
+    topology = tiered(name, hbm * GIB, ddr * GIB, 256 * GIB)
     made = plan(tables, topology, 256)
     rated = rate(made.plan, request_of(tables, topology))
     assert rated.plan == made.plan

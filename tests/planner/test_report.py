@@ -7,9 +7,11 @@ from dataclasses import replace
 
 import pytest
 
+from shardlab.log_layout import CLEANING
 from shardlab.phases import PHASES
 from shardlab.plan import WireDtypes
 from shardlab.planner import DenseModel, PlanSettings, plan
+from shardlab.planner.html import plan_to_html
 from shardlab.planner.rate import rate
 from shardlab.planner.report import print_report
 from shardlab.planner.report_text import (
@@ -48,6 +50,41 @@ def tight() -> PlanResult:
         {"dtype": "fp32", "tier": "hbm"}, {"dtype": "int8", "tier": "hbm"}]}),
         EmbeddingBagConfig(2 * 10**7, 64, "large"), EmbeddingBagConfig(10**4, 64, "small")]
     return plan(tables, tiered("2xh100", 2 * GIB, 16 * GIB), 512)
+
+
+@pytest.fixture(scope="module")
+def written() -> PlanResult:
+    """Records of 260 bytes on a disk, every one of them touched."""
+    table = EmbeddingBagConfig(1500, 64, "cold", pooling_factor=2000.0,
+                               storage={"dtype": "fp32", "tier": "ssd"})
+    return plan([table], tiered("2xh100", GIB, GIB, 64 * GIB), 4096)
+
+
+def test_what_the_disk_endures_is_said(written: PlanResult) -> None:
+    disk = written.topology.ssd
+    assert disk is not None
+    assert disk.endurance_bytes is not None
+    # Every row and its tag, and what cleaning writes again for it.
+    size = sum(rank.written_bytes for rank in written.ranks)
+    assert size == pytest.approx(1500 * CLEANING * (260 + 4), rel=0.01)
+    per_s = size / written.step_ms * 1e3
+    assert written.disk_bytes_per_s == pytest.approx(per_s)
+    assert written.disk_life_s == pytest.approx(disk.endurance_bytes / per_s)
+    days = f"{disk.endurance_bytes / per_s / 86_400:.3g} days"
+    assert f"/s written: the disk is rated for {days} of it" in printed(written, 120)
+    assert days in plan_to_html(written)
+
+
+def test_disks_of_unknown_endurance_and_those_not_written(written: PlanResult,
+                                                          small: PlanResult) -> None:
+    disk = written.topology.ssd
+    assert disk is not None
+    unrated = replace(written, topology=replace(
+        written.topology, ssd=replace(disk, endurance_bytes=None)))
+    assert unrated.disk_life_s is None
+    assert "/s written, endurance not known" in printed(unrated, 120)
+    assert small.disk_life_s is None
+    assert "written" not in printed(small, 120)
 
 
 def printed(result: PlanResult, width: int, *, everything: bool = False) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 
 import pytest
 from hypothesis import given
@@ -132,6 +133,15 @@ def _moved(plan, **changes):
 def test_plan_that_does_not_fit_is_named(tables, world, text):
     with pytest.raises(PlanError, match=text):
         ShardingPlan(2, tables).check([_table()], world)
+
+
+def test_tables_lie_only_on_ranks_that_they_allow():
+    plan = ShardingPlan(3, (_row_wise(),))
+    plan.check([_table(ranks=[0, 1])], 3)
+    with pytest.raises(PlanError, match=re.escape(
+            "table 'user': has shards on ranks [0], the job allows ranks [1, 2]; plan again, or "
+            "change the table's ranks")):
+        plan.check([_table(ranks=[1, 2])], 3)
 
 
 def test_every_misfit_is_listed():
