@@ -14,7 +14,7 @@ Source: TT-Rec, arXiv 2101.11714; reuse of leading products as in EL-Rec (SC 202
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -45,6 +45,17 @@ class TensorTrain:
 def train_numbers(shape: TensorTrainShape) -> list[int]:
     """(cores, row factors, column factors, ranks) as one list."""
     return [len(shape.row_factors), *shape.row_factors, *shape.column_factors, *shape.ranks]
+
+
+def train_of(numbers: Sequence[int], tensors: Mapping[str, Tensor]) -> TensorTrain:
+    """Cores as a checkpoint holds them, by `train_numbers` and tensors named core0, core1, ..."""
+    count = numbers[0]
+    factors = numbers[1:1 + count]
+    shape = TensorTrainShape(math.prod(factors), tuple(factors),
+                             tuple(numbers[1 + count:1 + 2 * count]),
+                             tuple(numbers[1 + 2 * count:]))
+    return TensorTrain(shape, tuple(tensors[f"core{number}"].float().contiguous()
+                                    for number in range(count)))
 
 
 @dataclass(frozen=True)

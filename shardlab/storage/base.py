@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from shardlab.ops.rows import StepParameters
+from shardlab.ops.tensor_train import materialise, train_of
 from shardlab.ops.unique import Uniques
 from shardlab.plan import Shard
 from shardlab.specs import EmbeddingBagConfig
@@ -98,7 +99,17 @@ class TableChunk:
         return self.weights.shape[0] if self.present is None else self.span
 
     def dense(self, max_rows: int) -> Iterator[TableChunk]:
-        """The same with all rows, absent ones as zeros, at most ``max_rows`` at a time."""
+        """The same with all rows, absent ones as zeros, at most ``max_rows`` at a time.
+
+        Of a tensor train, the rows that its cores make.
+        """
+        if "tensor_train" in self.extra:
+            train = train_of(self.extra["tensor_train"].tolist(), self.extra)
+            for first in range(0, self.span, max_rows):
+                rows = torch.arange(first, min(first + max_rows, self.span))
+                yield TableChunk(self.table, self.row_start + first, self.col_start,
+                                 materialise(train, rows), {}, self.replicated)
+            return
         if self.present is None:
             yield self
             return

@@ -287,6 +287,10 @@ class RowsStorage:
         if chunk.state and set(chunk.state) != set(wanted):
             raise CheckpointError(f"table {chunk.table!r}: checkpoint holds optimiser state "
                                   f"{sorted(chunk.state)}, {self.optimizer} needs {sorted(wanted)}")
+        for part in chunk.dense(max(1, _INIT_BYTES // (_FP32_BYTES * chunk.weights.shape[1]))):
+            self._load_dense(part)
+
+    def _load_dense(self, chunk: TableChunk) -> None:
         rows, columns = chunk.weights.shape
         for block, local in enumerate(self.shards):
             shard = local.shard

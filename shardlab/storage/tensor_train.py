@@ -54,7 +54,7 @@ class TensorTrainShard:
     def __init__(self, local: LocalShard, options: StorageOptions, clock: Clock) -> None:
         spec = local.storage
         assert isinstance(spec, TensorTrainSpec)
-        self.local, self.spec = local, spec
+        self.local, self.spec, self.optimizer = local, spec, options.optimizer
         self.cores = CoreArena(local, options.optimizer, options.device, clock)
         self.workspace = Workspace()
         self.is_shared = not local.replicated and (
@@ -62,6 +62,9 @@ class TensorTrainShard:
             != (local.table.num_embeddings, local.table.embedding_dim))
         #: Gradients that wait for those of other ranks, where cores are shared.
         self.waiting: CoreGradients | None = None
+        #: Rows of another storage that are being loaded, and how many elements are to come.
+        self.collected: Tensor | None = None
+        self.missing = 0
         self._product_ids: Tensor | None = None
         for number in range(len(self.cores.shape.row_factors)):
             self.cores.write_core(number, init_core(
@@ -293,11 +296,12 @@ class TensorTrainStorage:
         from shardlab.storage.tensor_train_files import save_train
 
         for train in self.trains:
-            yield save_train(train, self.optimizer)
+            yield save_train(train)
 
     def begin_load(self) -> None:
         """Clears the optimiser state."""
         for train in self.trains:
+            train.collected = None
             for core in range(len(train.cores.shape.row_factors)):
                 state = train.cores.read_state(core)
                 train.cores.write_state(core, torch.zeros_like(state))
@@ -308,7 +312,7 @@ class TensorTrainStorage:
 
         for train in self.trains:
             if train.local.table.name == chunk.table:
-                load_train(train, chunk, self.optimizer)
+                load_train(train, chunk)
 
     def close(self) -> None:
         """Nothing: all is memory."""

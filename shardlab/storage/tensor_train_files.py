@@ -13,13 +13,18 @@ from torch import Tensor
 
 from shardlab.errors import CheckpointError
 from shardlab.ops.tensor_train import train_numbers
+from shardlab.ops.tensor_train_svd import decompose
 from shardlab.storage.base import TableChunk
 from shardlab.storage.rows import STATE_NAMES
 from shardlab.storage.tensor_train import TensorTrainShard
 from shardlab.storage_bytes import OPTIMIZER_STATE
+from shardlab.tensor_train_shapes import TensorTrainShape
+
+#: Rows that another tensor train makes at a time.
+_COLLECTED_ROWS = 1 << 18
 
 
-def save_train(train: TensorTrainShard, optimizer: str) -> TableChunk:
+def save_train(train: TensorTrainShard) -> TableChunk:
     """A shard's cores with their state."""
     cores, shard = train.cores, train.local.shard
     extra = {"tensor_train": torch.tensor(train_numbers(cores.shape))}
@@ -27,7 +32,7 @@ def save_train(train: TensorTrainShard, optimizer: str) -> TableChunk:
         values = cores.read_core(core)
         extra[f"core{core}"] = values.to("cpu", copy=True)
         state = cores.read_state(core)
-        for name, part in _split_state(state, values.shape[1], optimizer).items():
+        for name, part in _split_state(state, values.shape[1], train.optimizer).items():
             extra[f"core{core}/{name}"] = part
     return TableChunk(train.local.table.name, shard.row_start, shard.col_start,
                       torch.empty(0, shard.columns), {}, train.local.replicated,
@@ -42,27 +47,60 @@ def _split_state(state: Tensor, elements: int, optimizer: str) -> dict[str, Tens
             for name, part in zip(STATE_NAMES[optimizer], parts, strict=True)}
 
 
-def load_train(train: TensorTrainShard, chunk: TableChunk, optimizer: str) -> None:
+def load_train(train: TensorTrainShard, chunk: TableChunk) -> None:
     """Takes the part of a chunk that lies in the shard.
 
     Raises:
         CheckpointError: the chunk's state is another optimiser's, or its rows cannot be taken.
     """
-    if "tensor_train" not in chunk.extra:
-        raise CheckpointError(f"table {chunk.table!r}: rows cannot be loaded into a tensor train")
     shape, whole = train.cores.shape, train.cores.place.whole
-    found = chunk.extra["tensor_train"].tolist()
+    found = chunk.extra["tensor_train"].tolist() if "tensor_train" in chunk.extra else []
+    if not _fits(found, whole):
+        for part in chunk.dense(_COLLECTED_ROWS):
+            _collect(train, part)
+        return
     names = [name for name in chunk.extra if name.startswith("core0/")]
-    wanted = {f"core0/{name}" for name in STATE_NAMES[optimizer]}
+    wanted = {f"core0/{name}" for name in STATE_NAMES[train.optimizer]}
     if names and set(names) != wanted:
         raise CheckpointError(f"table {chunk.table!r}: checkpoint holds optimiser state "
-                              f"{sorted(names)}, {optimizer} needs {sorted(wanted)}")
+                              f"{sorted(names)}, {train.optimizer} needs {sorted(wanted)}")
     count = len(shape.row_factors)
     first_slices, first_columns = found[1], found[1 + count]
     train.forget_products()
     for core in range(count):
         _load_core(train, chunk, core, (chunk.row_start // whole.row_unit, first_slices,
                                         chunk.col_start // whole.column_unit, first_columns))
+
+
+def _fits(numbers: list[int], whole: TensorTrainShape) -> bool:
+    """Whether the chunk's cores are parts of a table of the same factors and ranks."""
+    mine = train_numbers(whole)
+    count = mine[0]
+    private = (1, 1 + count)  # slices and columns of the first core
+    return len(numbers) == len(mine) and all(
+        a == b for at, (a, b) in enumerate(zip(numbers, mine, strict=True)) if at not in private)
+
+
+def _collect(train: TensorTrainShard, chunk: TableChunk) -> None:
+    """Takes rows; when all of the table are there, its cores are those that come closest."""
+    table, shard = train.local.table, train.local.shard
+    size = (table.num_embeddings, table.embedding_dim)
+    if (shard.rows, shard.columns) != size:
+        raise CheckpointError(
+            f"table {table.name!r}: rows of another storage, or cores of other factors, are "
+            "decomposed where one rank holds the whole table; load them with sharding table_wise, "
+            "save, and cut the table then")
+    if train.collected is None:
+        train.collected, train.missing = torch.zeros(size), size[0] * size[1]
+    rows, columns = chunk.weights.shape
+    train.collected[chunk.row_start:chunk.row_start + rows,
+                    chunk.col_start:chunk.col_start + columns] = chunk.weights
+    train.missing -= rows * columns
+    if not train.missing:
+        for core, values in enumerate(decompose(train.collected, train.cores.shape)):
+            train.cores.write_core(core, values)
+        train.collected = None
+        train.forget_products()
 
 
 def _load_core(train: TensorTrainShard, chunk: TableChunk, core: int,
@@ -85,17 +123,26 @@ def _load_core(train: TensorTrainShard, chunk: TableChunk, core: int,
     values[rows.start:rows.stop, to] = chunk.extra[f"core{core}"][
         from_rows.start:from_rows.stop, source].to(values.device)
     cores.write_core(core, values)
-    state, at = cores.read_state(core), 0
-    for name, part in chunk.extra.items():
-        if not name.startswith(f"core{core}/"):
+    _load_state(train, chunk, core, (rows, from_rows, to, source))
+
+
+def _load_state(train: TensorTrainShard, chunk: TableChunk, core: int,
+                area: tuple[range, range, slice, slice]) -> None:
+    """Copies the state of slices; "row-wise" parts are one number per slice."""
+    rows, from_rows, to, source = area
+    elements = int(train.cores.blocks.table[core, 4])
+    per_column, _ = OPTIMIZER_STATE[train.optimizer]
+    state = train.cores.read_state(core)
+    for number, name in enumerate(STATE_NAMES[train.optimizer]):
+        if f"core{core}/{name}" not in chunk.extra:
             continue
-        elements = values.shape[1] if part.shape[1] > 1 or state.shape[1] - at >= values.shape[1] \
-            else 1
-        target = slice(at + to.start, at + to.stop) if elements > 1 else slice(at, at + 1)
-        taken = source if elements > 1 else slice(0, 1)
-        state[rows.start:rows.stop, target] = part[from_rows.start:from_rows.stop, taken]
-        at += elements
-    cores.write_state(core, state)
+        part = chunk.extra[f"core{core}/{name}"][from_rows.start:from_rows.stop]
+        at = number * elements
+        if number < per_column:
+            state[rows.start:rows.stop, at + to.start:at + to.stop] = part[:, source]
+        else:
+            state[rows.start:rows.stop, per_column * elements] = part[:, 0]
+    train.cores.write_state(core, state)
 
 
 def _overlap(mine: range, theirs: range) -> tuple[range, range]:

@@ -33,7 +33,10 @@ class TableEntry:
 
 @dataclass(frozen=True)
 class ChunkEntry:
-    """One stored rectangle of a table: its weights and its optimiser state, by tensor name."""
+    """One stored rectangle of a table: its weights and its optimiser state, by tensor name.
+
+    Of a sparse one only the rows that tensor ``present`` lists are stored; the others are zeros.
+    """
 
     file: str
     key: str
@@ -44,11 +47,14 @@ class ChunkEntry:
     rows: int
     columns: int
     state: tuple[str, ...]
+    extra: tuple[str, ...] = ()
+    sparse: bool = False
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> ChunkEntry:
         """Reads what `vars` of an entry became in JSON."""
-        return ChunkEntry(**{**data, "state": tuple(data["state"])})
+        return ChunkEntry(**{**data, "state": tuple(data["state"]),
+                             "extra": tuple(data.get("extra", ()))})
 
     @property
     def area(self) -> int:

@@ -48,10 +48,14 @@ def write_tables(folder: Path, collections: Mapping[str, ShardedEmbeddingBagColl
         key = str(len(chunks))
         chunks.append(ChunkEntry(
             file=file_name, key=key, collection=name, table=chunk.table,
-            row_start=chunk.row_start, col_start=chunk.col_start, rows=chunk.weights.shape[0],
-            columns=chunk.weights.shape[1], state=tuple(sorted(chunk.state))))
+            row_start=chunk.row_start, col_start=chunk.col_start, rows=chunk.num_rows,
+            columns=chunk.weights.shape[1], state=tuple(sorted(chunk.state)),
+            extra=tuple(sorted(chunk.extra)), sparse=chunk.present is not None))
         pending[f"{key}/weights"] = chunk.weights.cpu()
         pending |= {f"{key}/{field}": tensor.cpu() for field, tensor in chunk.state.items()}
+        pending |= {f"{key}/extra.{field}": tensor for field, tensor in chunk.extra.items()}
+        if chunk.present is not None:
+            pending[f"{key}/present"] = chunk.present
         if sum(tensor.nbytes for tensor in pending.values()) >= FILE_BYTES - _CHUNK_BYTES:
             files.append(write_tensors(folder / file_name, pending))
             pending.clear()
@@ -103,8 +107,11 @@ def _build_chunk(folder: Path, entry: ChunkEntry, tensors: Mapping[str, Tensor])
     try:
         weights = tensors[f"{entry.key}/weights"]
         state = {field: tensors[f"{entry.key}/{field}"] for field in entry.state}
+        extra = {field: tensors[f"{entry.key}/extra.{field}"] for field in entry.extra}
+        present = tensors[f"{entry.key}/present"] if entry.sparse else None
     except KeyError as error:
         raise CheckpointError(f"{folder / entry.file} lacks tensor {error}, which the manifest "
                               "lists; the checkpoint is foreign") from None
     return TableChunk(table=entry.table, row_start=entry.row_start, col_start=entry.col_start,
-                      weights=weights, state=state)
+                      weights=weights, state=state, present=present, span=entry.rows,
+                      extra=extra)
