@@ -14,12 +14,13 @@ from shardlab.planner.report_text import (
 )
 from shardlab.planner.result import OptionCost, PlanResult, TablePrediction
 from shardlab.planner.units import format_bytes, format_ms
-from shardlab.storage_specs import StorageSpec
+from shardlab.storage_specs import TensorTrainSpec
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 _SHOWN, _SHOWN_CHOICES = 20, 5
+_FP32_BYTES = 4
 _WIDE, _WIDER = 100, 130
 
 
@@ -58,9 +59,9 @@ def print_tables(console: Console, result: PlanResult, *, everything: bool) -> N
 
 def print_storages(console: Console, result: PlanResult) -> None:
     """Prints the storages that tables got, unless all have the same, and what they cost."""
-    groups: dict[StorageSpec, list[TablePrediction]] = {}
-    for entry in result.tables:
-        groups.setdefault(entry.storage, []).append(entry)
+    groups: dict[str, list[TablePrediction]] = {}
+    for entry in result.tables:  # tensor trains of equal rank differ in their factors
+        groups.setdefault(storage_text(entry.storage), []).append(entry)
     if len(groups) == 1:
         return
     tiers = [tier for tier in ("hbm", "ddr", "ssd")
@@ -68,14 +69,38 @@ def print_storages(console: Console, result: PlanResult) -> None:
     table = grid("Storages: bytes and ms of all ranks together", ["storage"],
                  ["tables", *tiers, "ms"])
     table.columns[0].no_wrap = False
-    for spec, entries in sorted(groups.items(), key=lambda item: -len(item[1])):
+    for text, entries in sorted(groups.items(), key=lambda item: -len(item[1])):
         sizes = [sum(getattr(entry.held.total, tier) for entry in entries) for tier in tiers]
-        table.add_row(storage_text(spec), str(len(entries)),
+        table.add_row(text, str(len(entries)),
                       *(format_bytes(size) if size else "-" for size in sizes),
                       number(sum(entry.work_ms for entry in entries)))
     console.print(table)
+    _print_trains(console, result)
     _print_choices(console, result)
     console.print()
+
+
+def _print_trains(console: Console, result: PlanResult) -> None:
+    """How small tensor trains make their tables, and those make all tables, without state."""
+    plain, parameters, held = 0, 0, 0
+    every, every_held, tables = 0, 0, 0
+    for plan, entry in zip(result.plan.tables, result.tables, strict=True):
+        rows = max(shard.row_end for shard in plan.shards)
+        columns = max(shard.col_end for shard in plan.shards)
+        copies = len(plan.shards) if plan.replicated else 1
+        size, full = entry.held.tables.total + entry.held.cache.total, _FP32_BYTES * rows * columns
+        every, every_held = every + full, every_held + size // copies
+        if isinstance(plan.storage, TensorTrainSpec):
+            tables, plain, held = tables + 1, plain + full, held + size // copies
+            parameters += plan.storage.piece_shape(rows, columns).parameters
+    if tables:
+        console.print(
+            f"  tensor trains: {tables} tables as {parameters:,} parameters, "
+            f"{format_bytes(held)} instead of {format_bytes(plain)} of fp32 rows "
+            f"({plain / held:.1f}x)")
+        console.print(f"  all tables: {format_bytes(every_held)} instead of "
+                      f"{format_bytes(every)} of fp32 rows ({every / every_held:.1f}x), without "
+                      "optimiser state and copies")
 
 
 def _print_choices(console: Console, result: PlanResult) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import glob
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -76,10 +76,22 @@ def table_spec(table: TableConfig) -> EmbeddingBagConfig:
 def table_specs(tables: tuple[TableConfig, ...] | TablesPreset) -> list[EmbeddingBagConfig]:
     """The tables of a job as specs."""
     if isinstance(tables, TablesPreset):
-        return criteo_kaggle_tables(
+        specs = criteo_kaggle_tables(
             tables.embedding_dim, tables.max_rows, storage=parse_storage(tables.storage, "tables"),
             sharding=tables.sharding, exchange=tables.exchange, bounds=tables.bounds)
+        return [replace(spec, storage=tables.storages.get(spec.name, spec.storage))
+                for spec in specs]
     return [table_spec(table) for table in tables]
+
+
+def _preset_problems(tables: tuple[TableConfig, ...] | TablesPreset) -> Problems:
+    if not isinstance(tables, TablesPreset):
+        return
+    known = [spec.name for spec in criteo_kaggle_tables(tables.embedding_dim)]
+    for name in tables.storages:
+        if name not in known:
+            yield (f"tables.storages: {name!r} is not a table of {tables.preset}; its tables are "
+                   f"{known[0]} to {known[-1]}")
 
 
 def _table_problems(valid: tuple[tuple[int, TableConfig], ...]) -> Problems:
@@ -213,6 +225,7 @@ def _plan_problems(plan: str | None) -> Problems:
 CHECKS: tuple[Check, ...] = (
     *_kind_checks(),
     Check((VALID_TABLES,), _table_problems),
+    Check(("tables",), _preset_problems),
     Check(("model.kind", "tables"), _dims_problems),
     Check(("data.kind", "data.path"), _missing_problems),
     Check(("data.path",), _path_problems),

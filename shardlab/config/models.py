@@ -103,6 +103,9 @@ class TablesPreset(Section):
     max_rows: Count | None = Field(
         default=None, description="rows that no table may exceed; absent: the full cardinalities")
     storage: Storage = "fp32"
+    storages: dict[Name, Storage] = Field(
+        default={}, description="how single tables are held, by name such as t_C3, in place of "
+        "storage")
     sharding: Sharding = Field(
         default=None,
         description="wanted sharding type of every table, or a list of those allowed; auto lets "
