@@ -223,6 +223,13 @@ def home_tier(spec: StorageSpec) -> Tier | None:
     return spec.home.tier if isinstance(spec, RowsSpec) else spec.tier
 
 
+def has_cache(spec: StorageSpec) -> bool:
+    """Whether some rows are also held elsewhere than in their home."""
+    if isinstance(spec, TensorTrainSpec):
+        return spec.cache_fraction > 0
+    return isinstance(spec, RowsSpec) and len(spec.levels) > 1
+
+
 def describe_storage(spec: StorageSpec) -> str:
     """A few words: ``int8 on ddr under fp32 5% on hbm``, ``tensor_train rank 32``."""
     if isinstance(spec, TensorTrainSpec):

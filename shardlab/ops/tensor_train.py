@@ -118,11 +118,11 @@ def tensor_train_rows_reference(train: TensorTrain, ids: Tensor) -> Tensor:
         return ids.new_zeros(0, math.prod(train.shape.column_factors), dtype=train.cores[0].dtype)
     levels = _levels(train.shape, ids)
     left = _products(train, levels)[-1]
-    last, (parent, digit) = _logical(train)[-1], levels[-1]
+    last, (parent, digit) = logical_cores(train)[-1], levels[-1]
     return torch.bmm(left[parent], last[digit].squeeze(3)).flatten(1)
 
 
-def _logical(train: TensorTrain) -> list[Tensor]:
+def logical_cores(train: TensorTrain) -> list[Tensor]:
     """Cores as [p_k, r_(k-1), q_k, r_k]."""
     cores = []
     for number, (core, (before, rows, columns, after)) in enumerate(
@@ -146,7 +146,7 @@ def _levels(shape: TensorTrainShape, ids: Tensor) -> list[tuple[Tensor, Tensor]]
 
 def _products(train: TensorTrain, levels: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
     """Of every core but the last: the products [nodes, leading columns, r_k] of its prefixes."""
-    cores = _logical(train)
+    cores = logical_cores(train)
     products = [cores[0][levels[0][1]].squeeze(1)]
     for core, (parent, digit) in zip(cores[1:-1], levels[1:-1], strict=True):
         step = torch.bmm(products[-1][parent], core[digit].flatten(2))
@@ -212,7 +212,7 @@ def tensor_train_gradients_reference(train: TensorTrain, ids: Tensor,
     if not ids.numel():
         return CoreGradients(tuple(ids[:0] for _ in train.cores),
                              tuple(core[:0] for core in train.cores))
-    levels, cores = _levels(train.shape, ids), _logical(train)
+    levels, cores = _levels(train.shape, ids), logical_cores(train)
     products = _products(train, levels)
     parent, digit = levels[-1]
     left = products[-1][parent]

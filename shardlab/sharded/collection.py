@@ -25,7 +25,7 @@ from shardlab.sharded.layout import compile_layout
 from shardlab.specs import EmbeddingBagConfig, check_tables
 from shardlab.storage import StorageOptions, TableChunk, build_storage
 from shardlab.storage_bytes import TierBytes
-from shardlab.storage_specs import RowsSpec, Tier, home_tier
+from shardlab.storage_specs import Tier, has_cache, home_tier
 
 _CHUNK_BYTES = 64 << 20
 
@@ -161,7 +161,7 @@ class ShardedEmbeddingBagCollection(nn.Module):
             By table: the counters of `shardlab.ops.cache.COUNTERS`, then bytes moved.
         """
         counts = {entry.table: [0] * (len(COUNTERS) + 1) for entry in self.plan.tables
-                  if isinstance(entry.storage, RowsSpec) and len(entry.storage.levels) > 1}
+                  if has_cache(entry.storage)}
         for block, local in enumerate(self.storage.shards):
             if local.table.name in counts:
                 found = self.storage.cache_counts(block)

@@ -95,9 +95,10 @@ class RowSquares:
 
 
 def _is_cut(layout: Layout, table: int, shard: Shard) -> bool:
-    """Whether a row's state needs columns of other shards; of tensor trains cores have states."""
-    return shard.columns < layout.tables[table].embedding_dim and \
-        not isinstance(layout.plans[table].storage, TensorTrainSpec)
+    """Whether a row's state needs columns of other shards; of tensor trains, only cached rows."""
+    storage = layout.plans[table].storage
+    has_rows = not isinstance(storage, TensorTrainSpec) or storage.cache_fraction > 0
+    return shard.columns < layout.tables[table].embedding_dim and has_rows
 
 
 def _owned(layout: Layout, rank: int) -> list[tuple[int, Shard]]:

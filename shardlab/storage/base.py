@@ -101,14 +101,19 @@ class TableChunk:
     def dense(self, max_rows: int) -> Iterator[TableChunk]:
         """The same with all rows, absent ones as zeros, at most ``max_rows`` at a time.
 
-        Of a tensor train, the rows that its cores make.
+        Of a tensor train, its cached rows and those that its cores make.
         """
         if "tensor_train" in self.extra:
             train = train_of(self.extra["tensor_train"].tolist(), self.extra)
             for first in range(0, self.span, max_rows):
                 rows = torch.arange(first, min(first + max_rows, self.span))
-                yield TableChunk(self.table, self.row_start + first, self.col_start,
-                                 materialise(train, rows), {}, self.replicated)
+                made = materialise(train, rows)
+                if "hot/ids" in self.extra:
+                    at = self.extra["hot/ids"] - self.row_start - first
+                    inside = (at >= 0) & (at < made.shape[0])
+                    made[at[inside]] = self.extra["hot/rows"][inside]
+                yield TableChunk(self.table, self.row_start + first, self.col_start, made, {},
+                                 self.replicated)
             return
         if self.present is None:
             yield self

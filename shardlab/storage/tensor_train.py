@@ -23,89 +23,16 @@ from shardlab.ops.blocks import Blocks
 from shardlab.ops.cache import COUNTERS
 from shardlab.ops.rows import ROW_WISE, StepParameters, pool_rows, sum_rows
 from shardlab.ops.scatter import scatter_rows
-from shardlab.ops.tensor_train import (
-    CoreGradients,
-    Workspace,
-    tensor_train_gradients,
-    tensor_train_rows,
-)
+from shardlab.ops.tensor_train import CoreGradients, Workspace
 from shardlab.ops.unique import BOUNDS_CODE, Segments, Uniques, unique_segments
 from shardlab.specs import BoundsMode
 from shardlab.storage.base import LocalShard, PlacedJobs, StorageOptions, TableChunk
 from shardlab.storage.levels import Clock
-from shardlab.storage.tensor_train_cores import CoreArena
-from shardlab.storage.tensor_train_init import init_core
+from shardlab.storage.tensor_train_files import load_train, save_train
+from shardlab.storage.tensor_train_shard import TensorTrainShard, moves_every_slice
 from shardlab.storage_bytes import TierBytes, tier_bytes
-from shardlab.storage_specs import TensorTrainSpec
 
 _FP32_BYTES = 4
-_ADAMS = ("adam", "row_wise_adam")
-
-
-class TensorTrainShard:
-    """One shard: its cores, and what a step needs to remember.
-
-    Args:
-        local: the shard.
-        options: optimiser, seed, device.
-        clock: of the storage.
-    """
-
-    def __init__(self, local: LocalShard, options: StorageOptions, clock: Clock) -> None:
-        spec = local.storage
-        assert isinstance(spec, TensorTrainSpec)
-        self.local, self.spec, self.optimizer = local, spec, options.optimizer
-        self.cores = CoreArena(local, options.optimizer, options.device, clock)
-        self.workspace = Workspace()
-        self.is_shared = not local.replicated and (
-            (local.shard.rows, local.shard.columns)
-            != (local.table.num_embeddings, local.table.embedding_dim))
-        #: Gradients that wait for those of other ranks, where cores are shared.
-        self.waiting: CoreGradients | None = None
-        #: Rows of another storage that are being loaded, and how many elements are to come.
-        self.collected: Tensor | None = None
-        self.missing = 0
-        self._product_ids: Tensor | None = None
-        for number in range(len(self.cores.shape.row_factors)):
-            self.cores.write_core(number, init_core(
-                local.table, self.cores.place.whole, number, self.cores.place.area(number),
-                spec.init, options.seed))
-
-    @property
-    def columns(self) -> int:
-        """Of the shard."""
-        return self.local.shard.columns
-
-    def rows(self, ids: Tensor) -> Tensor:
-        """fp32 [n, columns] of unique, ascending ids; valid until the next call."""
-        like = torch.empty(0, device=ids.device)
-        out = self.workspace.take("rows", ids.numel() * self.columns, like).view(-1, self.columns)
-        tensor_train_rows(self.cores.train(self.workspace), ids, out, self.workspace)
-        self._product_ids = ids
-        return out
-
-    def forget_products(self) -> None:
-        """The cores have changed."""
-        self._product_ids = None
-
-    def gradients(self, ids: Tensor, grads: Tensor) -> CoreGradients:
-        """Of all cores, from the gradients of rows [n, columns]."""
-        known = self._product_ids
-        kept = known is not None and known.shape == ids.shape and torch.equal(known, ids)
-        return tensor_train_gradients(self.cores.train(self.workspace), ids, grads, self.workspace,
-                                      products=kept)
-
-    def step(self, grads: CoreGradients, step: StepParameters) -> None:
-        """One step on cores that no other rank has a part of."""
-        if moves_every_slice(step):
-            grads = self.cores.all_slices(grads)
-        self.cores.step(grads, step, range(len(grads.grads)))
-        self.forget_products()
-
-
-def moves_every_slice(step: StepParameters) -> bool:
-    """Whether the rule also moves slices that got no gradient."""
-    return step.kind in _ADAMS or step.weight_decay > 0
 
 
 class TensorTrainStorage:
@@ -193,7 +120,7 @@ class TensorTrainStorage:
         """One step on the cores of every table that ids touched.
 
         Cores that several ranks share wait for `step_shared`. Row-wise rules take the squares of
-        slices, not ``row_squares``.
+        slices; ``row_squares`` are for cached rows of which this shard has some columns.
         """
         edges = uniques.splits.tolist()
         for block, train in enumerate(self.trains):
@@ -201,11 +128,14 @@ class TensorTrainStorage:
             if not count:
                 continue
             summed = self._summed(uniques, weights, grads, (start, count, train.columns), step)
-            found = train.gradients(uniques.ids[start:start + count], summed)
+            uses = uniques.starts[start:start + count + 1].diff()
+            squares = None if row_squares is None else row_squares[start:start + count]
+            found = train.learn(uniques.ids[start:start + count], summed, uses, step, squares)
             if train.is_shared:
                 train.waiting = found
             else:
                 train.step(found, step)
+                train.choose_hot_rows(self.clock.step)
 
     def _summed(self, uniques: Uniques, weights: Tensor | None, grads: Tensor,
                 span: tuple[int, int, int], step: StepParameters) -> Tensor:
@@ -222,8 +152,12 @@ class TensorTrainStorage:
         """Nothing: cores are small and near."""
 
     def cache_counts(self, block: int) -> list[int]:
-        """Counts of a shard's cached rows since the start."""
-        return [0] * (len(COUNTERS) + 1)
+        """Unique rows that reads found cached, and not, since the start; nothing is moved."""
+        hot = self.trains[block].hot
+        counts = [0] * (len(COUNTERS) + 1)
+        if hot is not None:
+            counts[:2] = hot.hits, hot.misses
+        return counts
 
     def tier_bytes(self) -> TierBytes:
         """Bytes by tier, counted by the planner's arithmetic for every shard."""
@@ -289,12 +223,11 @@ class TensorTrainStorage:
         cores.step(CoreGradients(tuple(touched), tuple(grads)), step, range(len(grads)), squares)
         train.waiting = None
         train.forget_products()
+        train.choose_hot_rows(self.clock.step)
 
     # ------------------------------------------------------------------ checkpoints
     def chunks(self, max_bytes: int) -> Iterator[TableChunk]:
         """One chunk per shard: its cores and their state."""
-        from shardlab.storage.tensor_train_files import save_train
-
         for train in self.trains:
             yield save_train(train)
 
@@ -302,14 +235,13 @@ class TensorTrainStorage:
         """Clears the optimiser state."""
         for train in self.trains:
             train.collected = None
+            train.clear_hot_rows()
             for core in range(len(train.cores.shape.row_factors)):
                 state = train.cores.read_state(core)
                 train.cores.write_state(core, torch.zeros_like(state))
 
     def load_chunk(self, chunk: TableChunk) -> None:
         """Takes what of the chunk lies in this storage's shards."""
-        from shardlab.storage.tensor_train_files import load_train
-
         for train in self.trains:
             if train.local.table.name == chunk.table:
                 load_train(train, chunk)

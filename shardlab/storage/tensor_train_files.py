@@ -16,7 +16,8 @@ from shardlab.ops.tensor_train import train_numbers
 from shardlab.ops.tensor_train_svd import decompose
 from shardlab.storage.base import TableChunk
 from shardlab.storage.rows import STATE_NAMES
-from shardlab.storage.tensor_train import TensorTrainShard
+from shardlab.storage.tensor_train_hot import HotRows
+from shardlab.storage.tensor_train_shard import TensorTrainShard
 from shardlab.storage_bytes import OPTIMIZER_STATE
 from shardlab.tensor_train_shapes import TensorTrainShape
 
@@ -34,6 +35,8 @@ def save_train(train: TensorTrainShard) -> TableChunk:
         state = cores.read_state(core)
         for name, part in _split_state(state, values.shape[1], train.optimizer).items():
             extra[f"core{core}/{name}"] = part
+    if train.hot is not None:
+        extra |= {f"hot/{name}": value for name, value in _save_hot(train, train.hot).items()}
     return TableChunk(train.local.table.name, shard.row_start, shard.col_start,
                       torch.empty(0, shard.columns), {}, train.local.replicated,
                       present=torch.empty(0, dtype=torch.int64), span=shard.rows, extra=extra)
@@ -70,6 +73,75 @@ def load_train(train: TensorTrainShard, chunk: TableChunk) -> None:
     for core in range(count):
         _load_core(train, chunk, core, (chunk.row_start // whole.row_unit, first_slices,
                                         chunk.col_start // whole.column_unit, first_columns))
+    if "hot/ids" in chunk.extra:
+        _load_hot(train, chunk)
+        if train.hot is not None:
+            _load_uses(train, train.hot, chunk)
+
+
+def _save_hot(train: TensorTrainShard, hot: HotRows) -> dict[str, Tensor]:
+    """Cached rows, their state and the counts; rows are those of the table."""
+    first = train.local.shard.row_start
+    saved = {"ids": hot.ids + first, "rows": hot.rows.to("cpu", copy=True),
+             "state": hot.state.to("cpu", copy=True),
+             "next": torch.tensor(hot.next_choice), "norms": torch.tensor(
+                 [hot.learnt, hot.lost], dtype=torch.float64)}
+    uses = hot.uses.saved()
+    uses["ids"] = uses["ids"] + first
+    return saved | {f"uses.{name}": value for name, value in uses.items()}
+
+
+def _load_hot(train: TensorTrainShard, chunk: TableChunk) -> None:
+    """Takes the cached rows of a chunk that lie in the shard.
+
+    Chunks of column pieces bring the same rows: each fills in its columns. Rows that find no room,
+    because several caches became one or there is none, are folded into the cores.
+    """
+    shard, saved, hot = train.local.shard, chunk.extra, train.hot
+    inside = (saved["hot/ids"] >= shard.row_start) & (saved["hot/ids"] < shard.row_end)
+    ids, theirs = saved["hot/ids"][inside] - shard.row_start, saved["hot/rows"].shape[1]
+    mine, source = _overlap(range(shard.col_start, shard.col_end),
+                            range(chunk.col_start, chunk.col_start + theirs))
+    if not mine or not ids.numel():
+        return
+    old = torch.empty(0, dtype=torch.int64) if hot is None else hot.ids.clone()
+    merged = torch.unique(torch.cat([old, ids]))
+    rows = train.core_rows(merged.to(train.cores.data.device)).cpu().clone()
+    place = torch.searchsorted(merged, ids)
+    to, taken = slice(mine.start, mine.stop), slice(source.start, source.stop)
+    if hot is not None:
+        before = torch.searchsorted(merged, old)
+        rows[before] = hot.rows.cpu()
+    rows[place, to] = saved["hot/rows"][inside][:, taken]
+    fits = 0 if hot is None else hot.shape.capacity
+    if hot is not None:
+        state = torch.zeros(merged.numel(), hot.state.shape[1])
+        state[before] = hot.state.cpu()
+        per_column, _ = OPTIMIZER_STATE[train.optimizer]
+        given = saved["hot/state"][inside]
+        for part in range(per_column):
+            at, first = part * hot.columns, part * theirs
+            state[place, at + to.start:at + to.stop] = \
+                given[:, first + taken.start:first + taken.stop]
+        state[place, per_column * hot.columns:] = given[:, per_column * theirs:]
+        hot.set(merged[:fits], rows[:fits], state[:fits])
+    if merged.numel() > fits:
+        train.fold_rows(merged[fits:], rows[fits:].to(train.cores.data.device))
+
+
+def _load_uses(train: TensorTrainShard, hot: HotRows, chunk: TableChunk) -> None:
+    """Takes the counts of a chunk's rows in the shard; of column pieces, the first brings them."""
+    shard, saved = train.local.shard, chunk.extra
+    hot.next_choice = int(saved["hot/next"])
+    hot.learnt, hot.lost = saved["hot/norms"].tolist()
+    if chunk.col_start > shard.col_start:
+        return
+    uses = {name.removeprefix("hot/uses."): value for name, value in saved.items()
+            if name.startswith("hot/uses.")}
+    inside = (uses["ids"] >= shard.row_start) & (uses["ids"] < shard.row_end)
+    tracked = int(inside[:int(uses["tracked"])].sum())
+    hot.uses.load({"ids": uses["ids"][inside] - shard.row_start, "counts": uses["counts"][inside],
+                   "squares": uses["squares"][inside], "tracked": torch.tensor(tracked)})
 
 
 def _fits(numbers: list[int], whole: TensorTrainShape) -> bool:
