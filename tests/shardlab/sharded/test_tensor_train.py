@@ -141,7 +141,7 @@ def test_every_sharding_equals_whole_cores_in_fp64(optimizer, exchange):
                 torch.testing.assert_close(core.double(), wanted.data, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("optimizer", [OPTIMIZERS[2], OPTIMIZERS[3]],
+@pytest.mark.parametrize("optimizer", [OPTIMIZERS[2], OPTIMIZERS[4]],
                          ids=lambda opt: opt.kind)
 def test_cached_rows_train_alike_however_the_table_is_cut(optimizer):
     """Room for all rows: whatever is used in the warm-up is cached, on every cut."""

@@ -22,6 +22,7 @@ from tests.shardlab.storage.test_tensor_train import (
     update,
 )
 
+
 def cached_table(**changes):
     return table_of(cache_fraction=0.01, cache_warmup_steps=2, **changes)
 
