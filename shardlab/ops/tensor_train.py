@@ -116,7 +116,7 @@ def tensor_train_rows_reference(train: TensorTrain, ids: Tensor) -> Tensor:
     """Plain-torch face of `tensor_train_rows`, of any dtype and differentiable: [n, columns]."""
     if not ids.numel():
         return ids.new_zeros(0, math.prod(train.shape.column_factors), dtype=train.cores[0].dtype)
-    levels = _levels(train.shape, ids)
+    levels = prefix_levels(train.shape, ids)
     left = _products(train, levels)[-1]
     last, (parent, digit) = logical_cores(train)[-1], levels[-1]
     return torch.bmm(left[parent], last[digit].squeeze(3)).flatten(1)
@@ -134,7 +134,7 @@ def logical_cores(train: TensorTrain) -> list[Tensor]:
     return cores
 
 
-def _levels(shape: TensorTrainShape, ids: Tensor) -> list[tuple[Tensor, Tensor]]:
+def prefix_levels(shape: TensorTrainShape, ids: Tensor) -> list[tuple[Tensor, Tensor]]:
     """For every core: (parent, digit) of the distinct prefixes that end there; ids at the last."""
     levels, prefixes = [], ids
     for rows in reversed(shape.row_factors[1:]):
@@ -212,7 +212,7 @@ def tensor_train_gradients_reference(train: TensorTrain, ids: Tensor,
     if not ids.numel():
         return CoreGradients(tuple(ids[:0] for _ in train.cores),
                              tuple(core[:0] for core in train.cores))
-    levels, cores = _levels(train.shape, ids), logical_cores(train)
+    levels, cores = prefix_levels(train.shape, ids), logical_cores(train)
     products = _products(train, levels)
     parent, digit = levels[-1]
     left = products[-1][parent]
