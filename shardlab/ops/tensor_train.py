@@ -16,6 +16,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -37,9 +39,29 @@ class TensorTrain:
     shape: TensorTrainShape
     cores: tuple[Tensor, ...]
 
-    def numbers(self) -> list[int]:
-        """The kernels' numbers, in their order."""
-        return train_numbers(self.shape)
+    @cached_property
+    def kernel(self) -> tuple[list[int], list[int]]:
+        """What the native face takes: numbers, and where the cores start.
+
+        Raises:
+            TypeError: a core of another size, dtype or layout than the shape says.
+        """
+        self.check()
+        return train_numbers(self.shape), [address(core) for core in self.cores]
+
+    def check(self) -> None:
+        """Refuses cores that a kernel would misread.
+
+        Raises:
+            TypeError: another dtype, layout or size.
+        """
+        for number, (core, shape) in enumerate(zip(self.cores, self.shape.core_shapes,
+                                                   strict=True)):
+            check_tensor(f"core {number}", core, torch.float32)
+            if core.shape != (shape[1], math.prod(shape) // shape[1]):
+                raise TypeError(f"core {number}: expected {shape[1]} slices of "
+                                f"{math.prod(shape) // shape[1]} elements, found "
+                                f"{tuple(core.shape)}")
 
 
 def train_numbers(shape: TensorTrainShape) -> list[int]:
@@ -65,10 +87,12 @@ class CoreGradients:
     Attributes:
         touched: int64 [t_k] of every core, ascending: its slices that got a gradient.
         grads: [t_k, slice elements] of every core.
+        flat: a buffer that holds all of ``grads``, and where in it each core's begin; or None.
     """
 
     touched: tuple[Tensor, ...]
     grads: tuple[Tensor, ...]
+    flat: tuple[Tensor, list[int]] | None = None
 
 
 @dataclass
@@ -102,13 +126,14 @@ def tensor_train_rows(train: TensorTrain, ids: Tensor, out: Tensor, workspace: W
     if face == "native":
         products = _native_products(train, ids, workspace)
         native().tensor_train_rows(  # type: ignore[union-attr]
-            train.numbers(), [address(core) for core in train.cores], address(ids), ids.numel(),
-            address(products), address(out), torch.get_num_threads())
+            *train.kernel, address(ids), ids.numel(), address(products), address(out),
+            torch.get_num_threads())
     elif face == "triton":
         from shardlab.ops.triton import tensor_train as kernels
 
         kernels.tensor_train_rows(train, ids, out)
     else:
+        train.check()
         out.copy_(tensor_train_rows_reference(train, ids))
 
 
@@ -185,24 +210,28 @@ def _native_gradients(train: TensorTrain, ids: Tensor, grads: Tensor, workspace:
         rows = workspace.take("rows", grads.numel(), grads).view_as(grads)
         tensor_train_rows(train, ids, rows, workspace)
     kept = _native_products(train, ids, workspace)
-    touched, targets = [], []
-    for number, core in enumerate(train.cores):
-        slices = min(count, core.shape[0])
-        touched.append(workspace.take(f"touched{number}", slices, ids))
-        targets.append(workspace.take(f"grads{number}", slices * core.shape[1], core)
-                       .view(slices, core.shape[1]))
+    slices = [min(count, core.shape[0]) for core in train.cores]
+    widths = [core.shape[1] for core in train.cores]
+    lists = list(accumulate(slices, initial=0))
+    starts = list(accumulate((n * width for n, width in zip(slices, widths, strict=True)),
+                             initial=0))
+    touched = workspace.take("touched", lists[-1], ids)
+    flat = workspace.take("grads", starts[-1], grads)
+    first_list, first_grad = address(touched), address(flat)
     counts = native().tensor_train_gradients(  # type: ignore[union-attr]
-        train.numbers(), [address(core) for core in train.cores], address(ids), count,
-        address(kept), address(grads), [address(one) for one in touched],
-        [address(one) for one in targets], torch.get_num_threads())
+        *train.kernel, address(ids), count, address(kept), address(grads),
+        [first_list + at * touched.element_size() for at in lists[:-1]],
+        [first_grad + at * flat.element_size() for at in starts[:-1]], torch.get_num_threads())
     return CoreGradients(
-        tuple(one[:found] for one, found in zip(touched, counts, strict=False)),
-        tuple(one[:found] for one, found in zip(targets, counts, strict=False)))
+        tuple(touched[at:at + n] for at, n in zip(lists[:-1], counts, strict=False)),
+        tuple(flat[at:at + n * width].view(n, width)
+              for at, n, width in zip(starts, counts, widths, strict=False)),
+        (flat, starts[:-1]))
 
 
 def _native_products(train: TensorTrain, ids: Tensor, workspace: Workspace) -> Tensor:
     elements = native().tensor_train_product_elements(  # type: ignore[union-attr]
-        train.numbers(), ids.numel())
+        train.kernel[0], ids.numel())
     return workspace.take("products", elements, train.cores[0])
 
 
@@ -250,11 +279,6 @@ def _check(train: TensorTrain, ids: Tensor, rows: Tensor) -> None:
     check_tensor("rows", rows, torch.float32)
     if rows.shape != (ids.numel(), columns):
         raise TypeError(f"rows: expected [{ids.numel()}, {columns}], found {tuple(rows.shape)}")
-    for number, (core, shape) in enumerate(zip(train.cores, train.shape.core_shapes, strict=True)):
-        check_tensor(f"core {number}", core, torch.float32)
-        if core.shape != (shape[1], math.prod(shape) // shape[1]):
-            raise TypeError(f"core {number}: expected {shape[1]} slices of "
-                            f"{math.prod(shape) // shape[1]} elements, found {tuple(core.shape)}")
 
 
 def materialise(train: TensorTrain, ids: Sequence[int] | Tensor) -> Tensor:

@@ -24,7 +24,13 @@ from shardlab.ops.cache import COUNTERS
 from shardlab.ops.rows import ROW_WISE, StepParameters, pool_rows, sum_rows
 from shardlab.ops.scatter import scatter_rows
 from shardlab.ops.tensor_train import CoreGradients, Workspace
-from shardlab.ops.unique import BOUNDS_CODE, Segments, Uniques, unique_segments
+from shardlab.ops.unique import (
+    BOUNDS_CODE,
+    Segments,
+    Uniques,
+    fill_affine,
+    unique_segments,
+)
 from shardlab.specs import BoundsMode
 from shardlab.storage.base import LocalShard, PlacedJobs, StorageOptions, TableChunk
 from shardlab.storage.levels import Clock
@@ -67,14 +73,14 @@ class TensorTrainStorage:
     def read_scattered(self, uniques: Uniques, weights: Tensor | None, out: Tensor) -> None:
         """Copies every row to its entries' places (`ops.scatter.scatter_rows`)."""
         rows, starts = self._rows(uniques)
-        table = torch.zeros(len(self.trains), 6, dtype=torch.int64)
-        for block, train in enumerate(self.trains):
-            width = _FP32_BYTES * train.columns
-            table[block] = torch.tensor([_FP32_BYTES * starts[block], width, 0, 0, train.columns,
-                                         uniques.splits[block + 1] - uniques.splits[block]])
-        first = torch.repeat_interleave(uniques.splits[:-1], uniques.splits.diff())
-        places = torch.arange(uniques.ids.numel(), device=uniques.ids.device)
-        places -= first.to(places.device)
+        counts = uniques.splits.diff().tolist()
+        table = torch.tensor([[_FP32_BYTES * start, _FP32_BYTES * train.columns, 0, 0,
+                               train.columns, count]
+                              for train, start, count in zip(self.trains, starts, counts,
+                                                             strict=True)])
+        pieces = torch.tensor([[start, count, 0, 1] for start, count in zip(
+            uniques.splits.tolist(), counts, strict=False)])
+        places = fill_affine(pieces, uniques.ids.numel(), uniques.ids.device)
         scatter_rows(rows.view(torch.uint8), Blocks(table), replace(uniques, ids=places), weights,
                      out)
 
@@ -107,7 +113,7 @@ class TensorTrainStorage:
             starts.append(at)
             if size:
                 ids = uniques.ids[edges[block]:edges[block + 1]]
-                flat[at:at + size] = train.rows(ids).view(-1)
+                train.rows(ids, flat[at:at + size].view(-1, train.columns))
             at += size
         return flat, starts
 

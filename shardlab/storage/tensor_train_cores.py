@@ -7,8 +7,8 @@ written back in the cores' dtype. "Row-wise" state is one number per slice.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from shardlab.ops.codecs import Rounding, decode_rows, encode_rows
 from shardlab.ops.records import Records
 from shardlab.ops.rows import StepParameters, update_rows
 from shardlab.ops.tensor_train import CoreGradients, TensorTrain, Workspace
-from shardlab.ops.unique import Uniques
+from shardlab.ops.unique import Uniques, fill_affine
 from shardlab.storage.base import LocalShard
 from shardlab.storage.levels import Clock
 from shardlab.storage_bytes import OPTIMIZER_STATE, payload_bytes
@@ -99,6 +99,9 @@ class CoreArena:
         self.data = allocate(offset, device)
         self.blocks = Blocks(table) if self.dtype == "fp32" else \
             Blocks.build(table, [self._encoding(number) for number in range(len(table))])
+        self._train: TensorTrain | None = None
+        if self.dtype == "fp32":
+            self._train = self.train(Workspace())
 
     def _encoding(self, number: int) -> Encoding:
         per_column, per_row = OPTIMIZER_STATE[self._optimizer]
@@ -117,6 +120,8 @@ class CoreArena:
 
     def train(self, workspace: Workspace) -> TensorTrain:
         """The cores as fp32: themselves, or decoded into the workspace."""
+        if self._train is not None:
+            return self._train
         return TensorTrain(self.shape, tuple(
             self.read_core(number, workspace) for number in range(len(self.blocks.table))))
 
@@ -172,10 +177,10 @@ class CoreArena:
             row_squares: by core, fp32 [slices]: mean square of every slice's gradient, where the
                 shard holds only a part of the slice.
         """
-        sizes = [0] * len(self.blocks.table)
+        edges = [0] * (len(self.blocks.table) + 1)
         for number, touched in zip(cores, grads.touched, strict=True):
-            sizes[number] = touched.numel()
-        counts = torch.tensor(sizes)
+            edges[number + 1] = touched.numel()
+        splits = torch.tensor(edges).cumsum(0)
         flat, sources = _joined(grads)
         ids = torch.cat(grads.touched)
         squares = None
@@ -183,7 +188,6 @@ class CoreArena:
             squares = torch.cat([
                 row_squares.get(number, torch.full_like(touched, -1, dtype=torch.float32))
                 for number, touched in zip(cores, grads.touched, strict=True)])
-        splits = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
         uniques = Uniques(ids, splits, torch.arange(ids.numel() + 1, device=ids.device), sources)
         update_rows(self.data, self.blocks, uniques, None, flat,
                     replace(step, scale=1.0, clip_value=0.0, key=self.clock.key(0), rows=None),
@@ -202,12 +206,15 @@ class CoreArena:
 
 
 def _joined(grads: CoreGradients) -> tuple[Tensor, Tensor]:
-    """All gradients behind each other, and where every slice's begins."""
-    parts = [values for values in grads.grads if values.numel()]
-    flat = torch.cat([values.reshape(-1) for values in parts]) if parts else torch.empty(0)
-    sources, first = [], 0
-    for values in grads.grads:
-        elements = math.prod(values.shape[1:])
-        sources.append(first + elements * torch.arange(values.shape[0], device=values.device))
-        first += values.numel()
-    return flat, torch.cat(sources)
+    """All gradients in one buffer, and where every slice's begins."""
+    if grads.flat is None:
+        parts = [values for values in grads.grads if values.numel()]
+        flat = torch.cat([part.reshape(-1) for part in parts]) if parts else torch.empty(0)
+        starts = list(accumulate((values.numel() for values in grads.grads), initial=0))
+    else:
+        flat, starts = grads.flat
+    pieces, at = [], 0
+    for values, first in zip(grads.grads, starts, strict=False):
+        pieces.append([at, values.shape[0], first, values.shape[1]])
+        at += values.shape[0]
+    return flat, fill_affine(torch.tensor(pieces), at, flat.device)

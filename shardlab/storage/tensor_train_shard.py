@@ -60,21 +60,20 @@ class TensorTrainShard:
         """Of the shard."""
         return self.local.shard.columns
 
-    def rows(self, ids: Tensor) -> Tensor:
-        """fp32 [n, columns] of unique, ascending ids; valid until the next call."""
-        if self.hot is None:
-            return self.core_rows(ids)
-        cached, slots = self.hot.find(ids)
-        self.hot.hits += slots.numel()
-        self.hot.misses += ids.numel() - slots.numel()
-        if not slots.numel():
-            return self.core_rows(ids)
+    def rows(self, ids: Tensor, out: Tensor) -> None:
+        """Writes fp32 [n, columns] of unique, ascending ids."""
+        slots = ids[:0]
+        if self.hot is not None:
+            cached, slots = self.hot.find(ids)
+            self.hot.hits += slots.numel()
+            self.hot.misses += ids.numel() - slots.numel()
+        if self.hot is None or not slots.numel():
+            tensor_train_rows(self.cores.train(self.workspace), ids, out, self.workspace)
+            self._product_ids = ids
+            return
         cached, slots = cached.to(ids.device), slots.to(ids.device)
-        like = torch.empty(0, device=ids.device)
-        out = self.workspace.take("mixed", ids.numel() * self.columns, like).view(-1, self.columns)
         out[~cached] = self.core_rows(ids[~cached])
         out[cached] = self.hot.rows[slots]
-        return out
 
     def core_rows(self, ids: Tensor) -> Tensor:
         """What the cores make of unique, ascending ids; valid until the next call."""
@@ -152,7 +151,8 @@ class TensorTrainShard:
     def gradients(self, ids: Tensor, grads: Tensor) -> CoreGradients:
         """Of all cores, from the gradients of rows [n, columns]."""
         known = self._product_ids
-        kept = known is not None and known.shape == ids.shape and torch.equal(known, ids)
+        kept = known is not None and (known is ids or (
+            known.shape == ids.shape and torch.equal(known, ids)))
         return tensor_train_gradients(self.cores.train(self.workspace), ids, grads, self.workspace,
                                       products=kept)
 
