@@ -49,7 +49,9 @@ class _Chosen:
         first, other = self.priced.written_bytes[table]
         option = int(self.placement.choice[table])
         number = np.arange(int(self.problem.options.pieces[option]))
-        return np.where(number % int(self.problem.options.row_parts[option]), other, first)
+        of_first = number % int(self.problem.options.row_parts[option]) == 0
+        written: Floats = np.where(of_first, first, other)
+        return written
 
 
 def build_result(request: Request, pricer: Pricer, solved: Solved,

@@ -151,7 +151,9 @@ _CPU = Topology(
     # Measured: square products of 1,024 and more, one thread, AVX-512 and AMX.
     fp32_flops_per_s=162e9, bf16_flops_per_s=1150e9,
     # Own assumptions; the shard's is about what one more job of a kernel costs.
-    reserved_fraction=0.10, shard_overhead_s=2e-6, step_overhead_s=0.5e-3)
+    reserved_fraction=0.10, shard_overhead_s=2e-6, step_overhead_s=0.5e-3,
+    # Measured: a layer of 64 x 64 on 64 samples.
+    layer_overhead_s=80e-6)
 
 PROFILES: dict[str, Topology] = {"cpu": _CPU, **{gpu.name: _topology(gpu) for gpu in _GPUS}}
 

@@ -76,7 +76,7 @@ def _setting_problems(batch_size: int, optimizer: str, settings: PlanSettings) -
     for name, value in (("bytes", dense.bytes), ("parameters", dense.parameters),
                         ("flops_per_sample", dense.flops_per_sample),
                         ("activations_per_sample", dense.activations_per_sample),
-                        ("update_bytes", dense.update_bytes)):
+                        ("update_bytes", dense.update_bytes), ("layers", dense.layers)):
         if not value >= 0:
             yield f"dense.{name}: expected at least 0, found {value}"
     if dense.dtype not in ("fp32", "bf16"):

@@ -21,6 +21,7 @@ class DenseModel:
         flops_per_sample: forward and backward; a multiply-add counts two.
         activations_per_sample: numbers that layers read and write, forward and backward.
         update_bytes: what its optimiser reads and writes in a step.
+        layers: parts that run one after another: layers, interactions, the loss.
         dtype: of its products, ``fp32`` or ``bf16``.
     """
 
@@ -29,6 +30,7 @@ class DenseModel:
     flops_per_sample: float = 0.0
     activations_per_sample: float = 0.0
     update_bytes: int = 0
+    layers: int = 0
     dtype: str = "fp32"
 
 

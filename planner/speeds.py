@@ -83,12 +83,15 @@ class Speeds:
         """ms of the dense part: its products and what they read and write, the sum of its
         gradients over all ranks, its optimiser.
 
-        On devices the sum runs while the backward pass goes on, and only what exceeds that counts.
+        On devices launches run ahead of the work, and the sum runs while the backward pass goes
+        on: only what exceeds that counts.
         """
         speed = self.topology.fp32_flops_per_s if model.dtype == "fp32" \
             else self.topology.bf16_flops_per_s
         layers = _MS * batch_size * model.flops_per_sample / speed + self.stream * batch_size * \
             _ACTIVATION_BYTES[model.dtype] * model.activations_per_sample
+        launches = _MS * self.topology.layer_overhead_s * model.layers
+        layers = max(layers, launches) if self.behind_link else layers + launches
         size = _FP32_BYTES * model.parameters
         summed = self._all_reduce(size)
         hidden = _BACKWARD_SHARE * layers if self.behind_link else 0.0

@@ -150,6 +150,8 @@ class Topology:
         shard_overhead_s: fixed cost of a shard in every step: its part of the bookkeeping of
             the multi-table read and update.
         step_overhead_s: fixed cost of a step on a rank: Python and launching kernels.
+        layer_overhead_s: fixed cost of a layer of the dense model, forward, backward and its
+            optimiser's step. On a device launches run ahead of the work, which hides them.
     """
 
     name: str
@@ -170,6 +172,7 @@ class Topology:
     reserved_fraction: float
     shard_overhead_s: float
     step_overhead_s: float
+    layer_overhead_s: float = 0.0
 
     def __post_init__(self) -> None:
         problems = list(_problems(self))
@@ -204,7 +207,8 @@ class Topology:
 #: Lowest value of the fields that may be 0 or start at another number; all other numbers must be
 #: above 0.
 _LOWEST = {"hosts": 1, "ranks_per_host": 1, "hbm_bytes": 1, "ddr_bytes": 0, "latency_s": 0,
-           "shard_overhead_s": 0, "step_overhead_s": 0, "rewrite_factor": 1}
+           "shard_overhead_s": 0, "step_overhead_s": 0, "layer_overhead_s": 0,
+           "rewrite_factor": 1}
 
 
 def _problems(part: Any, where: str = "") -> Iterator[str]:

@@ -11,6 +11,9 @@ from shardlab.ops.linear import linear_relu
 
 #: (samples, inputs and outputs) of a layer: a DLRM's on a core, large enough to fill a GPU.
 _CPU_LAYER, _GPU_LAYER = (2048, 512), (16384, 2048)
+#: A layer that only costs its launches, and the numbers of them whose difference is measured.
+_TINY_LAYER = (64, 64)
+FEW_LAYERS, MANY_LAYERS = 1, 9
 #: Products of a layer in a step: forward, the input's gradient, the weight's gradient.
 _LAYER_PRODUCTS = 3
 #: A change of precision that does not fit the second-level cache.
@@ -40,6 +43,25 @@ def flops_per_s(device: torch.device, dtype: torch.dtype, seconds: float) -> flo
         torch.autograd.grad(out, (x, weight, bias), grad.to(out.dtype))
 
     return _LAYER_PRODUCTS * 2 * batch * side ** 2 / median_seconds(run, seconds, device)
+
+
+def layers_seconds(device: torch.device, layers: int, seconds: float) -> float:
+    """A step of so many layers that are too small to take time for anything but their launches."""
+    batch, side = _TINY_LAYER
+    x, target = (torch.rand(batch, side, device=device) for _ in range(2))
+    weights = [torch.eye(side, device=device).requires_grad_() for _ in range(layers)]
+    biases = [torch.zeros(side, device=device).requires_grad_() for _ in range(layers)]
+    optimizer = torch.optim.Adam([*weights, *biases], lr=1e-6, fused=True)
+
+    def run() -> None:
+        optimizer.zero_grad()
+        out = x
+        for weight, bias in zip(weights, biases, strict=True):
+            out = linear_relu(out, weight, bias)
+        torch.autograd.backward((out - target).square().mean())
+        optimizer.step()
+
+    return median_seconds(run, seconds, device)
 
 
 def codec_bytes_per_s(device: torch.device, seconds: float) -> tuple[float, float]:

@@ -15,6 +15,7 @@ from typing import Any
 from shardlab.errors import LaunchError
 from shardlab.launch.environment import available_cores
 from shardlab.launch.local import start_local_ranks
+from shardlab.launch.probe.compute import FEW_LAYERS, MANY_LAYERS
 from shardlab.launch.probe.exchange import FEW_TABLES, MANY_TABLES, STEP_COLLECTIVES
 from shardlab.launch.probe.memory import ROW_BYTES, RowFit, RowSpeed, fit_rows
 from shardlab.launch.probe.rank import Options
@@ -23,6 +24,8 @@ from shardlab.planner.topology import ARENA_SHARE, Disk, Link, Memory, Topology,
 from shardlab.planner.topology_file import to_yaml
 
 RESERVED_FRACTION = 0.10
+#: Share of its core that every rank of a quiet machine gets.
+_QUIET = 0.9
 _GB = 1e9
 Figures = dict[str, Any]
 Comments = dict[str, str]
@@ -65,7 +68,7 @@ def describe(figures: Figures, name: str, quick: bool) -> tuple[Topology, str]:
     if not cuda:
         comments["ddr"] = "The same memory as hbm."
     hbm_bytes, ddr_bytes = _sizes(figures, ranks, comments)
-    step, shard = _overheads(figures, comments)
+    step, shard, layer = _overheads(figures, comments)
     encode, decode = (_rounded(mean(pair[i] for pair in figures["codec"])) for i in range(2))
     comments["encode_bytes_per_s"] = "torch's fp32 to fp16, 4 MiB."
     comments["decode_bytes_per_s"] = "torch's fp16 to fp32, 4 MiB."
@@ -82,7 +85,8 @@ def describe(figures: Figures, name: str, quick: bool) -> tuple[Topology, str]:
         encode_bytes_per_s=encode, decode_bytes_per_s=decode,
         fp32_flops_per_s=_rounded(mean(figures["fp32_flops"])),
         bf16_flops_per_s=_rounded(mean(figures["bf16_flops"])),
-        reserved_fraction=RESERVED_FRACTION, shard_overhead_s=shard, step_overhead_s=step)
+        reserved_fraction=RESERVED_FRACTION, shard_overhead_s=shard, step_overhead_s=step,
+        layer_overhead_s=layer)
     return topology, to_yaml(topology, comments, _header(figures, quick))
 
 
@@ -91,8 +95,18 @@ def _header(figures: Figures, quick: bool) -> str:
         f"{available_cores()} cores"
     rough = "\nMeasured with --quick: caches may have answered for memory; rough figures." \
         if quick else ""
+    rough += "".join(f"\n{line}" for line in warnings(figures))
     return (f"Measured by `shardlab probe` on {what}: {figures['world_size']} ranks of "
             f"{figures['threads']} threads, all of them at the same time." + rough)
+
+
+def warnings(figures: Figures) -> list[str]:
+    """What makes the figures doubtful."""
+    share = min(figures["core_share"])
+    if share >= _QUIET:
+        return []
+    return [f"The machine was busy: a rank got {share:.0%} of its core. Figures are too slow; "
+            "probe a quiet machine."]
 
 
 def _rounded(value: float) -> float:
@@ -133,8 +147,8 @@ def _sizes(figures: Figures, ranks: int, comments: Comments) -> tuple[int, int]:
     return arenas // ranks, memory - arenas
 
 
-def _overheads(figures: Figures, comments: Comments) -> tuple[float, float]:
-    """Seconds of a step, and of a shard in it, beside what moves bytes."""
+def _overheads(figures: Figures, comments: Comments) -> tuple[float, float, float]:
+    """Seconds of a step, of a shard in it and of a dense layer, beside what moves bytes."""
     step, few, many = (mean(figures[key]) for key in ("step", "few_tables", "many_tables"))
     waits = STEP_COLLECTIVES * figures["messages"][0][0][1] if "messages" in figures else 0.0
     comments["step_overhead_s"] = (f"A step of one id of one table takes {step * 1e6:.0f} us, "
@@ -142,9 +156,14 @@ def _overheads(figures: Figures, comments: Comments) -> tuple[float, float]:
     comments["shard_overhead_s"] = (
         f"On a rank alone: {FEW_TABLES} table {few * 1e6:.0f} us, {MANY_TABLES} tables "
         f"{many * 1e6:.0f} us.")
+    flat, deep = (mean(figures[key]) for key in ("few_layers", "many_layers"))
+    comments["layer_overhead_s"] = (
+        f"Layers of 64 x 64, batch 64: a step of {FEW_LAYERS} takes {flat * 1e6:.0f} us, of "
+        f"{MANY_LAYERS} {deep * 1e6:.0f} us.")
     # Exchanges wait for the other ranks too, and may do so for longer than the step has.
     return (_rounded(max(step - waits, few)),
-            _rounded(max(many - few, 0.0) / (MANY_TABLES - FEW_TABLES)))
+            _rounded(max(many - few, 0.0) / (MANY_TABLES - FEW_TABLES)),
+            _rounded(max(deep - flat, 0.0) / (MANY_LAYERS - FEW_LAYERS)))
 
 
 def _link(points: Sequence[tuple[float, float]], peers: int) -> Link:

@@ -20,6 +20,7 @@ from rich.progress import BarColumn, Progress, TimeElapsedColumn
 from shardlab import comm
 from shardlab.comm import Groups
 from shardlab.launch.probe import compute, disk, exchange, memory
+from shardlab.launch.probe.timing import CoreTime
 from shardlab.launch.rank import guarded
 
 _MIB = 1 << 20
@@ -56,6 +57,9 @@ class Options:
         return Options(0.05, 32 * _MIB, 32 * _MIB, 256 << 10, 64 * _MIB, ssd)
 
 
+#: Measurements in which a rank does nothing but compute.
+_ALONE = {"hbm_stream", "hbm_ids", *(f"hbm_rows_{size}" for size in memory.ROW_BYTES)}
+
 Measurement = tuple[str, str, Callable[[], Any]]
 
 
@@ -72,6 +76,10 @@ def measurements(options: Options, groups: Groups) -> list[Measurement]:
         ("bf16_flops", "bf16 products",
          lambda: compute.flops_per_s(device, torch.bfloat16, time)),
         ("codec", "changes of precision", lambda: compute.codec_bytes_per_s(device, time)),
+        *((key, "overhead of layers", lambda count=count: compute.layers_seconds(
+            device, count, time))
+          for key, count in (("few_layers", compute.FEW_LAYERS),
+                             ("many_layers", compute.MANY_LAYERS))),
         ("step", "overhead of a step",
          lambda: exchange.step_seconds(groups, exchange.FEW_TABLES, time)),
         *((key, "overhead of shards", lambda count=count: exchange.step_seconds(
@@ -90,19 +98,15 @@ def measurements(options: Options, groups: Groups) -> list[Measurement]:
 
 def _memory(key: str, words: str, device: torch.device, options: Options) -> list[Measurement]:
     time = options.seconds
-    stream: list[float] = []
-
-    def measure_stream() -> float:
-        stream.append(memory.stream_bytes_per_s(device, options.stream_bytes, time))
-        return stream[0]
 
     def measure_rows(size: int) -> dict[str, float]:
-        return asdict(memory.row_speed(device, size, options.arena_bytes, stream[0], time))
+        return asdict(memory.row_speed(device, size, options.arena_bytes, time))
 
     rows: list[Measurement] = [
         (f"{key}_rows_{size}", f"{words}, random rows of {size} B", partial(measure_rows, size))
         for size in memory.ROW_BYTES]
-    return [(f"{key}_stream", f"{words}, streams", measure_stream), *rows,
+    return [(f"{key}_stream", f"{words}, streams",
+             lambda: memory.stream_bytes_per_s(device, options.stream_bytes, time)), *rows,
             (f"{key}_ids", "ids", lambda: memory.ids_per_s(device, time))]
 
 
@@ -114,7 +118,7 @@ def run(options: Options, target: Path) -> int:
     if groups.device.type == "cuda":
         found = torch.cuda.get_device_properties(groups.device)
         figures.update(gpu=found.name, gpu_bytes=found.total_memory)
-    work = measurements(options, groups)
+    work, core = measurements(options, groups), CoreTime()
     with Progress("measuring {task.description}", BarColumn(), TimeElapsedColumn(),
                   console=Console(stderr=True), transient=True,
                   disable=groups.rank != 0) as progress:
@@ -122,8 +126,11 @@ def run(options: Options, target: Path) -> int:
         for key, words, measure in work:
             progress.update(task, description=words)
             comm.barrier(groups)
-            figures[key] = comm.gather_objects_json(measure(), groups)
+            with core.watching(key in _ALONE):
+                found = measure()
+            figures[key] = comm.gather_objects_json(found, groups)
             progress.advance(task)
+        figures["core_share"] = comm.gather_objects_json(core.share, groups)
     if groups.rank == 0:
         target.write_text(json.dumps(figures), encoding="utf-8")
     comm.shutdown()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,6 +16,30 @@ if TYPE_CHECKING:
 
 _LEAST_RUNS = 5
 _MOST_RUNS = 5000
+
+
+class CoreTime:
+    """How much of a core this thread got while it computed without a pause.
+
+    Attributes:
+        share: 1 on a quiet machine, less where other processes want the same cores.
+    """
+
+    def __init__(self) -> None:
+        self._computed = self._passed = 0.0
+
+    @contextmanager
+    def watching(self, computes: bool) -> Iterator[None]:
+        """Counts what is done inside, if it is nothing but computing."""
+        thread, wall = time.thread_time(), time.perf_counter()
+        yield
+        if computes:
+            self._computed += time.thread_time() - thread
+            self._passed += time.perf_counter() - wall
+
+    @property
+    def share(self) -> float:
+        return self._computed / self._passed if self._passed else 1.0
 
 
 def finish(device: torch.device) -> None:

@@ -36,7 +36,7 @@ def probe(output: str, ranks: int | None, ssd: str | None, quick: bool) -> int:
         raise ConfigError(f"-o {output}: no such directory: {target.parent}")
     from rich.console import Console
 
-    from shardlab.launch.probe.machine import describe, measure
+    from shardlab.launch.probe.machine import describe, measure, warnings
     from shardlab.launch.probe.rank import Options
 
     options = Options.quick(ssd) if quick else Options.full(ssd)
@@ -44,6 +44,8 @@ def probe(output: str, ranks: int | None, ssd: str | None, quick: bool) -> int:
     topology, text = describe(figures, target.stem, quick)
     target.write_text(text, encoding="utf-8")
     Console().print(_table(topology))
+    for line in warnings(figures):
+        click.echo(f"warning: {line}", err=True)
     click.echo(f"topology written to {output}")
     return 0
 
@@ -71,8 +73,9 @@ def _table(topology: Topology) -> Table:
                             f"{topology.intra_host.bytes_per_s / giga:.3g} GB/s for large ones"),
         ("products", f"fp32 {topology.fp32_flops_per_s / giga:,.0f} GFLOP/s, bf16 "
                      f"{topology.bf16_flops_per_s / giga:,.0f} GFLOP/s"),
-        ("a step's overhead", f"{topology.step_overhead_s * 1e6:.3g} us, "
-                              f"{topology.shard_overhead_s * 1e6:.3g} us more for each shard")]
+        ("a step's overhead", f"{topology.step_overhead_s * 1e6:.3g} us, each shard "
+                              f"{topology.shard_overhead_s * 1e6:.3g} us, each dense layer "
+                              f"{topology.layer_overhead_s * 1e6:.3g} us")]
     if topology.device_host is not None:
         rows.append(("device and host", f"{topology.device_host.bytes_per_s / giga:.3g} GB/s"))
     if topology.ssd is not None:
