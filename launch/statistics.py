@@ -52,7 +52,7 @@ def job_work(job: JobConfig, name: str, samples: int | None) -> Work:
         samples: rows to read at most; None: all.
 
     Raises:
-        ConfigError: the data has no end of its own, and nothing says how much of it to read.
+        ConfigError: the job's data has no row that trains.
         DataError: the data cannot be read.
     """
     source, data = build_job_source(job), job.data
@@ -60,10 +60,7 @@ def job_work(job: JobConfig, name: str, samples: int | None) -> Work:
     for table in job.table_configs():
         groups.update({(feature,): table.num_embeddings for feature in table.feature_names})
         groups[tuple(table.feature_names)] = table.num_embeddings
-    train = data.train_rows
-    if source.num_rows() is None and train is None and samples is not None:
-        train = (0, samples)
-    (start, stop), _ = split_rows(source.num_rows(), train, data.validation_rows,
+    (start, stop), _ = split_rows(source.num_rows(), data.train_rows, data.validation_rows,
                                   data.validation_fraction)
     return _bounded(Work(f"the training rows of {name}", source, groups, (start, stop)), samples)
 
