@@ -5,9 +5,9 @@
 Three tables in chains of up to three tiers with caches of a tenth and less, so that most of what is
 touched moves: reads, optimiser steps, prefetches of batches that come (before the step of the one
 that is there) and of batches that never come, flushes, reads and writes of whole tables. Batches
-have up to 60 skewed ids a table, some more than the caches hold. Weights and gradients are small integers
-and the learning rate is 1, so that sums are exact in any order. Any difference ends the run; the
-last line is JSON.
+have up to 60 skewed ids a table, some more than the caches hold. Weights and gradients are small
+integers and the learning rate is 1, so that sums are exact in any order. Any difference ends the
+run; the last line is JSON.
 """
 
 from __future__ import annotations
