@@ -1,6 +1,7 @@
 """Validation AUC of a job under several storages, over seeds, against fp32.
 
     python storage_quality.py JOB.yaml --data criteo.parquet --seeds 0 1 2 3 4
+    python storage_quality.py ../examples/criteo.yaml --set tables.max_rows=   # generated clicks
 
 Each storage trains through `shardlab train`, in a process of its own. Prints one JSON line per run,
 then a table with mean, standard error, the mean difference to fp32 of the same seeds with its
@@ -40,8 +41,8 @@ STORAGES = {
 def train(args: argparse.Namespace, storage: str, seed: int) -> float:
     """Validation AUC that `shardlab train` reports."""
     with tempfile.TemporaryDirectory() as folder:
-        settings = [*args.overrides, f"data.path={args.data}", f"tables.storage={storage}",
-                    f"train.seed={seed}", f"train.run_dir={folder}/run"]
+        settings = [*settings_of(args, storage), f"train.seed={seed}",
+                    f"train.run_dir={folder}/run"]
         command = [sys.executable, "-m", "shardlab.cli", "train", args.job, "--ranks",
                    str(args.ranks)]
         for setting in settings:
@@ -53,10 +54,15 @@ def train(args: argparse.Namespace, storage: str, seed: int) -> float:
     return float(summary["validation"]["auc"])
 
 
+def settings_of(args: argparse.Namespace, storage: str) -> list[str]:
+    """What a job is told."""
+    data = [f"data.path={args.data}"] if args.data else []
+    return [*args.overrides, *data, f"tables.storage={storage}"]
+
+
 def table_bytes(args: argparse.Namespace, storage: str) -> int:
     """Bytes of all tables on one rank, without optimiser state."""
-    job = load_job(args.job, [*args.overrides, f"data.path={args.data}",
-                              f"tables.storage={storage}"])
+    job = load_job(args.job, settings_of(args, storage))
     return sum(tier_bytes(table.storage, table.num_embeddings, table.embedding_dim, "sgd").total
                for table in job.table_configs())
 
@@ -71,7 +77,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("job")
-    parser.add_argument("--data", required=True)
+    parser.add_argument("--data", help="file with the data; none: the job's")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--storages", nargs="+", default=list(STORAGES), choices=list(STORAGES))
     parser.add_argument("--ranks", type=int, default=1)
