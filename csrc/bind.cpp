@@ -159,4 +159,5 @@ NB_MODULE(_native, m) {
   bind_scatter(m);
   bind_tensor_train(m);
   bind_disk(m);
+  bind_chunks(m);
 }

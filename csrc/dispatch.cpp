@@ -6,17 +6,18 @@
 
 namespace shardlab {
 
-#define SHARDLAB_DECLARE(isa)                                                      \
-  namespace isa {                                                                  \
-  extern const RowKernels row_kernels;                                             \
-  extern const InteractionKernels interaction_kernels;                             \
-  extern const LinearKernels linear_kernels;                                       \
-  extern const CodecKernels codec_kernels;                                         \
-  extern const ScatterKernels scatter_kernels;                                     \
-  extern const TensorTrainKernels tensor_train_kernels;                            \
-  static const Kernels all{#isa,            &row_kernels,     &interaction_kernels, \
-                           &linear_kernels, &codec_kernels,   &scatter_kernels,     \
-                           &tensor_train_kernels};                                 \
+#define SHARDLAB_DECLARE(isa)                                                        \
+  namespace isa {                                                                    \
+  extern const RowKernels row_kernels;                                               \
+  extern const InteractionKernels interaction_kernels;                               \
+  extern const LinearKernels linear_kernels;                                         \
+  extern const CodecKernels codec_kernels;                                           \
+  extern const ScatterKernels scatter_kernels;                                       \
+  extern const TensorTrainKernels tensor_train_kernels;                              \
+  extern const ChunkKernels chunk_kernels;                                           \
+  static const Kernels all{#isa,                  &row_kernels,   &interaction_kernels, \
+                           &linear_kernels,       &codec_kernels, &scatter_kernels,     \
+                           &tensor_train_kernels, &chunk_kernels};                      \
   }
 
 SHARDLAB_DECLARE(portable)

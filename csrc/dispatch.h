@@ -1,6 +1,7 @@
 #pragma once
 #include <vector>
 
+#include "chunks.h"
 #include "codecs.h"
 #include "interaction.h"
 #include "linear.h"
@@ -19,6 +20,7 @@ struct Kernels {
   const CodecKernels* codecs;
   const ScatterKernels* scatter;
   const TensorTrainKernels* tensor_train;
+  const ChunkKernels* chunks;
 };
 
 // Those that this build and this processor have, widest first; the portable ones are always last.

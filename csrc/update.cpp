@@ -10,61 +10,10 @@
 #include <algorithm>
 #include <vector>
 
-#include "rules.h"
-#include "stored_rows.h"
-#include "sums.h"
+#include "update_block.h"
 
 namespace shardlab::SHARDLAB_ISA {
 namespace {
-
-// The summed, scaled, clipped gradients of up to kLanes uniques from `first` on: in `buffer`
-// [kLanes, columns], or, for a single entry that nothing changes, where they already are.
-template <class Weight>
-void sum_batch(Batch& batch, int64_t first, const Csr& csr, const Weight& weight,
-               const float* grads, const Step& s, float* buffer) {
-  const bool plain = Weight::kUnit && s.scale == 1.0f && s.clip_value <= 0.0f;
-  auto row = [&](int64_t k) { return (const char*)(grads + csr.sources[k]); };
-  for (int64_t i = 0; i < batch.count; ++i) {
-    const int64_t from = csr.starts[first + i], to = csr.starts[first + i + 1];
-    if (plain && to - from == 1) {
-      batch.grad[i] = grads + csr.sources[from];
-      continue;
-    }
-    float* sum = buffer + i * batch.columns;
-    batch.grad[i] = sum;
-    sum_rows<Fp32Reader>(from, to, batch.columns, row, weight,
-                         [&](int64_t c, Vec value, int64_t lanes) {
-                           value = value * s.scale;
-                           write_lanes(sum + c,
-                                       s.clip_value > 0.0f ? clamp(value, s.clip_value) : value,
-                                       lanes);
-                         });
-  }
-}
-
-// ---------------------------------------------------------------- update
-template <class Rule, class Rows>
-void update_block(Rows& rows, const Updates& updates, int64_t begin, int64_t end, const Step& s,
-                  float* buffer) {
-  const Csr& csr = updates.csr;
-  const int64_t columns = rows.block.columns, bytes = columns * (int64_t)sizeof(float);
-  const int64_t last = csr.starts[end];
-  int64_t ahead = csr.starts[begin];
-  rows.prefetch_first(begin);
-  for (int64_t u = begin; u < end; u += kLanes) {
-    Batch batch{std::min<int64_t>(kLanes, end - u), columns, {}, {},
-                updates.row_squares ? updates.row_squares + u : nullptr};
-    const int64_t entries = csr.starts[u + batch.count];
-    for (; ahead < std::min(entries + kAhead, last); ++ahead)
-      prefetch_read(updates.grads + csr.sources[ahead], bytes);
-    with_weights(csr.weights, [&](const auto& weight) {
-      sum_batch(batch, u, csr, weight, updates.grads, s, buffer);
-    });
-    rows.open(batch, u);
-    Rule::step(batch, rows, s);
-    rows.close(batch);
-  }
-}
 
 template <class Rule>
 void update_with(const Arena& arena, const Updates& updates, const Step& s, int threads) {

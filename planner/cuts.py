@@ -14,7 +14,13 @@ from dataclasses import dataclass
 
 from shardlab.planner.topology import Topology
 from shardlab.specs import EmbeddingBagConfig, ExchangeKind, ShardingType
-from shardlab.storage_specs import StorageRequest, TensorTrainSpec, cut_units
+from shardlab.storage_specs import (
+    Choice,
+    PrunedSpec,
+    StorageRequest,
+    TensorTrainSpec,
+    cut_units,
+)
 
 #: Narrowest column block that is cut without being asked for: one 64-byte cache line of fp32.
 MIN_COLUMNS = 16
@@ -138,7 +144,14 @@ def shape_of(table: EmbeddingBagConfig, topology: Topology, request: StorageRequ
     return Shape(rows=min(-(-table.num_embeddings // row_unit), ranks),
                   columns=table.embedding_dim, unit=column_unit,
                   splits=table.max_column_splits or table.embedding_dim, ranks=ranks, kinds=kinds,
-                  copied=small and everywhere and table.exchange is not ExchangeKind.POOLED)
+                  copied=small and everywhere and not _prunes(request)
+                  and table.exchange is not ExchangeKind.POOLED)
+
+
+def _prunes(request: StorageRequest) -> bool:
+    """Ranks would have to agree on which chunks of a copy are there."""
+    options = request.options if isinstance(request, Choice) else (request,)
+    return any(isinstance(spec, PrunedSpec) for spec in options)
 
 
 def table_cuts(table: EmbeddingBagConfig, topology: Topology) -> list[Cut]:

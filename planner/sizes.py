@@ -15,8 +15,8 @@ from shardlab.cache_layout import cache_layout
 from shardlab.errors import ConfigError
 from shardlab.log_layout import log_layout
 from shardlab.planner.enumerate import Options
-from shardlab.storage_bytes import TierBytes, cache_bytes, record_layout, tier_bytes
-from shardlab.storage_specs import LevelSpec, RowsSpec, StorageSpec, Tier
+from shardlab.storage_bytes import TierBytes, cache_bytes, chunk_layout, record_layout, tier_bytes
+from shardlab.storage_specs import LevelSpec, PrunedSpec, RowsSpec, StorageSpec, Tier
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -137,6 +137,11 @@ def shard_bytes(spec: StorageSpec, rows: int, columns: int, optimizer: str) -> S
     """Splits `storage_bytes.tier_bytes` of one shard."""
     whole = tier_bytes(spec, rows, columns, optimizer)
     bare = tier_bytes(spec, rows, columns, "sgd")
+    if isinstance(spec, PrunedSpec):  # the budget holds both
+        layout = chunk_layout(spec, columns, optimizer)
+        part = whole.total * layout.state_bytes // layout.record_bytes
+        state = TierBytes.on(spec.tier, part)
+        return ShardBytes(tables=_less(whole, state), state=state)
     if not isinstance(spec, RowsSpec):
         return ShardBytes(tables=bare, state=_less(whole, bare))
     cache = TierBytes()

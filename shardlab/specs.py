@@ -6,14 +6,17 @@ Nothing here imports torch: the planner reads these on a login node.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
 
 from shardlab.errors import ConfigError
-from shardlab.storage_specs import Choice, RowsSpec, StorageRequest
+from shardlab.storage_specs import Choice, PrunedSpec, RowsSpec, StorageRequest, usual_chunks
 from shardlab.storage_text import parse_storage
 from shardlab.words import parse_enum
+
+#: Rows of a table without a bound: the number of ids that `shardlab.ops.chunks.mixed` can give.
+UNBOUNDED = (1 << 63) - 1
 
 
 class PoolingType(str, Enum):
@@ -108,7 +111,8 @@ class EmbeddingBagConfig:
         fields: dict[str, Any] = {
             "feature_names": names or (self.name,),
             "pooling": parse_enum(PoolingType, _plain(self.pooling), f"{where}: pooling"),
-            "storage": parse_storage(self.storage, f"{where}: storage"),
+            "storage": _in_chunks(parse_storage(self.storage, f"{where}: storage"),
+                                  self.embedding_dim, f"{where}: storage"),
             "sharding": _parse_sharding(self.sharding, f"{where}: sharding"),
             "ranks": _parse_ranks(self.ranks, f"{where}: ranks"),
             "exchange": parse_enum(ExchangeKind, self.exchange, f"{where}: exchange"),
@@ -160,6 +164,22 @@ def _parse_ranks(value: Any, where: str) -> tuple[int, ...]:
     if ranks is None or not all(type(rank) is int and rank >= 0 for rank in ranks):
         raise ConfigError(f"{where}: expected a list of ranks, such as [0, 1], found {value!r}")
     return tuple(sorted(set(ranks)))
+
+
+def _in_chunks(storage: StorageRequest, columns: int, where: str) -> StorageRequest:
+    """The same storage with the width of its chunks, where it has chunks."""
+    if isinstance(storage, Choice):
+        return replace(storage, options=tuple(
+            _in_chunks(option, columns, where) for option in storage.options))
+    if not isinstance(storage, PrunedSpec):
+        return storage
+    chunks = storage.chunks or usual_chunks(columns)
+    width = storage.width or columns // chunks
+    if not width or columns % width or (not storage.width and columns % chunks):
+        known = [part for part in range(1, columns + 1) if columns % part == 0]
+        raise ConfigError(f"{where}: {columns} columns cannot be cut into {chunks} equal "
+                          f"chunks; take chunks: one of {known}")
+    return replace(storage, width=width, chunks=columns // width)
 
 
 def _holds_int4(storage: StorageRequest) -> bool:

@@ -5,10 +5,12 @@ The runtime allocates by these functions, so that prediction and allocation cann
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from shardlab.cache_layout import cache_layout
+from shardlab.chunk_layout import LINE_BYTES, ChunkLayout
 from shardlab.log_layout import log_layout
 from shardlab.storage_specs import (
     DTYPES,
@@ -128,11 +130,35 @@ def _tensor_train_bytes(spec: TensorTrainSpec, rows: int, columns: int,
 
 
 def _pruned_bytes(spec: PrunedSpec, rows: int, columns: int, optimizer: str) -> TierBytes:
-    per_column, per_row = OPTIMIZER_STATE[optimizer]
+    """The budget, which everything counts towards; or the most that a dense start takes.
+
+    A store never holds more than its budget, and all but the last slab of it once it is full. A
+    rank may take up to `PrunedSpec.slack` more, where other ranks hold that much less.
+    """
     budget = spec.budget(rows, columns)
-    present = budget / (rows * columns * _FP32_BYTES)
-    state = _FP32_BYTES * rows * (per_column * columns + per_row * spec.chunks)
-    return TierBytes.on(spec.tier, budget + round(present * state))
+    if spec.is_full:
+        return TierBytes.on(spec.tier, chunk_layout(spec, columns, optimizer).full_bytes(rows))
+    if spec.start == "dense":
+        layout = chunk_layout(spec, columns, optimizer, budget)
+        budget = max(budget, layout.full_bytes(rows))
+    return TierBytes.on(spec.tier, budget)
+
+
+def chunk_layout(spec: PrunedSpec, columns: int, optimizer: str, budget: int = 0) -> ChunkLayout:
+    """What a store of chunks of a table, or of a shard, is made of.
+
+    Args:
+        spec: the storage.
+        columns: of the shard.
+        optimizer: a key of `OPTIMIZER_STATE`.
+        budget: bytes that the sketch is sized by; 0: there is none.
+    """
+    per_column, per_row = OPTIMIZER_STATE[optimizer]
+    width = spec.chunk_columns(columns)
+    layout = ChunkLayout(max(1, columns // width), payload_bytes(spec.dtype, width),
+                         payload_bytes("fp32", per_column * width + per_row))
+    cells = spec.sketch * layout.likely_chunks(budget, spec.sketch) if budget else 0
+    return replace(layout, sketch_lines=math.ceil(cells / LINE_BYTES))
 
 
 _BYTES: dict[type, Callable[..., TierBytes]] = {

@@ -32,6 +32,8 @@ STATE_DTYPES = ("fp32", "fp16", "bf16")
 POLICIES = ("lfu", "lru")
 ADMISSIONS = ("always", "frequency")
 ROUNDINGS = ("stochastic", "nearest")
+PRUNED_DTYPES = ("fp32", "fp16", "int8")
+PRUNED_STARTS = ("empty", "dense")
 TENSOR_TRAIN_INITS = ("sampled_gaussian", "gaussian", "uniform")
 
 
@@ -146,24 +148,74 @@ class TensorTrainSpec:
 class PrunedSpec:
     """The ``pruned`` storage: chunks of important rows stay, others go (arXiv 2401.04408).
 
+    Tables with the same schedule (the fields from ``start`` on) share one budget.
+
     Attributes:
-        ratio: bytes held as a share of the dense fp32 table's, everything counted; or None.
-        bytes: bytes held by the whole table; or None. One of the two is given.
-        chunks: chunks of a row.
+        ratio: bytes held, everything counted, as a share of the dense fp32 weights; 1: nothing is
+            ever pruned. Or None.
+        bytes: bytes held by the whole table, everything counted; or None. One of the two is given.
+        chunks: chunks of a row; 1 admits and evicts whole rows; 0: 4, or the most below that divide
+            the columns.
         dtype: of the chunks, ``fp32``, ``fp16`` or ``int8``.
         tier: where the chunks live; None lets the planner pick.
+        width: columns of a chunk; 0: columns / chunks.
+        start: ``empty``: chunks are admitted as their rows come, within the budget from the first
+            step on; ``dense``: all chunks are there at first, with initial weights.
+        warmup: steps before the first decision.
+        ramp: steps in which a dense start's budget falls to the target.
+        period: steps from decision to decision.
+        gamma: what is left of a utility after a step.
+        hysteresis: a chunk is admitted above the threshold of eviction by this share.
+        headroom: share of the budget that a decision leaves free for admissions.
+        sketch: cells (bytes) for the utilities of absent chunks, per chunk that the budget holds.
+        slack: share by which a rank may exceed its part of the budget.
+        normalize: divides utilities by their table's 95th percentile, so that tables compete
+            fairly.
     """
 
     ratio: float | None = None
     bytes: int | None = None
-    chunks: int = 4
+    chunks: int = 0
     dtype: str = "fp32"
     tier: Tier | None = None
+    width: int = 0
+    start: str = "empty"
+    warmup: int = 0
+    ramp: int = 1000
+    period: int = 100
+    gamma: float = 0.999
+    hysteresis: float = 0.25
+    headroom: float = 0.03
+    sketch: float = 4.0
+    slack: float = 0.1
+    normalize: bool = True
 
     def budget(self, rows: int, columns: int) -> int:
-        """Bytes of a table of this size without optimiser state."""
-        dense = rows * columns * _FP32_BYTES
-        return min(dense, self.bytes if self.bytes is not None else round(dense * self.ratio))
+        """Bytes of a table of this size, everything counted; ratio 1 stands for no budget."""
+        if self.bytes is not None:
+            return self.bytes
+        assert self.ratio is not None
+        return round(rows * columns * _FP32_BYTES * self.ratio)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether nothing is ever pruned."""
+        return self.ratio == 1.0
+
+    def chunk_columns(self, columns: int) -> int:
+        """Columns of a chunk, in a table or a shard with this many columns."""
+        return self.width or columns // (self.chunks or usual_chunks(columns))
+
+    @property
+    def schedule(self) -> tuple[object, ...]:
+        """What tables that share a budget have in common."""
+        return (self.start, self.warmup, self.ramp, self.period, self.gamma, self.hysteresis,
+                self.headroom, self.slack, self.normalize, self.is_full)
+
+
+def usual_chunks(columns: int) -> int:
+    """Chunks of a row where nobody says: 4, or the most below that divide the columns."""
+    return max(part for part in (1, 2, 3, 4) if columns % part == 0)
 
 
 @dataclass(frozen=True)
@@ -205,6 +257,8 @@ def cut_units(request: StorageRequest, rows: int, columns: int) -> tuple[int, in
     if isinstance(request, TensorTrainSpec):
         shape = request.resolve(rows, columns).piece_shape(rows, columns)
         return shape.row_unit, shape.column_unit
+    if isinstance(request, PrunedSpec):
+        return 1, request.width or 1
     packs_two = isinstance(request, RowsSpec) and any(
         level.dtype == "int4" for level in request.levels)
     return 1, 2 if packs_two else 1

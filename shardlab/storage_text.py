@@ -11,6 +11,8 @@ from shardlab.storage_specs import (
     ADMISSIONS,
     DTYPES,
     POLICIES,
+    PRUNED_DTYPES,
+    PRUNED_STARTS,
     ROUNDINGS,
     STATE_DTYPES,
     TENSOR_TRAIN_INITS,
@@ -157,22 +159,57 @@ def _parse_tensor_train(value: Mapping[str, Any], where: str) -> TensorTrainSpec
 
 
 def _parse_pruned(value: Mapping[str, Any], where: str) -> PrunedSpec:
-    refuse_unknown(value, ["budget", "chunks", "dtype", "tier"], where)
+    known = [field.name for field in fields(PrunedSpec) if field.name not in ("ratio", "bytes")]
+    refuse_unknown(value, ["budget", *known], where)
     budget = value.get("budget")
     if not isinstance(budget, Mapping) or len(budget) != 1 or \
             next(iter(budget)) not in ("ratio", "bytes"):
-        raise ConfigError(f"{where}.budget: expected {{ratio: 0.05}} or {{bytes: 2000000000}}, "
+        raise ConfigError(f"{where}.budget: expected {{ratio: 0.05}} or {{bytes: 2GB}}, "
                           f"found {budget!r}")
-    spec = PrunedSpec(**budget, **{key: item for key, item in value.items() if key != "budget"})
-    if spec.ratio is not None:
-        check_share(spec.ratio, f"{where}.budget.ratio")
-    elif not isinstance(spec.bytes, int) or spec.bytes < 1:
-        raise ConfigError(f"{where}.budget.bytes: expected a positive integer, "
-                          f"found {spec.bytes!r}")
-    if not isinstance(spec.chunks, int) or spec.chunks < 1:
-        raise ConfigError(f"{where}.chunks: expected a positive integer, found {spec.chunks!r}")
-    check_word(spec.dtype, ("fp32", "fp16", "int8"), f"{where}.dtype")
+    spec = PrunedSpec(**{key: item for key, item in value.items() if key != "budget"})
+    if "ratio" in budget:
+        spec = replace(spec, ratio=check_share(budget["ratio"], f"{where}.budget.ratio"))
+    else:
+        spec = replace(spec, bytes=_parse_bytes(budget["bytes"], f"{where}.budget.bytes"))
+    check_word(spec.dtype, PRUNED_DTYPES, f"{where}.dtype")
+    check_word(spec.start, PRUNED_STARTS, f"{where}.start")
+    _check_whole(spec, {"chunks": 0, "width": 0, "warmup": 0, "ramp": 0, "period": 1}, where)
+    check_share(spec.gamma, f"{where}.gamma")
+    for key, most in (("hysteresis", 100.0), ("headroom", 0.5), ("sketch", 64.0), ("slack", 10.0)):
+        _check_number(getattr(spec, key), most, f"{where}.{key}")
+    if not isinstance(spec.normalize, bool):
+        raise ConfigError(f"{where}.normalize: expected true or false, found {spec.normalize!r}")
     return replace(spec, tier=_parse_memory_tier(spec.tier, where))
+
+
+_BYTE_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+               "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
+
+
+def _parse_bytes(value: Any, where: str) -> int:
+    """A number of bytes, or a text such as 2GB or 512 MiB."""
+    if isinstance(value, str):
+        digits = value.strip().rstrip("BKMGTibkmgt ")
+        unit = value.strip()[len(digits):].strip().upper() or "B"
+        if unit in _BYTE_UNITS and digits.replace(".", "", 1).isdigit():
+            value = round(float(digits) * _BYTE_UNITS[unit])
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(f"{where}: expected a positive integer, or a text such as 2GB; "
+                          f"found {value!r}")
+    return value
+
+
+def _check_whole(spec: PrunedSpec, least: Mapping[str, int], where: str) -> None:
+    for key, low in least.items():
+        found = getattr(spec, key)
+        if isinstance(found, bool) or not isinstance(found, int) or found < low:
+            what = "a positive integer" if low else "an integer of at least 0"
+            raise ConfigError(f"{where}.{key}: expected {what}, found {found!r}")
+
+
+def _check_number(value: Any, most: float, where: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= most:
+        raise ConfigError(f"{where}: expected a number from 0 to {most:g}, found {value!r}")
 
 
 def _parse_memory_tier(tier: Any, where: str) -> Tier | None:

@@ -19,7 +19,7 @@ FACES = ("reference", "native", "triton")
 
 #: op -> faces it has beside the reference. Index arithmetic has no Triton face: on CUDA its plain
 #: torch form is already a handful of device-wide sorts and scans. Reads in sorted order
-#: (scatter_rows) are for CPUs.
+#: (scatter_rows) are for CPUs. Chunks on CUDA are read and stepped by pool_blocks and update_rows.
 OPS: dict[str, tuple[str, ...]] = {
     "unique_segments": ("native",),
     "route_bags": ("native",),
@@ -29,6 +29,9 @@ OPS: dict[str, tuple[str, ...]] = {
     "init_uniform": ("native",),
     "cache_place": ("native",),
     "cache_lookup": ("native",),
+    "chunk_index": ("native",),
+    "read_chunks": ("native",),
+    "update_chunks": ("native",),
     "gather_rows": ("native", "triton"),
     "scatter_rows": ("native",),
     "pool_rows": ("native", "triton"),

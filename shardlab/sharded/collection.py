@@ -22,6 +22,7 @@ from shardlab.sharded.exchange import Exchange, Lookup
 from shardlab.sharded.gradients import PendingGradients, RowUpdater
 from shardlab.sharded.inputs import Batch, InputReader
 from shardlab.sharded.layout import compile_layout
+from shardlab.sharded.pruning import PruningCouncil
 from shardlab.specs import EmbeddingBagConfig, check_tables
 from shardlab.storage import StorageOptions, TableChunk, build_storage
 from shardlab.storage_bytes import TierBytes
@@ -94,6 +95,7 @@ class ShardedEmbeddingBagCollection(nn.Module):
         self.clock = clock or PhaseClock(groups.device)
         self._exchange = Exchange(layout, self.storage, groups, self._reader, self.clock)
         self.updater = RowUpdater(layout, self.storage, groups, self._exchange.wire)
+        self.council = PruningCouncil(self.tables, plan, optimizer, self.storage, groups)
         self.pending: list[PendingGradients] = []
         #: Announced and not looked up yet: the batch that comes, and the one behind it.
         self._ahead: deque[_Ahead] = deque(maxlen=2)

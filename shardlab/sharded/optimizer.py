@@ -83,6 +83,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
             collection.storage.begin_step(self.steps_taken)
             collection.updater.update(rows, step)
             collection.pending.clear()
+        for collection in self._collections:
+            collection.council.after_step(self.steps_taken)
         self._clock.lap("update")
         return loss
 

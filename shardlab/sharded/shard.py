@@ -17,6 +17,7 @@ from shardlab.sharded.collection import EmbeddingBagCollection, ShardedEmbedding
 from shardlab.sharded.dense import DenseReducer
 from shardlab.sharded.optimizer import ShardedOptimizer
 from shardlab.specs import EmbeddingBagConfig, ShardingType
+from shardlab.storage_specs import PrunedSpec
 
 DenseOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
@@ -148,8 +149,7 @@ def simple_plan(tables: list[EmbeddingBagConfig], groups: Groups) -> ShardingPla
     load = [0] * world
     plans = {}
     for table in sorted(tables, key=lambda t: (-t.num_embeddings * t.embedding_dim, t.name)):
-        size = table.num_embeddings * table.embedding_dim
-        kind = next(iter(table.allowed_sharding), None) or _simple_kind(size, fair, world)
+        kind = next(iter(table.allowed_sharding), None) or _simple_kind(table, fair, world)
         least = min(ranks, key=lambda r: load[r])
         first = least // groups.local_world_size * groups.local_world_size
         host = [r for r in range(first, first + groups.local_world_size) if r < world]
@@ -162,7 +162,9 @@ def simple_plan(tables: list[EmbeddingBagConfig], groups: Groups) -> ShardingPla
     return ShardingPlan(world, tuple(plans[table.name] for table in tables))
 
 
-def _simple_kind(size: int, fair: float, world: int) -> ShardingType:
-    if size <= _TINY_ELEMENTS:
+def _simple_kind(table: EmbeddingBagConfig, fair: float, world: int) -> ShardingType:
+    size = table.num_embeddings * table.embedding_dim
+    # Ranks would have to agree on which chunks of a copy are there.
+    if size <= _TINY_ELEMENTS and not isinstance(table.storage, PrunedSpec):
         return ShardingType.DATA_PARALLEL
     return ShardingType.ROW_WISE if world > 1 and size > fair else ShardingType.TABLE_WISE

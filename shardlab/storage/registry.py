@@ -5,11 +5,13 @@ from __future__ import annotations
 from shardlab.errors import ConfigError
 from shardlab.storage.base import LocalShard, Storage, StorageOptions
 from shardlab.storage.mixed import MixedStorage
+from shardlab.storage.pruned import PrunedStorage
 from shardlab.storage.rows import RowsStorage
 from shardlab.storage.tensor_train import TensorTrainStorage
-from shardlab.storage_specs import RowsSpec, TensorTrainSpec, describe_storage
+from shardlab.storage_specs import PrunedSpec, RowsSpec, TensorTrainSpec, describe_storage
 
-_STORAGES: dict[type, type[Storage]] = {RowsSpec: RowsStorage, TensorTrainSpec: TensorTrainStorage}
+_STORAGES: dict[type, type[Storage]] = {RowsSpec: RowsStorage, TensorTrainSpec: TensorTrainStorage,
+                                        PrunedSpec: PrunedStorage}
 
 
 def build_storage(shards: list[LocalShard], options: StorageOptions) -> Storage:

@@ -61,7 +61,7 @@ def test_budgets_in_bytes_hold_for_parts() -> None:
     table = EmbeddingBagConfig(1000, 16, "t", storage={"kind": "pruned", "budget": {"bytes": 6400}})
     options = enumerate_options([table], read_topology("2xcpu"))
     specs = {options.storage(option) for option in range(len(options))}
-    assert specs == {PrunedSpec(ratio=0.1, tier=Tier.HBM)}
+    assert specs == {PrunedSpec(ratio=0.1, chunks=4, width=4, tier=Tier.HBM)}
 
 
 def test_take_keeps_tables_apart() -> None:

@@ -1,0 +1,128 @@
+// Python face of pruned tables: `shardlab/ops/chunks.py` is the only caller. Addresses as in
+// bind.cpp.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include "bind.h"
+#include "chunks.h"
+#include "dispatch.h"
+
+namespace nb = nanobind;
+using namespace shardlab;
+using Address = uintptr_t;
+
+namespace {
+
+template <class T>
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+// (stores, blocks, number of blocks)
+using CallTuple = std::tuple<Address, Address, int64_t>;
+ChunkCall call_from(const CallTuple& t) {
+  return {at<ChunkStore>(std::get<0>(t)), at<ChunkBlock>(std::get<1>(t)), std::get<2>(t)};
+}
+
+// (segments, number of them, ids, norms, stride, weights, thresholds, key)
+using OfferTuple =
+    std::tuple<Address, int64_t, Address, Address, int64_t, Address, Address, int64_t>;
+ChunkOffers offers_from(const OfferTuple& t) {
+  return {at<ChunkSegment>(std::get<0>(t)), std::get<1>(t), at<int64_t>(std::get<2>(t)),
+          at<float>(std::get<3>(t)), std::get<4>(t), at<float>(std::get<5>(t)),
+          at<float>(std::get<6>(t)),
+          (uint64_t)std::get<7>(t)};
+}
+
+void bind_index(nb::module_& m) {
+  m.def("chunk_held_bytes", [](Address store) { return chunk_held_bytes(*at<ChunkStore>(store)); });
+  m.def("chunk_find", [](const CallTuple& call, Address segments, int64_t count, Address ids,
+                         Address slots, int threads) {
+    nb::gil_scoped_release release;
+    chunk_find(call_from(call), at<ChunkSegment>(segments), count, at<int64_t>(ids),
+               at<int64_t>(slots), threads);
+  });
+  m.def("chunk_places", [](const CallTuple& call, Address segments, int64_t count, Address ids,
+                           int64_t stride, Address places, int threads) {
+    nb::gil_scoped_release release;
+    chunk_places(call_from(call), at<ChunkSegment>(segments), count, at<int64_t>(ids), stride,
+                 at<int64_t>(places), threads);
+  });
+  m.def("chunk_touch", [](const CallTuple& call, const OfferTuple& offers, int threads) {
+    nb::gil_scoped_release release;
+    chunk_touch(call_from(call), offers_from(offers), threads);
+  });
+  m.def("chunk_offer", [](const CallTuple& call, const OfferTuple& offers, Address admitted) {
+    nb::gil_scoped_release release;
+    return chunk_offer(call_from(call), offers_from(offers), at<int64_t>(admitted));
+  });
+  m.def("chunk_count", [](const CallTuple& call, int64_t store, float decay, Address bins,
+                          Address dims, int64_t stride) {
+    nb::gil_scoped_release release;
+    chunk_count(call_from(call), store, decay, at<int64_t>(bins), at<int64_t>(dims), stride);
+  });
+  m.def("chunk_decide", [](const CallTuple& call, int64_t store, float decay, Address thresholds,
+                           int64_t key, Address evicted) {
+    nb::gil_scoped_release release;
+    chunk_decide(call_from(call), store, decay, at<float>(thresholds), (uint64_t)key,
+                 at<int64_t>(evicted));
+  });
+  m.def("chunk_compact", [](Address store, Address moves) {
+    nb::gil_scoped_release release;
+    return chunk_compact(*at<ChunkStore>(store), at<int64_t>(moves));
+  });
+  m.def("chunk_load", [](Address store, Address keys, Address values, int64_t n) {
+    nb::gil_scoped_release release;
+    chunk_load(*at<ChunkStore>(store), at<uint64_t>(keys), at<char>(values), n);
+  });
+  m.def("chunk_insert", [](const CallTuple& call, int64_t block, Address rows, int64_t n,
+                           Address places, Address utilities) {
+    nb::gil_scoped_release release;
+    chunk_insert(call_from(call), block, at<int64_t>(rows), n, at<int32_t>(places),
+                 at<uint16_t>(utilities));
+  });
+  m.def("chunk_list", [](const CallTuple& call, int64_t block, Address rows, Address values) {
+    nb::gil_scoped_release release;
+    return chunk_list(call_from(call), block, at<int64_t>(rows), at<char>(values));
+  });
+}
+
+// (bytes, blocks, encodings, number of blocks)
+using ArenaTuple = std::tuple<Address, Address, Address, int64_t>;
+Arena arena_from(const ArenaTuple& t) {
+  return {at<char>(std::get<0>(t)), at<Block>(std::get<1>(t)), at<Encoding>(std::get<2>(t)),
+          std::get<3>(t)};
+}
+
+}  // namespace
+
+void bind_chunks(nb::module_& m) {
+  bind_index(m);
+  m.def("chunk_read", [](const CallTuple& call, const ArenaTuple& arena, Address reads,
+                         int64_t count, Address ids, const std::vector<Address>& entries,
+                         Address out, int threads) {
+    nb::gil_scoped_release release;
+    Csr csr{};
+    if (entries.size() == 3)
+      csr = {at<int64_t>(entries[0]), at<int64_t>(entries[1]), at<float>(entries[2])};
+    active_kernels().chunks->read(call_from(call), arena_from(arena), at<ChunkRead>(reads), count,
+                                  at<int64_t>(ids), entries.empty() ? nullptr : &csr,
+                                  at<float>(out), threads);
+  });
+  // updates: (ids, splits, starts, sources, weights, grads, row_squares).
+  m.def("chunk_update", [](const CallTuple& call, const ArenaTuple& arena,
+                           const std::vector<Address>& v, int64_t key, int64_t rule,
+                           const std::vector<float>& n, Address weights, int64_t utility_key,
+                           Address norms, int64_t stride, int threads) {
+    if (v.size() != 7 || n.size() != 11) throw nb::value_error("an update needs 7 + 11 values");
+    nb::gil_scoped_release release;
+    const Updates updates{at<int64_t>(v[0]), at<int64_t>(v[1]),
+                          {at<int64_t>(v[2]), at<int64_t>(v[3]), at<float>(v[4])},
+                          at<float>(v[5]), at<float>(v[6]), (uint64_t)key, nullptr};
+    const Step step{n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], n[9], n[10]};
+    active_kernels().chunks->update(call_from(call), arena_from(arena), updates, (Rule)rule, step,
+                                    at<float>(weights), (uint64_t)utility_key, at<float>(norms), stride,
+                                    threads);
+  });
+}

@@ -1,0 +1,469 @@
+#include "chunk_store.h"
+
+#include <omp.h>
+#include <sys/mman.h>
+
+#include <algorithm>
+
+#include "chunk_slots.h"
+
+namespace shardlab {
+namespace {
+
+constexpr int64_t kPage = 4096, kLine = 64;
+// At most 7 of 8 slots are taken; a sixteenth is added at a time. Longest runs stay far below the
+// tail.
+constexpr int64_t kLoadNumber = 7, kLoadOf = 8, kGrowth = 16, kFewSlots = 32;
+constexpr int64_t kTailShift = 4, kMostTail = 1024;
+// Cells of the sketch: 6 bits of exponent from 2^-48 on, 2 of mantissa; 0 is zero.
+constexpr int32_t kCellShift = 21, kCellBias = 316, kTopCell = 255;
+constexpr float kLeastUtility = 0x1p-48f;
+
+int64_t pages(int64_t bytes) { return (bytes + kPage - 1) / kPage * kPage; }
+// Slots of homes, and those behind the last home; the last of all stays empty.
+int64_t span_of(int64_t slots) {
+  return slots + kFewSlots + std::min(slots >> kTailShift, kMostTail);
+}
+
+int64_t held_with(const ChunkStore& s, int64_t slots, int64_t committed) {
+  const int64_t span = span_of(slots);
+  return pages(8 * span) + pages(value_bytes(s) * span) + pages(4 * s.free) +
+         pages(committed * s.payload_bytes) + pages(committed * s.state_bytes) +
+         pages(s.sketch_lines * kLine);
+}
+
+int64_t fitting_slots(const ChunkStore& s, int64_t rows) {
+  return std::min(rows * kLoadOf / kLoadNumber + kFewSlots, s.max_slots);
+}
+
+// ---------------------------------------------------------------- index
+void clear_slots(ChunkStore& s, int64_t from, int64_t to) {
+  if (from < to) std::memset(keys_of(s) + from, 0, 8 * (to - from));
+}
+
+void move_slots(ChunkStore& s, int64_t target, int64_t source, int64_t count) {
+  std::memmove(keys_of(s) + target, keys_of(s) + source, 8 * count);
+  std::memmove(value_at(s, target), value_at(s, source), value_bytes(s) * count);
+}
+
+void release(int64_t address, int64_t from, int64_t to) {
+  const int64_t first = pages(address + from), last = (address + to) / kPage * kPage;
+  if (first < last) madvise((void*)first, last - first, MADV_DONTNEED);
+}
+
+// n rows lie at the end of the span: puts everyone at his home, or behind his forerunner.
+bool spread(ChunkStore& s, int64_t n) {
+  uint64_t* keys = keys_of(s);
+  int64_t next = 0, from = span_of(s.slots) - 1 - n;
+  for (int64_t i = 0; i < n; ++i, ++from) {
+    const int64_t to = std::max((int64_t)scaled(keys[from], s.slots), next);
+    if (to > from) return false;
+    if (to < from) {
+      keys[to] = keys[from];
+      std::memcpy(value_at(s, to), value_at(s, from), value_bytes(s));
+      keys[from] = 0;
+    }
+    next = to + 1;
+  }
+  return true;
+}
+
+// The index with another number of slots, in place.
+void resize(ChunkStore& s, int64_t slots) {
+  const int64_t before = span_of(s.slots);
+  for (bool done = false; !done; slots += slots / kGrowth + kFewSlots) {
+    uint64_t* keys = keys_of(s);
+    int64_t n = 0;
+    const int64_t old = span_of(s.slots);
+    for (int64_t from = 0; from < old; ++from) {
+      if (!keys[from]) continue;
+      if (n != from) {
+        keys[n] = keys[from];
+        std::memcpy(value_at(s, n), value_at(s, from), value_bytes(s));
+      }
+      ++n;
+    }
+    clear_slots(s, n, old);
+    s.slots = slots;
+    const int64_t span = span_of(slots), start = span - 1 - n;
+    move_slots(s, start, 0, n);
+    clear_slots(s, 0, std::min(n, start));
+    keys[span - 1] = 0;
+    s.rows = n;
+    done = spread(s, n);
+  }
+  release(s.keys, 8 * span_of(s.slots), 8 * before);
+  release(s.values, value_bytes(s) * span_of(s.slots), value_bytes(s) * before);
+}
+
+// Room in the index for one more row.
+bool has_slot(ChunkStore& s) {
+  if ((s.rows + 1) * kLoadOf <= s.slots * kLoadNumber) return true;
+  const int64_t slots = s.slots + s.slots / kGrowth + kFewSlots;
+  if (slots > s.max_slots || held_with(s, slots, s.committed) > s.budget) return false;
+  resize(s, slots);
+  return true;
+}
+
+// Slot of a new row with no chunk; -1 where a run reaches the end of the array.
+int64_t insert(ChunkStore& s, uint64_t key) {
+  uint64_t* keys = keys_of(s);
+  int64_t at = (int64_t)scaled(key, s.slots);
+  while (keys[at] && keys[at] < key) ++at;
+  int64_t gap = at;
+  while (keys[gap]) ++gap;
+  if (gap >= span_of(s.slots) - 1) return -1;
+  if (gap > at) move_slots(s, at + 1, at, gap - at);
+  keys[at] = key;
+  char* value = value_at(s, at);
+  std::fill_n(places_of(value), s.chunks, -1);
+  std::fill_n(utilities_of(s, value), s.chunks, (uint16_t)0);
+  ++s.rows;
+  return at;
+}
+
+// ---------------------------------------------------------------- pool
+int32_t* stack_of(const ChunkStore& s) { return (int32_t*)s.stack; }
+
+bool has_place(ChunkStore& s) {
+  if (s.free || s.top < s.committed) return true;
+  const int64_t more = std::min(s.committed + s.slab, s.max_chunks);
+  if (more == s.committed || held_with(s, s.slots, more) > s.budget) return false;
+  s.committed = more;
+  return true;
+}
+
+int32_t take_place(ChunkStore& s) {
+  const int32_t place = s.free ? stack_of(s)[--s.free] : (int32_t)s.top++;
+  if (s.payload) {
+    std::memset((char*)s.payload + place * s.payload_bytes, 0, s.payload_bytes);
+    std::memset((char*)s.state + place * s.state_bytes, 0, s.state_bytes);
+  }
+  ++s.used;
+  return place;
+}
+
+// ---------------------------------------------------------------- sketch
+float cell_value(uint8_t code) {
+  return code ? float_of((uint32_t)(code + kCellBias) << kCellShift) : 0.0f;
+}
+uint8_t cell_code(float u, uint32_t random) {
+  const int32_t code = (int32_t)((bits_of(u) + random) >> kCellShift) - kCellBias;
+  return (uint8_t)std::clamp(code, 0, kTopCell);
+}
+
+struct Cells {
+  uint8_t *first, *second;
+  float value() const { return cell_value(std::min(*first, *second)); }
+  void raise(uint8_t code) const {
+    *first = std::max(*first, code);
+    *second = std::max(*second, code);
+  }
+};
+
+uint8_t* line_of(const ChunkStore& s, uint64_t key) {
+  return (uint8_t*)s.sketch + kLine * scaled(key << 32 | key >> 32, s.sketch_lines);
+}
+Cells cells_of(uint8_t* line, uint64_t key, int64_t chunk) {
+  const uint64_t word = chunk_mix(key + (uint64_t)(chunk + 1) * kGolden);
+  const int64_t first = word % kLine, second = (first + 1 + word / kLine % (kLine - 1)) % kLine;
+  return {line + first, line + second};
+}
+
+// Calls body(store, block number, ids' position) over the segments' parts of a thread.
+template <class Body>
+void for_ids(const ChunkCall& call, const ChunkSegment* segments, int64_t num_segments, int threads,
+             const Body& body) {
+#pragma omp parallel num_threads(threads)
+  {
+    const int64_t parts = omp_get_num_threads(), me = omp_get_thread_num();
+    for (int64_t g = 0; g < num_segments; ++g) {
+      const ChunkSegment& segment = segments[g];
+      const ChunkStore& store = call.stores[call.blocks[segment.block].store];
+      const int64_t begin = segment.start + segment.count * me / parts;
+      const int64_t end = segment.start + segment.count * (me + 1) / parts;
+      if (begin < end) body(store, segment.block, begin, end);
+    }
+  }
+}
+
+constexpr int64_t kTile = 32;
+
+// Calls body(i, key, slot) for ids [begin, end): homes of a tile are fetched before it is searched.
+template <class Body>
+void find_tile(const ChunkStore& store, int64_t block, const int64_t* ids, int64_t begin,
+               int64_t end, const Body& body) {
+  uint64_t keys[kTile];
+  int64_t slots[kTile];
+  for (int64_t tile = begin; tile < end; tile += kTile) {
+    const int64_t n = std::min(kTile, end - tile);
+    for (int64_t i = 0; i < n; ++i) {
+      keys[i] = chunk_key(store, block, ids[tile + i]);
+      __builtin_prefetch(keys_of(store) + scaled(keys[i], store.slots));
+    }
+    for (int64_t i = 0; i < n; ++i) {
+      slots[i] = find_slot(store, keys[i]);
+      if (slots[i] >= 0) __builtin_prefetch(value_at(store, slots[i]));
+    }
+    for (int64_t i = 0; i < n; ++i) body(tile + i, keys[i], slots[i]);
+  }
+}
+
+}  // namespace
+
+int64_t chunk_held_bytes(const ChunkStore& store) {
+  return held_with(store, store.slots, store.committed);
+}
+
+void chunk_find(const ChunkCall& call, const ChunkSegment* segments, int64_t num_segments,
+                const int64_t* ids, int64_t* slots, int threads) {
+  for_ids(call, segments, num_segments, threads,
+          [&](const ChunkStore& store, int64_t block, int64_t begin, int64_t end) {
+            find_tile(store, block, ids, begin, end,
+                      [&](int64_t i, uint64_t, int64_t slot) { slots[i] = slot; });
+          });
+}
+
+void chunk_places(const ChunkCall& call, const ChunkSegment* segments, int64_t num_segments,
+                  const int64_t* ids, int64_t stride, int64_t* places, int threads) {
+  for_ids(call, segments, num_segments, threads,
+          [&](const ChunkStore& store, int64_t block, int64_t begin, int64_t end) {
+            find_tile(store, block, ids, begin, end, [&](int64_t i, uint64_t, int64_t slot) {
+              const int32_t* from = slot < 0 ? nullptr : places_of(value_at(store, slot));
+              for (int64_t k = 0; k < store.chunks; ++k)
+                places[k * stride + i] = from ? from[k] : -1;
+            });
+          });
+}
+
+void chunk_touch(const ChunkCall& call, const ChunkOffers& in, int threads) {
+  for_ids(call, in.segments, in.num_segments, threads,
+          [&](const ChunkStore& store, int64_t b, int64_t begin, int64_t end) {
+            find_tile(store, b, in.ids, begin, end, [&](int64_t i, uint64_t, int64_t slot) {
+              if (slot < 0) return;
+              char* value = value_at(store, slot);
+              uint16_t* utilities = utilities_of(store, value);
+              for (int64_t k = 0; k < store.chunks; ++k) {
+                const float norm = in.norms[i * in.stride + k];
+                if (places_of(value)[k] < 0 || norm <= 0) continue;
+                const uint64_t word = chunk_word(call.blocks[b], in.key, in.ids[i], k);
+                utilities[k] = utility_code(utility_of(utilities[k]) + norm * in.weights[b], word);
+              }
+            });
+          });
+}
+
+int64_t chunk_offer(const ChunkCall& call, const ChunkOffers& in, int64_t* admitted) {
+  int64_t count = 0;
+  for (int64_t g = 0; g < in.num_segments; ++g) {
+    const ChunkSegment& segment = in.segments[g];
+    const int64_t b = segment.block;
+    ChunkStore& store = call.stores[call.blocks[b].store];
+    const float threshold = in.thresholds[b] * in.weights[b];
+    for (int64_t i = segment.start; i < segment.start + segment.count; ++i) {
+      const float* norms = in.norms + i * in.stride;
+      if (std::none_of(norms, norms + store.chunks, [](float x) { return x > 0; })) continue;
+      const uint64_t key = chunk_key(store, b, in.ids[i]);
+      uint8_t* line = line_of(store, key);
+      int64_t slot = find_slot(store, key);
+      for (int64_t k = 0; k < store.chunks; ++k) {
+        if (norms[k] <= 0 || (slot >= 0 && places_of(value_at(store, slot))[k] >= 0)) continue;
+        const uint64_t word = chunk_word(call.blocks[b], in.key, in.ids[i], k);
+        const Cells cells = store.sketch_lines ? cells_of(line, key, k) : Cells{nullptr, nullptr};
+        const float utility = (store.sketch_lines ? cells.value() : 0) + norms[k] * in.weights[b];
+        const bool wanted = utility >= threshold;
+        bool room = wanted && has_place(store);
+        if (room && slot < 0) {
+          if (has_slot(store)) slot = insert(store, key);
+          room = slot >= 0;
+        }
+        if (!room) {
+          store.refused += wanted;
+          if (store.sketch_lines)
+            cells.raise(cell_code(utility, (word >> 16) & ((1u << kCellShift) - 1)));
+          continue;
+        }
+        char* value = value_at(store, slot);
+        const int32_t place = take_place(store);
+        places_of(value)[k] = place;
+        utilities_of(store, value)[k] = utility_code(utility, word);
+        int64_t* out = admitted + 3 * count++;
+        out[0] = i, out[1] = k, out[2] = place;
+      }
+    }
+  }
+  return count;
+}
+
+namespace {
+
+// Calls body(block, row, slot, value) for the rows of a store.
+template <class Body>
+void for_slots(const ChunkCall& call, int64_t number, const Body& body) {
+  const ChunkStore& store = call.stores[number];
+  int64_t only = 0;  // a wide store's block
+  while (only < call.num_blocks && call.blocks[only].store != number) ++only;
+  const int64_t span = span_of(store.slots);
+  for (int64_t s = 0; s < span; ++s) {
+    if (!keys_of(store)[s]) continue;
+    const uint64_t at = chunk_unmix(keys_of(store)[s]) - 1;
+    const int64_t block = store.wide ? only : (int64_t)(at >> kTagShift);
+    const int64_t row = (int64_t)(store.wide ? at : at & ((1ULL << kTagShift) - 1));
+    body(block, row, s, value_at(store, s));
+  }
+}
+
+// A utility as decisions see it: those of chunks that nobody asked for differ by chance.
+float ranked(float utility, float decay, const ChunkBlock& block, int64_t row, int64_t chunk) {
+  const uint64_t word = chunk_word(block, 0, row, chunk);
+  return std::max(utility * decay, (float)(word >> 40) * 0x1p-24f * kLeastUtility);
+}
+
+}  // namespace
+
+void chunk_count(const ChunkCall& call, int64_t number, float decay, int64_t* bins, int64_t* dims,
+                 int64_t dims_stride) {
+  const ChunkStore& store = call.stores[number];
+  for_slots(call, number, [&](int64_t b, int64_t row, int64_t, char* value) {
+    int64_t present = 0;
+    for (int64_t k = 0; k < store.chunks; ++k) {
+      if (places_of(value)[k] < 0) continue;
+      ++present;
+      const float u = ranked(utility_of(utilities_of(store, value)[k]), decay, call.blocks[b], row,
+                             k);
+      ++bins[b * kUtilityBins + cell_code(u, 0)];
+    }
+    ++dims[b * dims_stride + present];
+  });
+}
+
+void chunk_decide(const ChunkCall& call, int64_t number, float decay, const float* thresholds,
+                  uint64_t key, int64_t* evicted) {
+  ChunkStore& store = call.stores[number];
+  int64_t empty = 0;
+  uint8_t* cells = (uint8_t*)store.sketch;
+  const int64_t size = store.sketch_lines * kLine;
+  for (int64_t c = 0; c < size; ++c)
+    if (cells[c]) {
+      const uint64_t word = chunk_mix(key + (uint64_t)c * kGolden);
+      cells[c] = cell_code(cell_value(cells[c]) * decay, (word >> 16) & ((1u << kCellShift) - 1));
+    }
+  for_slots(call, number, [&](int64_t b, int64_t row, int64_t slot, char* value) {
+    const ChunkBlock& block = call.blocks[b];
+    uint16_t* utilities = utilities_of(store, value);
+    int64_t present = 0;
+    for (int64_t k = 0; k < store.chunks; ++k) {
+      int32_t& place = places_of(value)[k];
+      if (place < 0) continue;
+      const float utility = utility_of(utilities[k]);
+      if (ranked(utility, decay, block, row, k) >= thresholds[b]) {
+        utilities[k] = utility_code(utility * decay, chunk_word(block, key, row, k));
+        ++present;
+        continue;
+      }
+      if (store.sketch_lines) {
+        const uint64_t at = keys_of(store)[slot];
+        cells_of(line_of(store, at), at, k).raise(cell_code(utility * decay, 0));
+      }
+      stack_of(store)[store.free++] = place;
+      place = -1;
+      utilities[k] = 0;
+      --store.used;
+      ++evicted[b];
+    }
+    if (!present) {
+      keys_of(store)[slot] = 0;
+      ++empty;
+    }
+  });
+  if (empty) {
+    const int64_t rows = store.rows - empty;
+    resize(store, rows * 2 < store.slots ? fitting_slots(store, rows) : store.slots);
+  }
+}
+
+int64_t chunk_compact(ChunkStore& store, int64_t* moves) {
+  int64_t moved = 0;
+  int32_t *stack = stack_of(store), *end = stack + store.free;
+  int32_t* holes = std::partition(stack, end, [&](int32_t place) { return place >= store.used; });
+  std::sort(holes, end);
+  const int64_t span = span_of(store.slots);
+  for (int64_t s = 0; holes < end && s < span; ++s) {
+    if (!keys_of(store)[s]) continue;
+    for (int64_t k = 0; k < store.chunks; ++k) {
+      int32_t& place = places_of(value_at(store, s))[k];
+      if (place < store.used) continue;
+      const int64_t to = *holes++;
+      if (store.payload) {
+        std::memcpy((char*)store.payload + to * store.payload_bytes,
+                    (char*)store.payload + place * store.payload_bytes, store.payload_bytes);
+        std::memcpy((char*)store.state + to * store.state_bytes,
+                    (char*)store.state + place * store.state_bytes, store.state_bytes);
+      }
+      if (moves) moves[2 * moved] = place, moves[2 * moved + 1] = to;
+      ++moved;
+      place = (int32_t)to;
+    }
+  }
+  const int64_t before = store.committed;
+  release(store.stack, 0, 4 * store.free);
+  store.free = 0;
+  store.top = store.used;
+  store.committed = std::min((store.used + store.slab - 1) / store.slab * store.slab,
+                             store.max_chunks);
+  if (store.payload) {
+    release(store.payload, store.committed * store.payload_bytes, before * store.payload_bytes);
+    release(store.state, store.committed * store.state_bytes, before * store.state_bytes);
+  }
+  resize(store, fitting_slots(store, store.rows));
+  return moved;
+}
+
+void chunk_load(ChunkStore& store, const uint64_t* keys, const char* values, int64_t n) {
+  clear_slots(store, 0, span_of(store.slots));
+  store.rows = n;
+  store.slots = fitting_slots(store, n);
+  const int64_t start = span_of(store.slots) - 1 - n;
+  std::memcpy(keys_of(store) + start, keys, 8 * n);
+  std::memcpy(value_at(store, start), values, value_bytes(store) * n);
+  if (!spread(store, n)) resize(store, store.slots + store.slots / kGrowth + kFewSlots);
+}
+
+void chunk_insert(const ChunkCall& call, int64_t block, const int64_t* rows, int64_t n,
+                  int32_t* places, const uint16_t* utilities) {
+  ChunkStore& store = call.stores[call.blocks[block].store];
+  for (int64_t i = 0; i < n; ++i) {
+    const uint64_t key = chunk_key(store, block, rows[i]);
+    int64_t slot = find_slot(store, key);
+    for (int64_t k = 0; k < store.chunks; ++k) {
+      int32_t& place = places[i * store.chunks + k];
+      if (place < 0) continue;
+      bool room = has_place(store);
+      if (room && slot < 0) {
+        if (has_slot(store)) slot = insert(store, key);
+        room = slot >= 0;
+      }
+      place = room ? take_place(store) : -1;
+      if (!room) continue;
+      places_of(value_at(store, slot))[k] = place;
+      utilities_of(store, value_at(store, slot))[k] = utilities[i * store.chunks + k];
+    }
+  }
+}
+
+int64_t chunk_list(const ChunkCall& call, int64_t block, int64_t* rows, char* values) {
+  const int64_t number = call.blocks[block].store;
+  const int64_t bytes = value_bytes(call.stores[number]);
+  int64_t count = 0;
+  for_slots(call, number, [&](int64_t b, int64_t row, int64_t, char* value) {
+    if (b != block) return;
+    if (rows) {
+      rows[count] = row;
+      std::memcpy(values + count * bytes, value, bytes);
+    }
+    ++count;
+  });
+  return count;
+}
+
+}  // namespace shardlab

@@ -1,0 +1,92 @@
+// Pruned tables: which chunks of which rows are present, where they lie, and what they are worth.
+//
+// A store holds the rows of several shards whose rows have K chunks of one size. Its index is an
+// array sorted by hash, with gaps: a row's slot is the first one from floor(hash * slots / 2^64) on
+// that holds its hash, and no hash behind a greater one or a gap. The hash is a bijection of (shard,
+// row), so it is the key itself. Sorted, the array grows and shrinks in place, in two passes over
+// it, and a miss ends as early as a hit. A slot carries K places in the pool of chunks (-1: absent)
+// and K utilities.
+//
+// The pool hands out places from a stack of free ones, the most recently freed first, and takes
+// slabs of new ones while the budget lasts. Utilities of absent chunks are counted in a sketch:
+// a count-min sketch of two cells a chunk, both in the row's cache line, with conservative update.
+//
+// Source: virtually hashed, physically indexed storage of arXiv 2401.04408; ordered linear probing
+// (Amble and Knuth 1974); count-min sketch with conservative update (Estan and Varghese 2002).
+#pragma once
+#include <cstdint>
+
+namespace shardlab {
+
+struct ChunkStore {
+  // Addresses: uint64 [span], value_bytes [span], payloads and states (0 where another device has
+  // them: the caller then clears and moves chunks), int32 stack, sketch lines.
+  int64_t keys, values, payload, state, stack, sketch;
+  int64_t chunks, payload_bytes, state_bytes, slab, max_chunks, max_slots, sketch_lines, wide;
+  // What moves.
+  int64_t budget, slots, rows, used, top, committed, free, refused;
+};
+
+// A shard: number of its store; where it lies in its table, in rows and in chunks; chunks of a row
+// of the table; key of the table's random bits.
+struct ChunkBlock {
+  int64_t store, row_start, first_chunk, table_chunks, table_key;
+};
+
+// Rows ids[start, start + count) of a block.
+struct ChunkSegment {
+  int64_t block, start, count;
+};
+
+constexpr int64_t kUtilityBins = 256;
+
+struct ChunkCall {
+  ChunkStore* stores;
+  const ChunkBlock* blocks;
+  int64_t num_blocks;
+};
+
+// What update hands to the index: chunk norms of every row, and how they count.
+struct ChunkOffers {
+  const ChunkSegment* segments;
+  int64_t num_segments;
+  const int64_t* ids;
+  const float* norms;      // [n, stride]: times accesses; negative: not offered
+  int64_t stride;
+  const float* weights;    // of the step, by block: utilities are as of the last decision
+  const float* thresholds; // of admission, by block
+  uint64_t key;            // of the random bits of rounding
+};
+
+int64_t chunk_held_bytes(const ChunkStore& store);
+// Slots of every row, -1 where no chunk is present.
+void chunk_find(const ChunkCall& call, const ChunkSegment* segments, int64_t num_segments,
+                const int64_t* ids, int64_t* slots, int threads);
+// places[k * stride + i]: place of chunk k of row ids[i], -1 where absent.
+void chunk_places(const ChunkCall& call, const ChunkSegment* segments, int64_t num_segments,
+                  const int64_t* ids, int64_t stride, int64_t* places, int threads);
+// Adds to the utilities of present chunks.
+void chunk_touch(const ChunkCall& call, const ChunkOffers& offers, int threads);
+// Counts absent chunks in the sketch, and admits those above the threshold while there is room.
+// admitted: [.., 3] (row number among the offers, chunk, place). Returns how many.
+int64_t chunk_offer(const ChunkCall& call, const ChunkOffers& offers, int64_t* admitted);
+// Utilities of present chunks by bin, and rows by chunks present: adds to bins [blocks][256] and
+// dims [blocks][max_chunks + 1].
+void chunk_count(const ChunkCall& call, int64_t store, float decay, int64_t* bins, int64_t* dims,
+                 int64_t dims_stride);
+// Decays all utilities and evicts what is below its block's threshold. evicted: [blocks].
+void chunk_decide(const ChunkCall& call, int64_t store, float decay, const float* thresholds,
+                  uint64_t key, int64_t* evicted);
+// Moves chunks to the lowest places, gives slabs back, and the index the size of its rows. moves:
+// [store.free, 2] places (from, to), or null. Returns how many moved.
+int64_t chunk_compact(ChunkStore& store, int64_t* moves);
+// Replaces the index by n rows sorted by key; values as slots hold them.
+void chunk_load(ChunkStore& store, const uint64_t* keys, const char* values, int64_t n);
+// Takes rows in while there is room. places [n, chunks]: any number from 0 on where a chunk is
+// wanted; replaced by its place, or -1. utilities [n, chunks]: bf16.
+void chunk_insert(const ChunkCall& call, int64_t block, const int64_t* rows, int64_t n,
+                  int32_t* places, const uint16_t* utilities);
+// Rows of a block, in the order of their hashes; values as slots hold them. Returns how many.
+int64_t chunk_list(const ChunkCall& call, int64_t block, int64_t* rows, char* values);
+
+}  // namespace shardlab

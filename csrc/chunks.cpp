@@ -1,0 +1,279 @@
+// Rows of present and absent chunks: read as whole rows, stepped chunk by chunk.
+//
+// Both work on tiles of rows in three rounds: fetch the homes of a tile in the index; find the
+// slots and fetch them; fetch the chunks. Each round waits for memory once, not once a row.
+//
+// Source: arXiv 2401.04408 (chunks, utility = accesses x norm of the gradient); the step is that of
+// whole rows (update_block.h), so that a table with every chunk present trains bit for bit like one
+// that is not pruned.
+#include "chunks.h"
+
+#include <omp.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "chunk_slots.h"
+#include "update_block.h"
+
+namespace shardlab::SHARDLAB_ISA {
+namespace {
+
+constexpr int64_t kTile = 32;
+constexpr float kMostNorm = 1e30f;  // keeps a utility finite
+
+// The rows of a tile and where their slots are.
+struct Tile {
+  int64_t slots[kTile];
+
+  // Calls fetch(place) for every present chunk.
+  template <class Fetch>
+  SHARDLAB_INLINE void find(const ChunkStore& store, int64_t block, const int64_t* ids, int64_t n,
+                            const Fetch& fetch) {
+    uint64_t keys[kTile];
+    for (int64_t i = 0; i < n; ++i) {
+      keys[i] = chunk_key(store, block, ids[i]);
+      const uint64_t home = scaled(keys[i], store.slots);
+      __builtin_prefetch(keys_of(store) + home);
+      prefetch_write(value_at(store, (int64_t)home), 1);
+    }
+    const int64_t bytes = value_bytes(store);
+    for (int64_t i = 0; i < n; ++i) {
+      slots[i] = find_slot(store, keys[i]);
+      if (slots[i] >= 0) prefetch_write(value_at(store, slots[i]), bytes);
+    }
+    for (int64_t i = 0; i < n; ++i) {
+      if (slots[i] < 0) continue;
+      const int32_t* places = places_of(value_at(store, slots[i]));
+      for (int64_t k = 0; k < store.chunks; ++k)
+        if (places[k] >= 0) fetch(places[k]);
+    }
+  }
+};
+
+// ---------------------------------------------------------------- read
+template <class Reader>
+SHARDLAB_INLINE inline void write_row(const ChunkStore& store, int64_t width, const char* payloads,
+                                      const int32_t* places, float weight, float* target) {
+  for (int64_t k = 0; k < store.chunks; ++k, target += width) {
+    if (!places || places[k] < 0) {
+      for_columns(width, [&](int64_t c, int lanes) SHARDLAB_INLINE {
+        write_lanes(target + c, Vec{}, lanes);
+      });
+      continue;
+    }
+    const auto row = Reader::open(payloads + places[k] * store.payload_bytes, width);
+    for_columns(width, [&](int64_t c, int lanes) SHARDLAB_INLINE {
+      const Vec value = lanes == kLanes ? Reader::load(row, c) : Reader::load_part(row, c, lanes);
+      write_lanes(target + c, value * weight, lanes);
+    });
+  }
+}
+
+template <class Reader>
+void read_rows(const ChunkStore& store, const Arena& arena, const ChunkRead& read, int64_t begin,
+               int64_t end, const int64_t* ids, const Csr* entries, float* out) {
+  const Block& block = arena.blocks[read.block];
+  const char* payloads = arena.bytes + block.row_offset;
+  const int64_t width = block.columns, columns = width * store.chunks;
+  Tile tile;
+  for (int64_t first = begin; first < end; first += kTile) {
+    const int64_t n = std::min(kTile, end - first);
+    tile.find(store, read.block, ids + first, n, [&](int64_t place) SHARDLAB_INLINE {
+      prefetch_read(payloads + place * store.payload_bytes, store.payload_bytes);
+    });
+    for (int64_t i = first; i < first + n; ++i) {
+      const int64_t slot = tile.slots[i - first];
+      const int32_t* places = slot < 0 ? nullptr : places_of(value_at(store, slot));
+      if (!entries) {
+        write_row<Reader>(store, width, payloads, places, 1.0f,
+                          out + read.out_start + (i - read.start) * columns);
+        continue;
+      }
+      for (int64_t e = entries->starts[i]; e < entries->starts[i + 1]; ++e)
+        write_row<Reader>(store, width, payloads, places, entries->weights ? entries->weights[e] : 1,
+                          out + entries->sources[e]);
+    }
+  }
+}
+
+void read_all(const ChunkCall& call, const Arena& arena, const ChunkRead* reads, int64_t num_reads,
+          const int64_t* ids, const Csr* entries, float* out, int threads) {
+#pragma omp parallel num_threads(threads)
+  {
+    const int64_t parts = omp_get_num_threads(), me = omp_get_thread_num();
+    for (int64_t r = 0; r < num_reads; ++r) {
+      const ChunkRead& one = reads[r];
+      const ChunkStore& store = call.stores[call.blocks[one.block].store];
+      int64_t begin = one.count * me / parts, end = one.count * (me + 1) / parts;
+      if (entries) {
+        begin = cut(entries->starts + one.start, one.count, me, parts);
+        end = cut(entries->starts + one.start, one.count, me + 1, parts);
+      }
+      if (begin >= end) continue;
+      with_reader((Codec)arena.encodings[one.block].codec, [&](auto reader) {
+        read_rows<decltype(reader)>(store, arena, one, one.start + begin, one.start + end, ids,
+                                    entries, out);
+      });
+    }
+  }
+}
+
+// ---------------------------------------------------------------- update
+// The present chunks of a tile as rows of a pool, with their gradients.
+struct Present {
+  explicit Present(int64_t most)
+      : places(most), sources(most), rows(most), starts(most + 1), squares(most) {
+    for (int64_t i = 0; i <= most; ++i) starts[i] = i;
+  }
+  std::vector<int64_t> places, sources, rows, starts;
+  std::vector<float> squares;
+  int64_t count = 0;
+};
+
+struct Norms {
+  const float* weights;  // of the step, by block
+  uint64_t key;
+  float* out;
+  int64_t stride;
+};
+
+// Sums of squares of every chunk, and the mean of the row's, in the order that rules.h takes.
+inline float chunk_squares(const float* grad, int64_t chunks, int64_t width, float* squares) {
+  Vec total{};
+  for_columns(chunks * width, [&](int64_t c, int lanes) SHARDLAB_INLINE {
+    const Vec g = read(grad + c, lanes);
+    total += g * g;
+  });
+  for (int64_t k = 0; k < chunks; ++k) {
+    Vec part{};
+    for_columns(width, [&](int64_t c, int lanes) SHARDLAB_INLINE {
+      const Vec g = read(grad + k * width + c, lanes);
+      part += g * g;
+    });
+    squares[k] = reduce_add(part);
+  }
+  return reduce_add(total) / (float)(chunks * width);
+}
+
+// Utilities of a row's present chunks, norms of its absent ones; lists the present ones.
+inline void weigh_row(const ChunkStore& store, const ChunkBlock& block, float weight,
+                      const Norms& norms,
+                      const Updates& updates, int64_t u, int64_t slot, const float* squares,
+                      int64_t source, int64_t width, float mean, Present& present) {
+  const float accesses = (float)(updates.csr.starts[u + 1] - updates.csr.starts[u]);
+  const int64_t row = updates.ids[u];
+  char* value = slot < 0 ? nullptr : value_at(store, slot);
+  for (int64_t k = 0; k < store.chunks; ++k) {
+    const float norm = std::min(std::sqrt(squares[k]) * accesses, kMostNorm);
+    float& out = norms.out[u * norms.stride + k];
+    if (!value || places_of(value)[k] < 0) {
+      out = norm;
+      continue;
+    }
+    out = -1.0f;
+    uint16_t& utility = utilities_of(store, value)[k];
+    if (norm > 0)
+      utility = utility_code(utility_of(utility) + norm * weight,
+                             chunk_word(block, norms.key, row, k));
+    const int64_t at = present.count++;
+    present.places[at] = places_of(value)[k];
+    present.sources[at] = source + k * width;
+    present.rows[at] = (block.row_start + row) * block.table_chunks + block.first_chunk + k;
+    present.squares[at] = mean;
+  }
+}
+
+template <class Rule>
+void update_rows(const ChunkCall& call, const Arena& arena, int64_t b, const Updates& updates,
+                 int64_t begin, int64_t end, const Step& s, const Norms& norms) {
+  const ChunkStore& store = call.stores[call.blocks[b].store];
+  const Block& block = arena.blocks[b];
+  const int64_t width = block.columns, columns = width * store.chunks;
+  const Csr& csr = updates.csr;
+  const bool plain = s.scale == 1.0f && s.clip_value <= 0.0f;
+  std::vector<float> sums(kTile * columns), buffer(kLanes * width), squares(store.chunks);
+  Present present(kTile * store.chunks);
+  Step rest = s;
+  rest.scale = 1.0f;
+  rest.clip_value = 0.0f;
+  Tile tile;
+  for (int64_t first = begin; first < end; first += kTile) {
+    const int64_t n = std::min(kTile, end - first);
+    for (int64_t e = csr.starts[first]; e < csr.starts[first + n]; ++e)
+      prefetch_read(updates.grads + csr.sources[e], columns * (int64_t)sizeof(float));
+    tile.find(store, b, updates.ids + first, n, [&](int64_t place) SHARDLAB_INLINE {
+      prefetch_write(arena.bytes + block.row_offset + place * block.row_bytes, block.row_bytes);
+      prefetch_write(arena.bytes + block.state_offset + place * block.state_bytes,
+                     block.state_bytes);
+    });
+    present.count = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t u = first + i, from = csr.starts[u], to = csr.starts[u + 1];
+      const float* grad = updates.grads + csr.sources[from];
+      if (!plain || csr.weights || to - from != 1) {
+        float* sum = sums.data() + i * columns;
+        grad = sum;
+        with_weights(csr.weights, [&](const auto& weight) {
+          auto row = [&](int64_t k) { return (const char*)(updates.grads + csr.sources[k]); };
+          sum_rows<Fp32Reader>(from, to, columns, row, weight,
+                               [&](int64_t c, Vec value, int64_t lanes) {
+                                 value = value * s.scale;
+                                 write_lanes(sum + c, s.clip_value > 0.0f
+                                                          ? clamp(value, s.clip_value)
+                                                          : value,
+                                             lanes);
+                               });
+        });
+      }
+      float mean = chunk_squares(grad, store.chunks, width, squares.data());
+      if (updates.row_squares && updates.row_squares[u] >= 0) mean = updates.row_squares[u];
+      weigh_row(store, call.blocks[b], norms.weights[b], norms, updates, u, tile.slots[i], squares.data(),
+                grad - updates.grads, width, mean, present);
+    }
+    const Updates some{present.places.data(), nullptr,
+                       {present.starts.data(), present.sources.data(), nullptr}, updates.grads,
+                       present.squares.data(), updates.key, present.rows.data()};
+    with_rows(arena, b, some, present.count, [&](auto rows) {
+      update_block<Rule>(rows, some, 0, present.count, rest, buffer.data());
+    });
+  }
+}
+
+template <class Rule>
+void update_with(const ChunkCall& call, const Arena& arena, const Updates& updates, const Step& s,
+                 const Norms& norms, int threads) {
+#pragma omp parallel num_threads(threads)
+  {
+    const int64_t parts = omp_get_num_threads(), me = omp_get_thread_num();
+    const int64_t uniques = updates.splits[arena.num_blocks] - updates.splits[0];
+    const int64_t begin = updates.splits[0] + cut(updates.csr.starts, uniques, me, parts);
+    const int64_t end = updates.splits[0] + cut(updates.csr.starts, uniques, me + 1, parts);
+    for (int64_t b = 0; b < arena.num_blocks; ++b) {
+      const int64_t from = std::max(begin, updates.splits[b]);
+      const int64_t to = std::min(end, updates.splits[b + 1]);
+      if (from < to) update_rows<Rule>(call, arena, b, updates, from, to, s, norms);
+    }
+  }
+}
+
+void update_all(const ChunkCall& call, const Arena& arena, const Updates& updates, Rule rule,
+            const Step& s, const float* weights, uint64_t utility_key, float* out, int64_t stride,
+            int threads) {
+  const Norms norms{weights, utility_key, out, stride};
+  switch (rule) {
+    case Rule::kSgd: return update_with<Sgd>(call, arena, updates, s, norms, threads);
+    case Rule::kAdagrad: return update_with<Adagrad>(call, arena, updates, s, norms, threads);
+    case Rule::kRowWiseAdagrad:
+      return update_with<RowWiseAdagrad>(call, arena, updates, s, norms, threads);
+    case Rule::kAdam: return update_with<Adam>(call, arena, updates, s, norms, threads);
+    case Rule::kRowWiseAdam:
+      return update_with<RowWiseAdam>(call, arena, updates, s, norms, threads);
+  }
+}
+
+}  // namespace
+
+extern const ChunkKernels chunk_kernels{read_all, update_all};
+
+}  // namespace shardlab::SHARDLAB_ISA

@@ -1,0 +1,102 @@
+"""Bytes of pruned tables: the index of rows, the pool of chunks, the sketch; without torch.
+
+    index   a key (8 B), K places (4 B) and K utilities (2 B) a slot; 8 slots for 7 rows
+    pool    payload and optimiser state of chunks, in slabs; a stack of free places (4 B each)
+    sketch  a byte a cell, in lines of 64
+
+Everything is counted in whole pages, as the system gives it. The native index (csrc/chunk_store)
+grows by the same arithmetic.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+PAGE_BYTES = 4096
+LINE_BYTES = 64
+_KEY_BYTES, _PLACE_BYTES, _UTILITY_BYTES = 8, 4, 2
+#: Slots are added so that at most LOAD of them are taken, a sixteenth of them at a time.
+LOAD_NUMBER, LOAD_OF, GROWTH, FEW_SLOTS = 7, 8, 16, 32
+_TAIL_SHIFT, _MOST_TAIL = 4, 1024
+#: A slab is at most this many chunks, and about a 64th of a pool.
+_MOST_SLAB, _SLABS = 4096, 64
+_LEAST_SLAB = 16
+
+
+def in_pages(count: int) -> int:
+    """Bytes in whole pages."""
+    return -(-count // PAGE_BYTES) * PAGE_BYTES
+
+
+def span_of(slots: int) -> int:
+    """Slots of the array: those of homes, and a tail for the last runs."""
+    return slots + FEW_SLOTS + min(slots >> _TAIL_SHIFT, _MOST_TAIL)
+
+
+def fitting_slots(rows: int) -> int:
+    """Fewest slots for some rows."""
+    return rows * LOAD_OF // LOAD_NUMBER + FEW_SLOTS
+
+
+def value_bytes(chunks: int) -> int:
+    """Bytes of a slot beside its key, in whole words."""
+    return -(-chunks * (_PLACE_BYTES + _UTILITY_BYTES) // 4) * 4
+
+
+def slab_chunks(budget: int, record_bytes: int) -> int:
+    """Chunks that a pool of some bytes takes at a time: a power of two."""
+    wanted = max(_LEAST_SLAB, min(_MOST_SLAB, budget // (_SLABS * record_bytes)))
+    return 1 << (wanted.bit_length() - 1)
+
+
+@dataclass(frozen=True)
+class ChunkLayout:
+    """What a store of chunks is made of.
+
+    Attributes:
+        chunks: chunks of a row.
+        payload_bytes, state_bytes: of a chunk.
+        sketch_lines: lines of 64 cells.
+    """
+
+    chunks: int
+    payload_bytes: int
+    state_bytes: int
+    sketch_lines: int = 0
+
+    @property
+    def record_bytes(self) -> int:
+        """A chunk with its optimiser state."""
+        return self.payload_bytes + self.state_bytes
+
+    def held_bytes(self, slots: int, committed: int, free: int = 0) -> int:
+        """Bytes of an index of ``slots`` and a pool of ``committed`` chunks.
+
+        Args:
+            slots: homes in the index.
+            committed: chunks whose slabs are held.
+            free: depth of the stack.
+        """
+        span = span_of(slots)
+        return (in_pages(_KEY_BYTES * span) + in_pages(value_bytes(self.chunks) * span)
+                + in_pages(_PLACE_BYTES * free) + in_pages(committed * self.payload_bytes)
+                + in_pages(committed * self.state_bytes) + in_pages(self.sketch_lines * LINE_BYTES))
+
+    def full_bytes(self, rows: int) -> int:
+        """Bytes with every chunk of ``rows`` rows present."""
+        return self.held_bytes(fitting_slots(rows), rows * self.chunks)
+
+    def likely_chunks(self, budget: int, sketch: float) -> int:
+        """Chunks that a budget holds where rows have all of theirs.
+
+        Args:
+            budget: bytes.
+            sketch: cells of the sketch per chunk.
+        """
+        return max(1, int(budget / (self.likely_bytes + sketch)))
+
+    @property
+    def likely_bytes(self) -> float:
+        """Bytes of a chunk with its part of the index, where rows have all of theirs."""
+        index = (_KEY_BYTES / self.chunks + _PLACE_BYTES + _UTILITY_BYTES) * LOAD_OF / LOAD_NUMBER
+        return self.record_bytes + index

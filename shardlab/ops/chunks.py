@@ -1,0 +1,371 @@
+"""Index of chunks: which chunks of which rows are present, where they lie, what they are worth.
+
+A store holds the rows of several shards whose chunks have one size; `csrc/chunk_store.h` has the
+data structure. The reference face (`chunks_reference`) keeps dictionaries and gives the same
+decisions, utilities and byte counts. The index lies on the host, also where chunks do not.
+
+Source: arXiv 2401.04408 (utility = accesses x norm of the gradient, decayed).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from shardlab.chunk_layout import (
+    LINE_BYTES,
+    ChunkLayout,
+    fitting_slots,
+    in_pages,
+    span_of,
+    value_bytes,
+)
+from shardlab.ops.registry import address, face_of, native
+
+#: Bins of utilities: bin c begins at `bin_edges()[c]`.
+BINS = 256
+_CELL_SHIFT, _CELL_BIAS = 21, 316
+_SPARE = 2  # the array may grow beyond what its rows need, where a run reaches its end
+
+
+@dataclass(frozen=True)
+class StoreShape:
+    """What a store is built for.
+
+    Attributes:
+        layout: bytes of its parts.
+        slab: chunks that its pool takes at a time.
+        max_chunks: chunks that it has addresses for.
+        max_rows: rows of all its shards, or as many as it has chunks.
+        wide: holds one shard, whose rows may be any number below 2^63.
+    """
+
+    layout: ChunkLayout
+    slab: int
+    max_chunks: int
+    max_rows: int
+    wide: bool = False
+
+
+@dataclass(frozen=True)
+class StoreNumbers:
+    """Where a store stands: bytes it may hold, slots, rows and chunks present, places handed out,
+    chunks whose slabs are held, depth of the stack of free places, chunks that found no room since
+    the last decision."""
+
+    budget: int
+    slots: int
+    rows: int
+    used: int
+    top: int
+    committed: int
+    free: int
+    refused: int = 0
+
+
+@dataclass(frozen=True)
+class Offers:
+    """Chunk norms of some rows' gradients, and how they count.
+
+    Attributes:
+        segments: int64 [K, 3] on CPU: (block, start, count) of ids.
+        ids: int64 [n] on CPU.
+        norms: fp32 [n, most chunks of a row] on CPU: norm times accesses, negative for none.
+        weights: fp32 [blocks] on CPU: of this step; utilities are as of the last decision.
+        thresholds: fp32 [blocks] on CPU: of admission.
+        key: of the random bits of rounding.
+    """
+
+    segments: Tensor
+    ids: Tensor
+    norms: Tensor
+    weights: Tensor
+    thresholds: Tensor
+    key: int
+
+
+@dataclass(frozen=True)
+class ChunkRows:
+    """Rows of a shard and their chunks.
+
+    Attributes:
+        rows: int64 [n], ascending.
+        places: int32 [n, chunks], -1 where absent.
+        utilities: int16 [n, chunks], the bits of bf16.
+    """
+
+    rows: Tensor
+    places: Tensor
+    utilities: Tensor
+
+
+class ChunkIndex(Protocol):
+    """The index of all stores of a rank; blocks are shards.
+
+    Attributes:
+        shapes: of the stores.
+        blocks: int64 [B, 5] on CPU: (store, first row, first chunk, chunks of a row of the table,
+            key of the table).
+    """
+
+    shapes: Sequence[StoreShape]
+    blocks: Tensor
+
+    def numbers(self, store: int) -> StoreNumbers:
+        """Where a store stands."""
+
+    def set_budget(self, store: int, budget: int) -> None:
+        """Bytes that a store may hold from now on; nothing is evicted."""
+
+    def held_bytes(self, store: int) -> int:
+        """Bytes that a store holds."""
+
+    def places(self, segments: Tensor, ids: Tensor) -> Tensor:
+        """int64 [most chunks, n] on CPU: place of every chunk of every row, -1 where absent."""
+
+    def touch(self, offers: Offers) -> None:
+        """Adds to the utilities of present chunks."""
+
+    def offer(self, offers: Offers) -> Tensor:
+        """Counts absent chunks, and admits those above the threshold while there is room.
+
+        Returns:
+            int64 [m, 3] on CPU: (position in ids, chunk, place) of every admitted chunk.
+        """
+
+    def count(self, store: int, decay: float) -> tuple[Tensor, Tensor]:
+        """Utilities and rows of a store, by block.
+
+        Returns:
+            int64 [B, BINS]: present chunks by utility; int64 [B, most chunks + 1]: rows by chunks.
+        """
+
+    def decide(self, store: int, decay: float, thresholds: Tensor, key: int) -> Tensor:
+        """Decays utilities and evicts chunks below their block's threshold, fp32 [B].
+
+        Returns:
+            int64 [B]: evicted chunks.
+        """
+
+    def compact(self, store: int) -> Tensor:
+        """Moves chunks to the lowest places and gives slabs back.
+
+        Returns:
+            int64 [m, 2]: (from, to), for pools that the index does not reach.
+        """
+
+    def load(self, store: int, blocks: Tensor, rows: ChunkRows) -> None:
+        """Replaces a store's rows; rows i is of block blocks[i], in any order."""
+
+    def insert(self, block: int, rows: ChunkRows) -> Tensor:
+        """Takes rows of a shard in, those chunks whose place is not negative, while there is room.
+
+        Returns:
+            int32 [n, chunks]: their places, -1 where a chunk is absent.
+        """
+
+    def list_rows(self, block: int) -> ChunkRows:
+        """All rows of a shard with a chunk present."""
+
+    def sketch(self, store: int) -> Tensor:
+        """uint8 [lines * 64]: the cells of the sketch, which the caller may write."""
+
+
+def bin_edges() -> Tensor:
+    """fp64 [BINS + 1]: where bins of utilities begin: 0, then four to an octave from 2^-48 on."""
+    codes = torch.arange(BINS, dtype=torch.int32) + _CELL_BIAS
+    edges = (codes << _CELL_SHIFT).view(torch.float32).double()
+    edges[0] = 0.0
+    return torch.cat([edges, torch.tensor([2.0 ** 16], dtype=torch.float64)])
+
+
+def build_chunk_index(shapes: Sequence[StoreShape], blocks: Tensor, memory: Tensor,
+                      pools: Sequence[tuple[int, int]]) -> ChunkIndex:
+    """An empty index.
+
+    Args:
+        shapes: of the stores.
+        blocks: as in `ChunkIndex`.
+        memory: uint8 [`index_span_bytes`] on CPU, zeros; pages that are not needed stay untouched.
+        pools: addresses of every store's payloads and states; zeros where the caller clears and
+            moves chunks itself.
+    """
+    if face_of("chunk_index", "cpu") == "native":
+        return NativeChunkIndex(shapes, blocks, memory, pools)
+    from shardlab.ops.chunks_reference import ReferenceChunkIndex
+
+    return ReferenceChunkIndex(shapes, blocks)
+
+
+_STATE = ("keys", "values", "payload", "state", "stack", "sketch", "chunks", "payload_bytes",
+          "state_bytes", "slab", "max_chunks", "max_slots", "sketch_lines", "wide", "budget",
+          "slots", "rows", "used", "top", "committed", "free", "refused")
+_COLUMN = {name: column for column, name in enumerate(_STATE)}
+
+
+class NativeChunkIndex:
+    """The native face of `ChunkIndex`: arrays in one span of memory, in pages as they are needed.
+
+    Args:
+        shapes, blocks, memory, pools: as `build_chunk_index` takes them.
+    """
+
+    def __init__(self, shapes: Sequence[StoreShape], blocks: Tensor, memory: Tensor,
+                 pools: Sequence[tuple[int, int]]) -> None:
+        self.shapes, self.blocks = list(shapes), blocks.contiguous()
+        self._most = max((shape.layout.chunks for shape in shapes), default=1)
+        self._state = torch.zeros(len(shapes), len(_STATE), dtype=torch.int64)
+        sizes = [_spans(shape) for shape in shapes]
+        self._memory = memory
+        at = self._memory.data_ptr() if sizes else 0
+        self._sketches: list[Tensor] = []
+        offset = 0
+        for row, shape, size, pool in zip(self._state, shapes, sizes, pools, strict=True):
+            keys, values, stack, sketch = size
+            layout = shape.layout
+            cells = self._memory[offset + keys + values + stack:][:layout.sketch_lines * LINE_BYTES]
+            self._sketches.append(cells)
+            row[:14] = torch.tensor([
+                at + offset, at + offset + keys, *pool, at + offset + keys + values,
+                at + offset + keys + values + stack, layout.chunks, layout.payload_bytes,
+                layout.state_bytes, shape.slab, shape.max_chunks, _max_slots(shape),
+                layout.sketch_lines, int(shape.wide)])
+            row[_COLUMN["slots"]] = fitting_slots(0)
+            offset += keys + values + stack + sketch
+        self._call = (address(self._state), address(self.blocks), self.blocks.shape[0])
+
+    def call(self) -> tuple[int, int, int]:
+        """What native kernels take."""
+        return self._call
+
+    def numbers(self, store: int) -> StoreNumbers:
+        return StoreNumbers(*self._state[store, 14:].tolist())
+
+    def set_budget(self, store: int, budget: int) -> None:
+        self._state[store, _COLUMN["budget"]] = budget
+
+    def held_bytes(self, store: int) -> int:
+        return int(native().chunk_held_bytes(address(self._state[store])))  # type: ignore[union-attr]
+
+    def places(self, segments: Tensor, ids: Tensor) -> Tensor:
+        out = torch.full((self._most, ids.numel()), -1, dtype=torch.int64)
+        native().chunk_places(self._call, address(segments),  # type: ignore[union-attr]
+                              segments.shape[0], address(ids), ids.numel(), address(out),
+                              torch.get_num_threads())
+        return out
+
+    def touch(self, offers: Offers) -> None:
+        native().chunk_touch(self._call, _offer_tuple(offers),  # type: ignore[union-attr]
+                             torch.get_num_threads())
+
+    def offer(self, offers: Offers) -> Tensor:
+        admitted = torch.empty(offers.norms.numel(), 3, dtype=torch.int64)
+        count = native().chunk_offer(self._call, _offer_tuple(offers),  # type: ignore[union-attr]
+                                     address(admitted))
+        return admitted[:count]
+
+    def count(self, store: int, decay: float) -> tuple[Tensor, Tensor]:
+        bins = torch.zeros(self.blocks.shape[0], BINS, dtype=torch.int64)
+        dims = torch.zeros(self.blocks.shape[0], self._most + 1, dtype=torch.int64)
+        native().chunk_count(self._call, store, decay, address(bins),  # type: ignore[union-attr]
+                             address(dims), dims.shape[1])
+        return bins, dims
+
+    def decide(self, store: int, decay: float, thresholds: Tensor, key: int) -> Tensor:
+        evicted = torch.zeros(self.blocks.shape[0], dtype=torch.int64)
+        native().chunk_decide(self._call, store, decay,  # type: ignore[union-attr]
+                              address(thresholds), key, address(evicted))
+        self._state[store, _COLUMN["refused"]] = 0
+        return evicted
+
+    def compact(self, store: int) -> Tensor:
+        moves = torch.empty(self.numbers(store).free, 2, dtype=torch.int64)
+        count = native().chunk_compact(address(self._state[store]),  # type: ignore[union-attr]
+                                       address(moves))
+        return moves[:count]
+
+    def load(self, store: int, blocks: Tensor, rows: ChunkRows) -> None:
+        shape = self.shapes[store]
+        order, keys = sorted_keys(blocks, rows.rows, wide=shape.wide)
+        size = value_bytes(shape.layout.chunks)
+        values = torch.zeros(keys.numel(), size, dtype=torch.uint8)
+        end = 6 * shape.layout.chunks
+        values[:, :4 * shape.layout.chunks] = rows.places[order].contiguous().view(torch.uint8)
+        values[:, 4 * shape.layout.chunks:end] = rows.utilities[order].contiguous().view(
+            torch.uint8)
+        native().chunk_load(address(self._state[store]), address(keys),  # type: ignore[union-attr]
+                            address(values), keys.numel())
+        used = int((rows.places >= 0).sum())
+        top = int(rows.places.max()) + 1 if used else 0
+        assert used == top, "places of loaded rows leave no gap"
+        committed = min(-(-top // shape.slab) * shape.slab, shape.max_chunks)
+        self._state[store, _COLUMN["used"]:] = torch.tensor([used, top, committed, 0, 0])
+
+    def insert(self, block: int, rows: ChunkRows) -> Tensor:
+        ids, places = rows.rows.contiguous(), rows.places.clone()
+        utilities = rows.utilities.contiguous()
+        native().chunk_insert(self._call, block, address(ids),  # type: ignore[union-attr]
+                              ids.numel(), address(places), address(utilities))
+        return places
+
+    def list_rows(self, block: int) -> ChunkRows:
+        chunks = self.shapes[int(self.blocks[block, 0])].layout.chunks
+        count = native().chunk_list(self._call, block, 0, 0)  # type: ignore[union-attr]
+        rows = torch.empty(count, dtype=torch.int64)
+        values = torch.empty(count, value_bytes(chunks), dtype=torch.uint8)
+        native().chunk_list(self._call, block, address(rows),  # type: ignore[union-attr]
+                            address(values))
+        rows, order = rows.sort()
+        values = values[order]
+        return ChunkRows(rows, values[:, :4 * chunks].contiguous().view(torch.int32),
+                         values[:, 4 * chunks:6 * chunks].contiguous().view(torch.int16))
+
+    def sketch(self, store: int) -> Tensor:
+        return self._sketches[store]
+
+
+def _offer_tuple(offers: Offers) -> tuple[object, ...]:
+    return (address(offers.segments), offers.segments.shape[0], address(offers.ids),
+            address(offers.norms), offers.norms.shape[1], address(offers.weights),
+            address(offers.thresholds), offers.key)
+
+
+def _max_slots(shape: StoreShape) -> int:
+    return _SPARE * fitting_slots(shape.max_rows)
+
+
+def index_span_bytes(shapes: Sequence[StoreShape]) -> int:
+    """Bytes of addresses that the native index needs; few of them are ever touched."""
+    return sum(sum(_spans(shape)) for shape in shapes)
+
+
+def _spans(shape: StoreShape) -> tuple[int, int, int, int]:
+    """Bytes of addresses for keys, values, stack and sketch."""
+    span = span_of(_SPARE * _max_slots(shape))
+    return (in_pages(8 * span), in_pages(value_bytes(shape.layout.chunks) * span),
+            in_pages(4 * shape.max_chunks), in_pages(shape.layout.sketch_lines * LINE_BYTES))
+
+
+_TAG_SHIFT = 44
+
+
+def sorted_keys(blocks: Tensor, rows: Tensor, *, wide: bool) -> tuple[Tensor, Tensor]:
+    """Order of rows by their hash, and the hashes in that order (int64 with the bits of uint64)."""
+    keys = mixed((rows if wide else (blocks << _TAG_SHIFT) | rows) + 1)
+    order = torch.argsort(keys ^ torch.iinfo(torch.int64).min)
+    return order, keys[order].contiguous()
+
+
+def mixed(x: Tensor) -> Tensor:
+    """splitmix64's finaliser of int64, a bijection."""
+    x = (x ^ _shift(x, 30)) * -0x40A7B892E31B1A47
+    x = (x ^ _shift(x, 27)) * -0x6B2FB644ECCEEE15
+    return x ^ _shift(x, 31)
+
+
+def _shift(x: Tensor, bits: int) -> Tensor:
+    return (x >> bits) & ((1 << (64 - bits)) - 1)

@@ -1,0 +1,343 @@
+"""Reference face of `shardlab.ops.chunks.ChunkIndex`: dictionaries, one row after the other.
+
+It decides, rounds and counts bytes as the native face does, chunk by chunk, and so judges it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shardlab.chunk_layout import (
+    FEW_SLOTS,
+    GROWTH,
+    LINE_BYTES,
+    LOAD_NUMBER,
+    LOAD_OF,
+    fitting_slots,
+)
+from shardlab.codecs import mix64
+from shardlab.ops.chunks import (
+    _CELL_BIAS,
+    _CELL_SHIFT,
+    _TAG_SHIFT,
+    BINS,
+    ChunkRows,
+    Offers,
+    StoreNumbers,
+    StoreShape,
+    _max_slots,
+)
+
+_WORD = (1 << 64) - 1
+_GOLDEN = 0x9E3779B97F4A7C15
+_LEAST_UTILITY = np.float32(2.0 ** -48)
+
+
+@dataclass
+class _Row:
+    places: list[int]
+    utilities: list[int]
+
+
+@dataclass
+class _Store:
+    shape: StoreShape
+    cells: Tensor
+    budget: int = 0
+    slots: int = field(default_factory=lambda: fitting_slots(0))
+    rows: dict[int, tuple[int, int, _Row]] = field(default_factory=dict)  # by key
+    used: int = 0
+    top: int = 0
+    committed: int = 0
+    stack: list[int] = field(default_factory=list)
+    refused: int = 0
+
+    def held(self, slots: int | None = None, committed: int | None = None) -> int:
+        return self.shape.layout.held_bytes(
+            self.slots if slots is None else slots,
+            self.committed if committed is None else committed, len(self.stack))
+
+    def has_place(self) -> bool:
+        if self.stack or self.top < self.committed:
+            return True
+        more = min(self.committed + self.shape.slab, self.shape.max_chunks)
+        if more == self.committed or self.held(committed=more) > self.budget:
+            return False
+        self.committed = more
+        return True
+
+    def has_slot(self) -> bool:
+        if (len(self.rows) + 1) * LOAD_OF <= self.slots * LOAD_NUMBER:
+            return True
+        slots = self.slots + self.slots // GROWTH + FEW_SLOTS
+        if slots > _max_slots(self.shape) or self.held(slots=slots) > self.budget:
+            return False
+        self.slots = slots
+        return True
+
+    def take_place(self) -> int:
+        self.used += 1
+        if self.stack:
+            return self.stack.pop()
+        self.top += 1
+        return self.top - 1
+
+    def fit(self) -> int:
+        return min(fitting_slots(len(self.rows)), _max_slots(self.shape))
+
+    def in_order(self) -> Iterator[tuple[int, int, int, _Row]]:
+        """(key, block, row, chunks) by hash."""
+        for key in sorted(self.rows):
+            yield key, *self.rows[key]
+
+
+class ReferenceChunkIndex:
+    """Plain face of `ChunkIndex`.
+
+    Args:
+        shapes, blocks: as `build_chunk_index` takes them.
+    """
+
+    def __init__(self, shapes: Sequence[StoreShape], blocks: Tensor) -> None:
+        self.shapes, self.blocks = list(shapes), blocks
+        self._blocks = blocks.tolist()
+        self._most = max((shape.layout.chunks for shape in shapes), default=1)
+        self._stores = [_Store(shape, torch.zeros(shape.layout.sketch_lines * LINE_BYTES,
+                                                  dtype=torch.uint8)) for shape in shapes]
+
+    def numbers(self, store: int) -> StoreNumbers:
+        one = self._stores[store]
+        return StoreNumbers(one.budget, one.slots, len(one.rows), one.used, one.top,
+                            one.committed, len(one.stack), one.refused)
+
+    def set_budget(self, store: int, budget: int) -> None:
+        self._stores[store].budget = budget
+
+    def held_bytes(self, store: int) -> int:
+        return self._stores[store].held()
+
+    def _store_of(self, block: int) -> _Store:
+        return self._stores[self._blocks[block][0]]
+
+    def _key(self, block: int, row: int) -> int:
+        wide = self._store_of(block).shape.wide
+        return mix64((row if wide else block << _TAG_SHIFT | row) + 1)
+
+    def _word(self, block: int, key: int, row: int, chunk: int) -> int:
+        _, row_start, first, chunks, table_key = self._blocks[block]
+        at = (row_start + row) * chunks + first + chunk
+        return mix64(((key ^ table_key) & _WORD) + at * _GOLDEN)
+
+    def _ids(self, segments: Tensor, ids: Tensor) -> Iterator[tuple[int, int, int]]:
+        """(block, position, row) of every id."""
+        for block, start, count in segments.tolist():
+            for i, row in enumerate(ids[start:start + count].tolist(), start):
+                yield block, i, row
+
+    def places(self, segments: Tensor, ids: Tensor) -> Tensor:
+        out = torch.full((self._most, ids.numel()), -1, dtype=torch.int64)
+        for block, i, row in self._ids(segments, ids):
+            found = self._store_of(block).rows.get(self._key(block, row))
+            if found is not None:
+                out[:len(found[2].places), i] = torch.tensor(found[2].places)
+        return out
+
+    def touch(self, offers: Offers) -> None:
+        weights, norms = offers.weights.numpy(), offers.norms.numpy()
+        for block, i, row in self._ids(offers.segments, offers.ids):
+            found = self._store_of(block).rows.get(self._key(block, row))
+            if found is None:
+                continue
+            chunks = found[2]
+            for k, place in enumerate(chunks.places):
+                if place >= 0 and norms[i, k] > 0:
+                    utility = utility_value(chunks.utilities[k]) + norms[i, k] * weights[block]
+                    chunks.utilities[k] = _utility_code(
+                        utility, self._word(block, offers.key, row, k))
+
+    def offer(self, offers: Offers) -> Tensor:
+        weights, norms = offers.weights.numpy(), offers.norms.numpy()
+        admitted: list[tuple[int, int, int]] = []
+        for block, i, row in self._ids(offers.segments, offers.ids):
+            store = self._store_of(block)
+            threshold = np.float32(float(offers.thresholds[block])) * weights[block]
+            for k in range(store.shape.layout.chunks):
+                if norms[i, k] > 0:
+                    place = self._offer_chunk(store, (block, row, k),
+                                              norms[i, k] * weights[block],
+                                              threshold, offers.key)
+                    if place is not None:
+                        admitted.append((i, k, place))
+        return torch.tensor(admitted, dtype=torch.int64).view(-1, 3)
+
+    def _offer_chunk(self, store: _Store, at: tuple[int, int, int], gain: np.float32,
+                     threshold: np.float32, random_key: int) -> int | None:
+        """The place of a chunk that was admitted."""
+        block, row, k = at
+        key = self._key(block, row)
+        found = store.rows.get(key)
+        if found is not None and found[2].places[k] >= 0:
+            return None
+        word = self._word(block, random_key, row, k)
+        cells = self._cells(store, key, k)
+        utility = gain + (cell_value(int(store.cells[cells].min())) if cells
+                          else np.float32(0))
+        wanted = utility >= threshold
+        if wanted and store.has_place() and (found is not None or store.has_slot()):
+            if found is None:
+                chunks = store.shape.layout.chunks
+                found = store.rows[key] = (block, row, _Row([-1] * chunks, [0] * chunks))
+            place = found[2].places[k] = store.take_place()
+            found[2].utilities[k] = _utility_code(utility, word)
+            return place
+        store.refused += int(wanted)
+        if cells:
+            code = cell_code(utility, (word >> 16) & ((1 << _CELL_SHIFT) - 1))
+            store.cells[cells] = store.cells[cells].clamp(min=code)
+        return None
+
+    @staticmethod
+    def _cells(store: _Store, key: int, chunk: int) -> list[int]:
+        """The chunk's two cells of the sketch; none where there is no sketch."""
+        lines = store.shape.layout.sketch_lines
+        if not lines:
+            return []
+        turned = (key << 32 | key >> 32) & _WORD
+        line = (turned * lines) >> 64
+        word = mix64(key + (chunk + 1) * _GOLDEN)
+        first = word % LINE_BYTES
+        second = (first + 1 + word // LINE_BYTES % (LINE_BYTES - 1)) % LINE_BYTES
+        return [line * LINE_BYTES + first, line * LINE_BYTES + second]
+
+    def _ranked(self, block: int, row: int, chunk: int, utility: np.float32) -> np.float32:
+        word = self._word(block, 0, row, chunk)
+        return max(utility, np.float32(word >> 40) * np.float32(2.0 ** -24) * _LEAST_UTILITY)
+
+    def count(self, store: int, decay: float) -> tuple[Tensor, Tensor]:
+        bins = torch.zeros(len(self._blocks), BINS, dtype=torch.int64)
+        dims = torch.zeros(len(self._blocks), self._most + 1, dtype=torch.int64)
+        for _, block, row, chunks in self._stores[store].in_order():
+            present = 0
+            for k, place in enumerate(chunks.places):
+                if place >= 0:
+                    utility = utility_value(chunks.utilities[k]) * np.float32(decay)
+                    bins[block, cell_code(self._ranked(block, row, k, utility), 0)] += 1
+                    present += 1
+            dims[block, present] += 1
+        return bins, dims
+
+    def decide(self, store: int, decay: float, thresholds: Tensor, key: int) -> Tensor:
+        one, factor = self._stores[store], np.float32(decay)
+        evicted = torch.zeros(len(self._blocks), dtype=torch.int64)
+        for c in one.cells.nonzero().flatten().tolist():
+            word = mix64((key & _WORD) + c * _GOLDEN)
+            one.cells[c] = cell_code(cell_value(int(one.cells[c])) * factor,
+                                     (word >> 16) & ((1 << _CELL_SHIFT) - 1))
+        before, one.refused = len(one.rows), 0
+        for slot_key, block, row, chunks in list(one.in_order()):
+            for k, place in enumerate(chunks.places):
+                if place < 0:
+                    continue
+                utility = utility_value(chunks.utilities[k]) * factor
+                if self._ranked(block, row, k, utility) >= np.float32(float(thresholds[block])):
+                    chunks.utilities[k] = _utility_code(utility, self._word(block, key, row, k))
+                    continue
+                cells = self._cells(one, slot_key, k)
+                if cells:
+                    one.cells[cells] = one.cells[cells].clamp(min=cell_code(utility, 0))
+                one.stack.append(place)
+                chunks.places[k], chunks.utilities[k] = -1, 0
+                one.used -= 1
+                evicted[block] += 1
+            if max(chunks.places) < 0:
+                del one.rows[slot_key]
+        if len(one.rows) < before and len(one.rows) * 2 < one.slots:
+            one.slots = one.fit()
+        return evicted
+
+    def compact(self, store: int) -> Tensor:
+        one, moves = self._stores[store], []
+        holes = sorted(place for place in one.stack if place < one.used)
+        for _, _, _, chunks in one.in_order():
+            for k, place in enumerate(chunks.places):
+                if place >= one.used:
+                    chunks.places[k] = holes[len(moves)]
+                    moves.append((place, holes[len(moves)]))
+        self._settle(one)
+        return torch.tensor(moves, dtype=torch.int64).view(-1, 2)
+
+    def _settle(self, one: _Store) -> None:
+        one.stack, one.top, one.slots = [], one.used, one.fit()
+        slab = one.shape.slab
+        one.committed = min(-(-one.used // slab) * slab, one.shape.max_chunks)
+
+    def load(self, store: int, blocks: Tensor, rows: ChunkRows) -> None:
+        one = self._stores[store]
+        one.rows = {self._key(block, row): (block, row, _Row(places, [
+            code & 0xFFFF for code in utilities])) for block, row, places, utilities in zip(
+                blocks.tolist(), rows.rows.tolist(), rows.places.tolist(),
+                rows.utilities.tolist(), strict=True)}
+        one.used, one.refused = int((rows.places >= 0).sum()), 0
+        self._settle(one)
+
+    def insert(self, block: int, rows: ChunkRows) -> Tensor:
+        store, out = self._store_of(block), rows.places.clone()
+        for i, (row, wanted, codes) in enumerate(zip(
+                rows.rows.tolist(), rows.places.tolist(), rows.utilities.tolist(), strict=True)):
+            key = self._key(block, row)
+            for k in range(len(wanted)):
+                if wanted[k] < 0:
+                    continue
+                known = key in store.rows
+                if not store.has_place() or not (known or store.has_slot()):
+                    out[i, k] = -1
+                    continue
+                chunks = store.rows.setdefault(key, (block, row, _Row(
+                    [-1] * len(wanted), [0] * len(wanted))))[2]
+                chunks.places[k] = place = store.take_place()
+                chunks.utilities[k] = codes[k] & 0xFFFF
+                out[i, k] = place
+        return out
+
+    def list_rows(self, block: int) -> ChunkRows:
+        store = self._store_of(block)
+        found = sorted((row, chunks.places, chunks.utilities)
+                       for owner, row, chunks in store.rows.values() if owner == block)
+        chunks = store.shape.layout.chunks
+        codes = torch.tensor([utilities for _, _, utilities in found],
+                             dtype=torch.int32).view(-1, chunks)
+        return ChunkRows(
+            torch.tensor([row for row, _, _ in found], dtype=torch.int64),
+            torch.tensor([places for _, places, _ in found], dtype=torch.int32).view(-1, chunks),
+            torch.where(codes >= 1 << 15, codes - (1 << 16), codes).to(torch.int16))
+
+    def sketch(self, store: int) -> Tensor:
+        return self._stores[store].cells
+
+
+def _bits(x: np.float32) -> int:
+    return int(np.float32(x).view(np.uint32))
+
+
+def utility_value(code: int) -> np.float32:
+    """A utility from the bits of bf16."""
+    return np.uint32(code << 16).view(np.float32)
+
+
+def _utility_code(utility: np.float32, word: int) -> int:
+    return ((_bits(utility) + (word & 0xFFFF)) & 0xFFFFFFFF) >> 16
+
+
+def cell_value(code: int) -> np.float32:
+    """What a cell of the sketch counts."""
+    return np.uint32((code + _CELL_BIAS) << _CELL_SHIFT if code else 0).view(np.float32)
+
+
+def cell_code(utility: np.float32, random: int) -> int:
+    """The cell for a utility, rounded down, or stochastically with 21 random bits."""
+    return min(max(((_bits(utility) + random) >> _CELL_SHIFT) - _CELL_BIAS, 0), BINS - 1)

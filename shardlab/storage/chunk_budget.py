@@ -1,0 +1,120 @@
+"""Who keeps how many chunks: thresholds of utility from histograms, without sorting anything.
+
+A rank describes its chunks by a curve: bytes of the chunks whose normalised utility is at least x,
+at the edges of `bin_edges`. Curves add up, so that one small all-reduce tells every rank the same
+threshold. Between edges (a fifth apart) utilities are taken as evenly spread.
+
+Source: own; the 95th percentile of a table as its unit is AdaEmbed's (OSDI 2023).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from shardlab.ops.chunks import BINS, bin_edges
+
+_PERCENTILE = 0.95
+_HALVINGS = 100
+
+
+def table_units(counts: Tensor) -> Tensor:
+    """95th percentile of the utilities above zero, by table; 1 where there are none.
+
+    Args:
+        counts: [T, BINS] present chunks by utility, of all ranks.
+
+    Returns:
+        fp64 [T].
+    """
+    edges = bin_edges()
+    some = counts.double().clone()
+    some[:, 0] = 0
+    below = some.cumsum(1)
+    wanted = _PERCENTILE * below[:, -1:]
+    place = torch.searchsorted(below, wanted.contiguous()).clamp(max=BINS - 1)
+    before = below.gather(1, place) - some.gather(1, place)
+    share = (wanted - before) / some.gather(1, place).clamp(min=1)
+    units = edges[place] + share * (edges[place + 1] - edges[place])
+    return torch.where(below[:, -1] > 0, units[:, 0], 1.0)
+
+
+def at_least(counts: Tensor, limits: Tensor) -> Tensor:
+    """Chunks whose utility is at least some limits.
+
+    Args:
+        counts: [T, BINS].
+        limits: fp64 [T, n].
+
+    Returns:
+        fp64 [T, n].
+    """
+    edges, some = bin_edges(), counts.double()
+    place = (torch.searchsorted(edges, limits.contiguous(), right=True) - 1).clamp(0, BINS - 1)
+    above = torch.cat([some.flip(1).cumsum(1).flip(1), torch.zeros_like(some[:, :1])], 1)
+    share = ((limits - edges[place]) / (edges[place + 1] - edges[place])).clamp(0, 1)
+    return above.gather(1, place + 1) + (1 - share) * some.gather(1, place)
+
+
+def demand_curve(counts: Tensor, units: Tensor, costs: Tensor) -> Tensor:
+    """Bytes of the chunks whose utility, in its table's unit, reaches the edges of the bins.
+
+    Args:
+        counts: [T, BINS] of this rank.
+        units: fp64 [T], of `table_units`.
+        costs: fp64 [T]: bytes of a chunk.
+
+    Returns:
+        fp64 [BINS + 1].
+    """
+    found = at_least(counts, units[:, None] * bin_edges())
+    return (found * costs[:, None]).sum(0)
+
+
+def common_threshold(curves: Tensor, limits: Tensor, total: float) -> tuple[Tensor, Tensor]:
+    """Thresholds that keep ``total`` bytes, and no more on a rank than its limit.
+
+    Args:
+        curves: fp64 [W, BINS + 1], of `demand_curve`.
+        limits: fp64 [W] bytes.
+        total: bytes of all ranks together.
+
+    Returns:
+        fp64 [W]: one threshold for all, higher where a rank's limit binds; 0: nothing need go.
+        fp64 [W]: bytes that every rank keeps.
+    """
+    def kept(threshold: float) -> float:
+        return float(torch.minimum(_bytes_at(curves, threshold), limits).sum())
+
+    common = _highest(lambda x: kept(x) >= total) if kept(0.0) > total else 0.0
+    own = torch.full_like(limits, common)
+    for rank in (_bytes_at(curves, common) > limits).nonzero().flatten().tolist():
+        own[rank] = _highest(
+            lambda x, rank=rank: float(_bytes_at(curves[rank:rank + 1], x)) >= limits[rank])
+    return own, torch.minimum(_bytes_at(curves, common), limits)
+
+
+def _bytes_at(curves: Tensor, threshold: float) -> Tensor:
+    """fp64 [W]: curves between their points."""
+    edges = bin_edges()
+    place = min(max(int(torch.searchsorted(edges, torch.tensor(threshold, dtype=torch.float64),
+                                           right=True)) - 1, 0), BINS - 1)
+    share = (threshold - float(edges[place])) / float(edges[place + 1] - edges[place])
+    return curves[:, place] + min(share, 1.0) * (curves[:, place + 1] - curves[:, place])
+
+
+def _highest(holds) -> float:  # type: ignore[no-untyped-def]
+    """The highest threshold at which a falling condition still holds, by halving."""
+    edges = bin_edges()
+    low, high = 0, BINS
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if holds(float(edges[middle])) else (low, middle)
+    below, above = float(edges[low]), float(edges[high])
+    for _ in range(_HALVINGS):
+        middle_value = (below + above) / 2
+        if holds(middle_value):
+            below = middle_value
+        else:
+            above = middle_value
+    return below

@@ -1,0 +1,225 @@
+"""The ``pruned`` storage: chunks of important rows are present, others are not and read as zeros.
+
+    read      index -> places -> chunks, zeros where there is none
+    update    present chunks: one optimiser step, utility += accesses x norm of the gradient
+              absent chunks: the same into the sketch; above the threshold they are admitted,
+              while there is room, with zero values and fresh state, and step at once
+    decide    every period (`shardlab.sharded.pruning` tells the thresholds): utilities decay,
+              chunks below the threshold leave, and slabs go back to the system
+
+Utilities are kept as of the last decision: a step's share is multiplied by gamma^-(steps since), so
+that nothing decays in between. Source: arXiv 2401.04408; normalisation by the 95th percentile as in
+AdaEmbed (OSDI 2023).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from shardlab.chunk_layout import in_pages
+from shardlab.codecs import rounding_key
+from shardlab.ops.cache import COUNTERS
+from shardlab.ops.chunk_rows import (
+    UtilityStep,
+    block_segments,
+    clear_places,
+    move_places,
+    pool_chunks,
+    read_chunks,
+    scatter_chunks,
+    step_admitted,
+    update_chunks,
+)
+from shardlab.ops.chunks import Offers
+from shardlab.ops.rows import StepParameters
+from shardlab.ops.unique import Uniques
+from shardlab.storage.base import LocalShard, PlacedJobs, StorageOptions, TableChunk
+from shardlab.storage.chunk_files import ChunkFiles
+from shardlab.storage.chunk_start import fill_dense
+from shardlab.storage.chunk_stores import build_pools, plan_stores
+from shardlab.storage.levels import Clock
+from shardlab.storage_bytes import TierBytes
+
+#: Streams of random bits beside those of rows (0 to 2): utilities of updates, and of decisions.
+_TOUCH, _DECIDE = 16, 17
+
+
+class PrunedStorage:
+    """All shards of a rank that are pruned.
+
+    Args:
+        shards: what to hold.
+        options: optimiser, seed, device.
+
+    Raises:
+        ConfigError: shards that cannot be pruned here.
+    """
+
+    def __init__(self, shards: list[LocalShard], options: StorageOptions) -> None:
+        self.shards, self.optimizer = shards, options.optimizer
+        self.clock = Clock(options.seed)
+        self.stores = plan_stores(shards, options.optimizer)
+        self.pools = build_pools(shards, self.stores, options)
+        self.index = self.pools.index
+        self._reached = self.pools.arena.device.type == "cpu" \
+            and self.pools.is_native("update_chunks")
+        count = len(shards)
+        #: Of admission, by shard, as of the last decision.
+        self.thresholds = torch.zeros(count, dtype=torch.float32)
+        #: Step of the last decision, by store.
+        self.since = [0] * len(self.stores)
+        #: Chunks since the start, by shard.
+        self.admitted = torch.zeros(count, dtype=torch.int64)
+        self.evicted = torch.zeros(count, dtype=torch.int64)
+        self._files = ChunkFiles(self)
+        for number, plan in enumerate(self.stores):
+            if plan.spec.is_full or plan.spec.start == "dense":
+                fill_dense(self.pools, shards, plan, number, options.seed)
+
+    # ------------------------------------------------------------------ verbs
+    def read(self, segments: Tensor, ids: Tensor, out: Tensor) -> None:
+        """Decodes rows into ``out`` (`ops.chunk_rows.read_chunks`)."""
+        self._files.settle()
+        read_chunks(self.pools, segments, ids, out)
+
+    def read_pooled(self, jobs: PlacedJobs, index: Tensor, offsets: Tensor | None,
+                    weights: Tensor | None, out: Tensor) -> None:
+        """Pools bags straight from the chunks."""
+        self._files.settle()
+        pool_chunks(self.pools, jobs.jobs, index, offsets, weights, out)
+
+    def read_scattered(self, uniques: Uniques, weights: Tensor | None, out: Tensor) -> None:
+        """Copies every row to its entries' places."""
+        self._files.settle()
+        scatter_chunks(self.pools, uniques, weights, out)
+
+    def place_jobs(self, jobs: Tensor) -> PlacedJobs:
+        """Jobs as they are: chunks are found when they are read."""
+        return PlacedJobs(jobs, jobs)
+
+    def begin_step(self, step: int) -> None:
+        """Tells how many optimiser steps were taken, this one included."""
+        self.clock.step = step
+
+    def update(self, uniques: Uniques, weights: Tensor | None, grads: Tensor,
+               step: StepParameters, row_squares: Tensor | None = None) -> None:
+        """Steps present chunks, counts absent ones, and admits what is worth it."""
+        self._files.settle()
+        step = replace(step, key=self.clock.key(0))
+        key = rounding_key(self.clock.seed, self.clock.step, _TOUCH)
+        now = torch.ones(len(self.shards), dtype=torch.float32)
+        for store, plan in enumerate(self.stores):
+            now[list(plan.blocks)] = 1.0 / self.decay(store)
+        utility = UtilityStep(now, key, self.thresholds)
+        norms = update_chunks(self.pools, uniques, weights, grads, step, row_squares, utility)
+        offers = Offers(block_segments(uniques), uniques.ids.cpu(), norms, now,
+                        self.thresholds, key)
+        admitted = self.index.offer(offers)
+        if not admitted.shape[0]:
+            return
+        blocks = torch.searchsorted(uniques.splits, admitted[:, 0].contiguous(), right=True) - 1
+        self.admitted += torch.bincount(blocks, minlength=len(self.shards))
+        if not self._reached:
+            self._clear(blocks, admitted[:, 2])
+        step_admitted(self.pools, admitted, uniques, weights, grads, step, row_squares)
+
+    def _clear(self, blocks: Tensor, places: Tensor) -> None:
+        """Zeros where the index does not reach the pool."""
+        store_of = self.index.blocks[blocks, 0]
+        for store, plan in enumerate(self.stores):
+            clear_places(self.pools, plan.blocks[0], places[store_of == store])
+
+    def prefetch(self, segments: Tensor, ids: Tensor) -> None:
+        """Nothing: chunks are in memory."""
+
+    def cache_counts(self, block: int) -> list[int]:
+        """There is no cache."""
+        return [0] * (len(COUNTERS) + 1)
+
+    # ------------------------------------------------------------------ decisions
+    def decay(self, store: int) -> float:
+        """What is left of the utilities of a store since its last decision."""
+        return float(self.stores[store].spec.gamma ** (self.clock.step - self.since[store]))
+
+    def utility_counts(self, store: int) -> tuple[Tensor, Tensor]:
+        """Present chunks by utility and rows by present chunks, as `ChunkIndex.count`."""
+        self._files.settle()
+        return self.index.count(store, self.decay(store))
+
+    def chunk_cost(self, store: int) -> float:
+        """Bytes that a present chunk of a store takes, its part of the index included."""
+        layout, used = self.stores[store].shape.layout, self.index.numbers(store).used
+        if used < self.stores[store].shape.slab:
+            return layout.likely_bytes
+        return max(layout.likely_bytes, (self.index.held_bytes(store) - self.fixed_bytes(store)) / used)
+
+    def fixed_bytes(self, store: int) -> int:
+        """Bytes of a store's sketch, which do not depend on its chunks."""
+        return in_pages(64 * self.stores[store].shape.layout.sketch_lines)
+
+    def is_full(self, store: int) -> bool:
+        """Whether a chunk that was worth it found no room since the last decision."""
+        return self.index.numbers(store).refused > 0
+
+    def decide(self, store: int, thresholds: Tensor, budget: int) -> None:
+        """Evicts what is below the thresholds, and sets what the store may hold from now on.
+
+        Args:
+            store: number of the store.
+            thresholds: fp32 [shards]; those of other stores' shards are not read.
+            budget: bytes.
+        """
+        plan = self.stores[store]
+        blocks = list(plan.blocks)
+        key = rounding_key(self.clock.seed, self.clock.step, _DECIDE)
+        self.evicted += self.index.decide(store, self.decay(store), thresholds, key)
+        self.thresholds[blocks] = thresholds[blocks] * (1 + plan.spec.hysteresis)
+        self.since[store] = self.clock.step
+        self.index.set_budget(store, budget)
+        numbers = self.index.numbers(store)
+        if numbers.free * 16 > numbers.used or self.index.held_bytes(store) > budget:
+            self.compact(store)
+
+    def compact(self, store: int) -> None:
+        """Moves chunks together and gives what is behind them back to the system."""
+        moves = self.index.compact(store)
+        if not self._reached and moves.shape[0]:
+            move_places(self.pools, self.stores[store].blocks[0], moves)
+
+    # ------------------------------------------------------------------ bytes
+    def held_bytes(self, store: int) -> int:
+        """Bytes that a store holds, everything counted, in whole pages."""
+        return self.index.held_bytes(store)
+
+    def tier_bytes(self) -> TierBytes:
+        """Bytes that are held now, by tier: pools, index, utilities, sketch, free places."""
+        self._files.settle()
+        total = TierBytes()
+        for store, plan in enumerate(self.stores):
+            total = total + TierBytes.on(plan.spec.tier, self.index.held_bytes(store))
+        return total
+
+    # ------------------------------------------------------------------ checkpoints
+    def chunks(self, max_bytes: int) -> Iterator[TableChunk]:
+        """Streams the rows that have chunks, with state and utilities.
+
+        Chunks are moved together first, as a resumed run will have them: what is held then, and
+        so what is admitted next, is the same in both.
+        """
+        self._files.settle()
+        return self._files.chunks(max_bytes)
+
+    def begin_load(self) -> None:
+        """Drops all chunks."""
+        self._files.begin_load()
+
+    def load_chunk(self, chunk: TableChunk) -> None:
+        """Takes the chunk's rows in; of rows of another storage, those that there is room for."""
+        self._files.load_chunk(chunk)
+
+    def close(self) -> None:
+        """Nothing: all is memory."""
