@@ -154,10 +154,19 @@ uint8_t cell_code(float u, uint32_t random) {
 
 struct Cells {
   uint8_t *first, *second;
-  float value() const { return cell_value(std::min(*first, *second)); }
-  void raise(uint8_t code) const {
-    *first = std::max(*first, code);
-    *second = std::max(*second, code);
+  float value() const { return cell_value(code()); }
+  uint8_t code() const { return std::min(*first, *second); }
+  // Counts a chunk at a higher utility, in the cells and among the candidates of its block.
+  void raise(uint8_t to, int64_t* candidates) const {
+    const uint8_t from = code();
+    *first = std::max(*first, to);
+    *second = std::max(*second, to);
+    if (code() == from) return;
+    ++candidates[code()];
+    leave(from, candidates);
+  }
+  static void leave(uint8_t from, int64_t* candidates) {
+    if (from && candidates[from] > 0) --candidates[from];
   }
 };
 
@@ -260,6 +269,7 @@ int64_t chunk_offer(const ChunkCall& call, const ChunkOffers& in, int64_t* admit
     const int64_t b = segment.block;
     ChunkStore& store = call.stores[call.blocks[b].store];
     const float threshold = in.thresholds[b] * in.weights[b];
+    int64_t* candidates = in.candidates + b * kUtilityBins;
     for (int64_t i = segment.start; i < segment.start + segment.count; ++i) {
       const float* norms = in.norms + i * in.stride;
       if (std::none_of(norms, norms + store.chunks, [](float x) { return x > 0; })) continue;
@@ -280,9 +290,10 @@ int64_t chunk_offer(const ChunkCall& call, const ChunkOffers& in, int64_t* admit
         if (!room) {
           store.refused += wanted;
           if (store.sketch_lines)
-            cells.raise(cell_code(utility, (word >> 16) & ((1u << kCellShift) - 1)));
+            cells.raise(cell_code(utility, (word >> 16) & ((1u << kCellShift) - 1)), candidates);
           continue;
         }
+        if (store.sketch_lines) Cells::leave(cells.code(), candidates);
         char* value = value_at(store, slot);
         const int32_t place = take_place(store);
         places_of(value)[k] = place;
@@ -338,7 +349,7 @@ void chunk_count(const ChunkCall& call, int64_t number, float decay, int64_t* bi
 }
 
 void chunk_decide(const ChunkCall& call, int64_t number, float decay, const float* thresholds,
-                  uint64_t key, int64_t* evicted) {
+                  uint64_t key, int64_t* evicted, int64_t* candidates) {
   ChunkStore& store = call.stores[number];
   int64_t empty = 0;
   uint8_t* cells = (uint8_t*)store.sketch;
@@ -363,7 +374,8 @@ void chunk_decide(const ChunkCall& call, int64_t number, float decay, const floa
       }
       if (store.sketch_lines) {
         const uint64_t at = keys_of(store)[slot];
-        cells_of(line_of(store, at), at, k).raise(cell_code(utility * decay, 0));
+        cells_of(line_of(store, at), at, k).raise(cell_code(utility * decay, 0),
+                                                      candidates + b * kUtilityBins);
       }
       stack_of(store)[store.free++] = place;
       place = -1;

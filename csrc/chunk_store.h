@@ -56,6 +56,7 @@ struct ChunkOffers {
   const float* weights;    // of the step, by block: utilities are as of the last decision
   const float* thresholds; // of admission, by block
   uint64_t key;            // of the random bits of rounding
+  int64_t* candidates;     // [blocks][kUtilityBins]: absent chunks by utility, kept up to date
 };
 
 int64_t chunk_held_bytes(const ChunkStore& store);
@@ -76,7 +77,7 @@ void chunk_count(const ChunkCall& call, int64_t store, float decay, int64_t* bin
                  int64_t dims_stride);
 // Decays all utilities and evicts what is below its block's threshold. evicted: [blocks].
 void chunk_decide(const ChunkCall& call, int64_t store, float decay, const float* thresholds,
-                  uint64_t key, int64_t* evicted);
+                  uint64_t key, int64_t* evicted, int64_t* candidates);
 // Moves chunks to the lowest places, gives slabs back, and the index the size of its rows. moves:
 // [store.free, 2] places (from, to), or null. Returns how many moved.
 int64_t chunk_compact(ChunkStore& store, int64_t* moves);

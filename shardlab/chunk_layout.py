@@ -98,5 +98,9 @@ class ChunkLayout:
     @property
     def likely_bytes(self) -> float:
         """Bytes of a chunk with its part of the index, where rows have all of theirs."""
-        index = (_KEY_BYTES / self.chunks + _PLACE_BYTES + _UTILITY_BYTES) * LOAD_OF / LOAD_NUMBER
-        return self.record_bytes + index
+        return self.record_bytes + self.slot_bytes / self.chunks
+
+    @property
+    def slot_bytes(self) -> float:
+        """Bytes of the index that a row takes."""
+        return (_KEY_BYTES + value_bytes(self.chunks)) * LOAD_OF / LOAD_NUMBER

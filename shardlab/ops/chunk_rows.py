@@ -154,11 +154,13 @@ class UtilityStep:
         weights: fp32 [blocks] on CPU: of this step; utilities are as of the last decision.
         key: of the random bits of rounding them.
         thresholds: fp32 [blocks] on CPU: of admission.
+        candidates: int64 [blocks, BINS] on CPU: absent chunks by utility.
     """
 
     weights: Tensor
     key: int
     thresholds: Tensor
+    candidates: Tensor
 
 
 def update_chunks(pools: ChunkPools, uniques: Uniques, weights: Tensor | None, grads: Tensor,
@@ -200,7 +202,7 @@ def update_chunks(pools: ChunkPools, uniques: Uniques, weights: Tensor | None, g
         _step_present(pools, block, places[:chunks, part].T, (summed, ids[part]), step,
                       None if row_squares is None else row_squares[part])
     pools.index.touch(Offers(segments, ids, norms, utility.weights, utility.thresholds,
-                             utility.key))
+                             utility.key, utility.candidates))
     norms[places.T[:, :stride] >= 0] = -1.0
     return norms
 

@@ -78,6 +78,7 @@ class Offers:
         weights: fp32 [blocks] on CPU: of this step; utilities are as of the last decision.
         thresholds: fp32 [blocks] on CPU: of admission.
         key: of the random bits of rounding.
+        candidates: int64 [blocks, BINS] on CPU: absent chunks by utility; kept up to date.
     """
 
     segments: Tensor
@@ -86,6 +87,7 @@ class Offers:
     weights: Tensor
     thresholds: Tensor
     key: int
+    candidates: Tensor
 
 
 @dataclass(frozen=True)
@@ -144,8 +146,11 @@ class ChunkIndex(Protocol):
             int64 [B, BINS]: present chunks by utility; int64 [B, most chunks + 1]: rows by chunks.
         """
 
-    def decide(self, store: int, decay: float, thresholds: Tensor, key: int) -> Tensor:
+    def decide(self, store: int, decay: float, thresholds: Tensor, key: int,
+               candidates: Tensor) -> Tensor:
         """Decays utilities and evicts chunks below their block's threshold, fp32 [B].
+
+        Evicted chunks become candidates, int64 [B, BINS].
 
         Returns:
             int64 [B]: evicted chunks.
@@ -275,10 +280,12 @@ class NativeChunkIndex:
                              address(dims), dims.shape[1])
         return bins, dims
 
-    def decide(self, store: int, decay: float, thresholds: Tensor, key: int) -> Tensor:
+    def decide(self, store: int, decay: float, thresholds: Tensor, key: int,
+               candidates: Tensor) -> Tensor:
         evicted = torch.zeros(self.blocks.shape[0], dtype=torch.int64)
         native().chunk_decide(self._call, store, decay,  # type: ignore[union-attr]
-                              address(thresholds), key, address(evicted))
+                              address(thresholds), key, address(evicted),
+                              address(candidates))
         self._state[store, _COLUMN["refused"]] = 0
         return evicted
 
@@ -331,7 +338,7 @@ class NativeChunkIndex:
 def _offer_tuple(offers: Offers) -> tuple[object, ...]:
     return (address(offers.segments), offers.segments.shape[0], address(offers.ids),
             address(offers.norms), offers.norms.shape[1], address(offers.weights),
-            address(offers.thresholds), offers.key)
+            address(offers.thresholds), offers.key, address(offers.candidates))
 
 
 def _max_slots(shape: StoreShape) -> int:

@@ -170,20 +170,21 @@ class ReferenceChunkIndex:
                 if norms[i, k] > 0:
                     place = self._offer_chunk(store, (block, row, k),
                                               norms[i, k] * weights[block],
-                                              threshold, offers.key)
+                                              threshold, offers)
                     if place is not None:
                         admitted.append((i, k, place))
         return torch.tensor(admitted, dtype=torch.int64).view(-1, 3)
 
     def _offer_chunk(self, store: _Store, at: tuple[int, int, int], gain: np.float32,
-                     threshold: np.float32, random_key: int) -> int | None:
+                     threshold: np.float32, offers: Offers) -> int | None:
         """The place of a chunk that was admitted."""
         block, row, k = at
         key = self._key(block, row)
         found = store.rows.get(key)
         if found is not None and found[2].places[k] >= 0:
             return None
-        word = self._word(block, random_key, row, k)
+        word = self._word(block, offers.key, row, k)
+        candidates = offers.candidates[block]
         cells = self._cells(store, key, k)
         utility = gain + (cell_value(int(store.cells[cells].min())) if cells
                           else np.float32(0))
@@ -192,13 +193,15 @@ class ReferenceChunkIndex:
             if found is None:
                 chunks = store.shape.layout.chunks
                 found = store.rows[key] = (block, row, _Row([-1] * chunks, [0] * chunks))
+            if cells:
+                _leave(int(store.cells[cells].min()), candidates)
             place = found[2].places[k] = store.take_place()
             found[2].utilities[k] = _utility_code(utility, word)
             return place
         store.refused += int(wanted)
         if cells:
             code = cell_code(utility, (word >> 16) & ((1 << _CELL_SHIFT) - 1))
-            store.cells[cells] = store.cells[cells].clamp(min=code)
+            _raise(store.cells, cells, code, candidates)
         return None
 
     @staticmethod
@@ -231,7 +234,8 @@ class ReferenceChunkIndex:
             dims[block, present] += 1
         return bins, dims
 
-    def decide(self, store: int, decay: float, thresholds: Tensor, key: int) -> Tensor:
+    def decide(self, store: int, decay: float, thresholds: Tensor, key: int,
+               candidates: Tensor) -> Tensor:
         one, factor = self._stores[store], np.float32(decay)
         evicted = torch.zeros(len(self._blocks), dtype=torch.int64)
         for c in one.cells.nonzero().flatten().tolist():
@@ -249,7 +253,7 @@ class ReferenceChunkIndex:
                     continue
                 cells = self._cells(one, slot_key, k)
                 if cells:
-                    one.cells[cells] = one.cells[cells].clamp(min=cell_code(utility, 0))
+                    _raise(one.cells, cells, cell_code(utility, 0), candidates[block])
                 one.stack.append(place)
                 chunks.places[k], chunks.utilities[k] = -1, 0
                 one.used -= 1
@@ -318,6 +322,21 @@ class ReferenceChunkIndex:
 
     def sketch(self, store: int) -> Tensor:
         return self._stores[store].cells
+
+
+def _raise(cells: Tensor, at: list[int], code: int, candidates: Tensor) -> None:
+    """Counts a chunk at a higher utility, in its cells and among the candidates."""
+    before = int(cells[at].min())
+    cells[at] = cells[at].clamp(min=code)
+    after = int(cells[at].min())
+    if after != before:
+        candidates[after] += 1
+        _leave(before, candidates)
+
+
+def _leave(code: int, candidates: Tensor) -> None:
+    if code and candidates[code] > 0:
+        candidates[code] -= 1
 
 
 def _bits(x: np.float32) -> int:

@@ -93,25 +93,22 @@ class PruningCouncil:
                 self._decide(contest, step)
 
     def _decide(self, contest: Contest, step: int) -> None:
-        counts, costs, fixed, full = self._own(contest)
-        everywhere = self._over_ranks(counts.sum(1).double())
+        counts = self._counts(contest)
+        everywhere = self._over_ranks(counts[0].sum(1).double())
         units = table_units(everywhere) if contest.spec.normalize \
             else torch.ones(len(contest.tables), dtype=torch.float64)
-        own = torch.zeros(self._groups.world_size, BINS + 3, dtype=torch.float64)
-        for store, cost in enumerate(costs):
-            own[self._groups.rank, :BINS + 1] += demand_curve(counts[:, store], units,
-                                                              cost.expand(len(contest.tables)))
-        own[self._groups.rank, BINS + 1:] = torch.tensor([fixed, full], dtype=torch.float64)
-        curves, rest = self._over_ranks(own).split([BINS + 1, 2], 1)
-        sketches, is_full = rest.T
+        own = torch.zeros(self._groups.world_size, BINS + 4, dtype=torch.float64)
+        own[self._groups.rank] = self._own(contest, counts, units)
+        curves, rest = self._over_ranks(own).split([BINS + 1, 3], 1)
+        present, sketches, is_full = rest.T
         limits = torch.tensor(contest.limits(step), dtype=torch.float64)
         left = 1 - contest.spec.headroom
         room = (limits * left - sketches).clamp(min=0)
         # Pages and slabs may leave a store full below its limit.
-        room = torch.where(is_full > 0, room.minimum(curves[:, 0] * left), room)
+        room = torch.where(is_full > 0, room.minimum(present * left), room)
         slack = contest.spec.slack if self._groups.world_size > 1 else 0.0
         thresholds, kept = common_threshold(curves, room * (1 + slack), float(room.sum()))
-        held = kept + sketches
+        held = torch.minimum(kept, present) + sketches
         budgets = held + (limits.sum() - held.sum()) * limits / limits.sum()
         rank = self._groups.rank
         contest.decided_at, contest.threshold = step, float(thresholds[rank])
@@ -129,21 +126,32 @@ class PruningCouncil:
         return [number for number, plan in enumerate(self._storage.stores)
                 if plan.spec.schedule == contest.spec.schedule]
 
-    def _own(self, contest: Contest) -> tuple[Tensor, Tensor, int, bool]:
-        """(counts [tables, stores, BINS], bytes of a chunk by store, of sketches, found no room)."""
+    def _counts(self, contest: Contest) -> Tensor:
+        """int64 [2, tables, stores, BINS]: chunks by utility, present and absent ones."""
         stores, place = self._stores(contest), {t: i for i, t in enumerate(contest.tables)}
-        counts = torch.zeros(len(contest.tables), max(1, len(stores)), BINS, dtype=torch.int64)
-        costs = torch.zeros(max(1, len(stores)), dtype=torch.float64)
-        fixed, full = 0, False
+        counts = torch.zeros(2, len(contest.tables), len(stores), BINS, dtype=torch.int64)
         for i, store in enumerate(stores):
             assert self._storage is not None
-            bins, _ = self._storage.utility_counts(store)
+            present, absent = self._storage.utility_counts(store)
             for block in self._storage.stores[store].blocks:
-                counts[place[self._table_of[block]], i] += bins[block]
-            costs[i] = self._storage.chunk_cost(store)
-            fixed += self._storage.fixed_bytes(store)
-            full |= self._storage.is_full(store)
-        return counts, costs, fixed, full
+                counts[0, place[self._table_of[block]], i] += present[block]
+                counts[1, place[self._table_of[block]], i] += absent[block]
+        return counts
+
+    def _own(self, contest: Contest, counts: Tensor, units: Tensor) -> Tensor:
+        """fp64 [BINS + 4]: bytes that would be kept at every threshold, absent chunks that are
+        likely to be admitted included; bytes of present chunks; of sketches; whether one found no room."""
+        own = torch.zeros(BINS + 4, dtype=torch.float64)
+        for i, store in enumerate(self._stores(contest)):
+            assert self._storage is not None
+            cost = self._storage.chunk_cost(store)
+            own[:BINS + 1] += demand_curve(counts[0, :, i], units, cost)
+            own[:BINS + 1] += self._storage.learn_returning(store) * demand_curve(
+                counts[1, :, i], units * (1 + contest.spec.hysteresis), cost)
+            own[BINS + 1] += float(counts[0, :, i].sum()) * cost
+            own[BINS + 2] += self._storage.fixed_bytes(store)
+            own[BINS + 3] += self._storage.is_full(store)
+        return own
 
     def _carry_out(self, contest: Contest, budget: float) -> None:
         """Evicts, and shares this rank's budget between its stores as they keep chunks."""

@@ -9,6 +9,8 @@ Source: own; the 95th percentile of a table as its unit is AdaEmbed's (OSDI 2023
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -39,6 +41,24 @@ def table_units(counts: Tensor) -> Tensor:
     return torch.where(below[:, -1] > 0, units[:, 0], 1.0)
 
 
+def decayed(counts: Tensor, decay: float) -> Tensor:
+    """Counts by utility after all utilities were multiplied: int64 [T, BINS].
+
+    Args:
+        counts: int64 [T, BINS].
+        decay: in (0, 1].
+    """
+    shift = -4.0 * math.log2(decay) if decay > 0 else float(BINS)
+    whole = min(int(shift), BINS)
+    moved = torch.zeros_like(counts)
+    moved[:, :BINS - whole] = counts[:, whole:]
+    further = (moved.double() * (shift - whole)).long() if whole < BINS else moved
+    moved -= further
+    moved[:, :-1] += further[:, 1:]
+    moved[:, 0] = 0
+    return moved
+
+
 def at_least(counts: Tensor, limits: Tensor) -> Tensor:
     """Chunks whose utility is at least some limits.
 
@@ -56,19 +76,19 @@ def at_least(counts: Tensor, limits: Tensor) -> Tensor:
     return above.gather(1, place + 1) + (1 - share) * some.gather(1, place)
 
 
-def demand_curve(counts: Tensor, units: Tensor, costs: Tensor) -> Tensor:
+def demand_curve(counts: Tensor, units: Tensor, cost: float) -> Tensor:
     """Bytes of the chunks whose utility, in its table's unit, reaches the edges of the bins.
 
     Args:
         counts: [T, BINS] of this rank.
-        units: fp64 [T], of `table_units`.
-        costs: fp64 [T]: bytes of a chunk.
+        units: fp64 [T], of `table_units`; larger ones ask more.
+        cost: bytes of a chunk.
 
     Returns:
         fp64 [BINS + 1].
     """
     found = at_least(counts, units[:, None] * bin_edges())
-    return (found * costs[:, None]).sum(0)
+    return found.sum(0) * cost
 
 
 def common_threshold(curves: Tensor, limits: Tensor, total: float) -> tuple[Tensor, Tensor]:

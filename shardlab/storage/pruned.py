@@ -20,7 +20,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from shardlab.chunk_layout import in_pages
+from shardlab.chunk_layout import PAGE_BYTES, in_pages
 from shardlab.codecs import rounding_key
 from shardlab.ops.cache import COUNTERS
 from shardlab.ops.chunk_rows import (
@@ -34,16 +34,21 @@ from shardlab.ops.chunk_rows import (
     step_admitted,
     update_chunks,
 )
-from shardlab.ops.chunks import Offers
+from shardlab.ops.chunks import BINS, Offers
 from shardlab.ops.rows import StepParameters
 from shardlab.ops.unique import Uniques
 from shardlab.storage.base import LocalShard, PlacedJobs, StorageOptions, TableChunk
+from shardlab.storage.chunk_budget import at_least, decayed
 from shardlab.storage.chunk_files import ChunkFiles
 from shardlab.storage.chunk_start import fill_dense
 from shardlab.storage.chunk_stores import build_pools, plan_stores
 from shardlab.storage.levels import Clock
 from shardlab.storage_bytes import TierBytes
 
+#: Share of candidates that is taken to come back before it was seen, and its least.
+_RETURNING, _LEAST_RETURNING = 0.5, 0.02
+#: Pages at the ends of keys, values, stack, payloads and states, half full each, and few slots.
+_PART_PAGES = 3 * PAGE_BYTES
 #: Streams of random bits beside those of rows (0 to 2): utilities of updates, and of decisions.
 _TOUCH, _DECIDE = 16, 17
 
@@ -70,6 +75,13 @@ class PrunedStorage:
         count = len(shards)
         #: Of admission, by shard, as of the last decision.
         self.thresholds = torch.zeros(count, dtype=torch.float32)
+        #: Absent chunks by utility, as of the last decision.
+        self.candidates = torch.zeros(count, BINS, dtype=torch.int64)
+        #: Of the candidates above the threshold, by store: the share that comes back in a period;
+        #: how many there were at the last decision; how many were admitted since.
+        self.returning = [_RETURNING] * len(self.stores)
+        self.expected = [0.0] * len(self.stores)
+        self.came = [0] * len(self.stores)
         #: Step of the last decision, by store.
         self.since = [0] * len(self.stores)
         #: Chunks since the start, by shard.
@@ -114,15 +126,18 @@ class PrunedStorage:
         now = torch.ones(len(self.shards), dtype=torch.float32)
         for store, plan in enumerate(self.stores):
             now[list(plan.blocks)] = 1.0 / self.decay(store)
-        utility = UtilityStep(now, key, self.thresholds)
+        utility = UtilityStep(now, key, self.thresholds, self.candidates)
         norms = update_chunks(self.pools, uniques, weights, grads, step, row_squares, utility)
         offers = Offers(block_segments(uniques), uniques.ids.cpu(), norms, now,
-                        self.thresholds, key)
+                        self.thresholds, key, self.candidates)
         admitted = self.index.offer(offers)
         if not admitted.shape[0]:
             return
         blocks = torch.searchsorted(uniques.splits, admitted[:, 0].contiguous(), right=True) - 1
-        self.admitted += torch.bincount(blocks, minlength=len(self.shards))
+        counts = torch.bincount(blocks, minlength=len(self.shards))
+        self.admitted += counts
+        for store, plan in enumerate(self.stores):
+            self.came[store] += int(counts[list(plan.blocks)].sum())
         if not self._reached:
             self._clear(blocks, admitted[:, 2])
         step_admitted(self.pools, admitted, uniques, weights, grads, step, row_squares)
@@ -146,20 +161,36 @@ class PrunedStorage:
         return float(self.stores[store].spec.gamma ** (self.clock.step - self.since[store]))
 
     def utility_counts(self, store: int) -> tuple[Tensor, Tensor]:
-        """Present chunks by utility and rows by present chunks, as `ChunkIndex.count`."""
+        """int64 [shards, BINS]: chunks by utility, present ones, and absent ones that came up."""
         self._files.settle()
-        return self.index.count(store, self.decay(store))
+        present, _ = self.index.count(store, self.decay(store))
+        blocks = list(self.stores[store].blocks)
+        absent = torch.zeros_like(present)
+        absent[blocks] = decayed(self.candidates[blocks], self.decay(store))
+        return present, absent
 
     def chunk_cost(self, store: int) -> float:
-        """Bytes that a present chunk of a store takes, its part of the index included."""
-        layout, used = self.stores[store].shape.layout, self.index.numbers(store).used
-        if used < self.stores[store].shape.slab:
+        """Bytes that one more chunk of a store takes, with its part of the index."""
+        layout, numbers = self.stores[store].shape.layout, self.index.numbers(store)
+        if not numbers.used:
             return layout.likely_bytes
-        return max(layout.likely_bytes, (self.index.held_bytes(store) - self.fixed_bytes(store)) / used)
+        return layout.record_bytes + layout.slot_bytes * numbers.rows / numbers.used
 
     def fixed_bytes(self, store: int) -> int:
-        """Bytes of a store's sketch, which do not depend on its chunks."""
-        return in_pages(64 * self.stores[store].shape.layout.sketch_lines)
+        """Bytes of a store that do not depend on its chunks: the sketch, pages that are not full."""
+        return in_pages(64 * self.stores[store].shape.layout.sketch_lines) + _PART_PAGES
+
+    def learn_returning(self, store: int) -> float:
+        """Share of candidates that comes back in a period, as seen in the one that ends now.
+
+        Where a store was full more would have come: the share doubles.
+        """
+        if self.expected[store] > 0:
+            seen = self.came[store] / self.expected[store]
+            seen = max(seen, 2 * self.returning[store]) if self.is_full(store) else seen
+            self.returning[store] = min(1.0, max(_LEAST_RETURNING, (
+                self.returning[store] + seen) / 2))
+        return self.returning[store]
 
     def is_full(self, store: int) -> bool:
         """Whether a chunk that was worth it found no room since the last decision."""
@@ -176,12 +207,16 @@ class PrunedStorage:
         plan = self.stores[store]
         blocks = list(plan.blocks)
         key = rounding_key(self.clock.seed, self.clock.step, _DECIDE)
-        self.evicted += self.index.decide(store, self.decay(store), thresholds, key)
+        self.candidates[blocks] = decayed(self.candidates[blocks], self.decay(store))
+        self.evicted += self.index.decide(store, self.decay(store), thresholds, key,
+                                          self.candidates)
         self.thresholds[blocks] = thresholds[blocks] * (1 + plan.spec.hysteresis)
+        limits = self.thresholds[blocks, None].double()
+        self.expected[store] = float(at_least(self.candidates[blocks], limits).sum())
+        self.came[store] = 0
         self.since[store] = self.clock.step
         self.index.set_budget(store, budget)
-        numbers = self.index.numbers(store)
-        if numbers.free * 16 > numbers.used or self.index.held_bytes(store) > budget:
+        if self.index.held_bytes(store) - in_pages(4 * self.index.numbers(store).free) > budget:
             self.compact(store)
 
     def compact(self, store: int) -> None:
