@@ -160,4 +160,5 @@ NB_MODULE(_native, m) {
   bind_tensor_train(m);
   bind_disk(m);
   bind_chunks(m);
+  bind_lane(m);
 }

@@ -8,3 +8,4 @@ void bind_scatter(nanobind::module_& m);
 void bind_tensor_train(nanobind::module_& m);
 void bind_chunks(nanobind::module_& m);
 void bind_disk(nanobind::module_& m);
+void bind_lane(nanobind::module_& m);

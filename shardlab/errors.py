@@ -50,6 +50,10 @@ class LaunchError(ShardLabError, RuntimeError):
     """Ranks could not be started, or one of them failed; names the rank."""
 
 
+class ExchangeError(ShardLabError, RuntimeError):
+    """Ranks could not talk: one ended, stalled or cannot be reached; names phase and rank."""
+
+
 def nearest_name(wrong: str, known: list[str]) -> str:
     """Returns " (did you mean 'x'?)" for the closest known name, or an empty string."""
     from difflib import get_close_matches

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from shardlab.comm.faults import naming
+from shardlab.comm.gather import gather_json
 from shardlab.comm.groups import Groups
 
 _REDUCE = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
@@ -30,38 +31,57 @@ class WireBytes:
 
 
 class Work:
-    """A collective under way."""
+    """A collective under way.
 
-    def __init__(self, work: dist.Work | None) -> None:
-        self._work = work
+    Args:
+        finish: waits for it; None: nothing is under way.
+    """
+
+    def __init__(self, finish: Callable[[], None] | None = None) -> None:
+        self._finish = finish
 
     def wait(self) -> None:
-        """Blocks until the result is there (on CUDA: until the stream may read it)."""
-        if self._work is not None:
-            self._work.wait()
-            self._work = None
+        """Blocks until the result is there (on CUDA: until the stream may read it).
+
+        Raises:
+            ExchangeError: a rank ended, stalled or cannot be reached.
+        """
+        if self._finish is not None:
+            self._finish()
+            self._finish = None
 
 
 def all_to_all(out: Tensor, source: Tensor, out_splits: Sequence[int],
-               source_splits: Sequence[int], groups: Groups) -> Work:
+               source_splits: Sequence[int], groups: Groups, phase: str = "exchange") -> Work:
     """Starts sending piece r of ``source`` to rank r.
 
     Args:
         out: 1-D; piece r of it comes from rank r.
-        source: 1-D, same dtype.
+        source: 1-D, same dtype; must stay as it is until the wait is over.
         out_splits, source_splits: elements per rank.
-        groups: the ranks; uses `exchange_group`.
+        groups: the ranks; uses the `exchange` lane.
+        phase: of the step, for the error of a fault.
+
+    Raises:
+        ExchangeError: (here or in the wait) a rank ended, stalled or cannot be reached.
     """
-    if groups.exchange_group is None:
-        return Work(None)
-    return Work(dist.all_to_all_single(out, source, list(out_splits), list(source_splits),
-                                       group=groups.exchange_group, async_op=True))
+    if groups.exchange is None:
+        return Work()
+    with naming(groups, phase, "all_to_all"):
+        finish = groups.exchange.all_to_all(out, source, out_splits, source_splits)
+
+    def named() -> None:
+        with naming(groups, phase, "all_to_all"):
+            finish()
+
+    return Work(named)
 
 
 def all_reduce_(tensor: Tensor, groups: Groups, op: str = "sum") -> Tensor:
     """Reduces in place over all ranks; ``op`` is sum, max or min."""
     if groups.process_group is not None:
-        dist.all_reduce(tensor, _REDUCE[op], group=groups.process_group)
+        with naming(groups, "overhead", "all_reduce"):
+            dist.all_reduce(tensor, _REDUCE[op], group=groups.process_group)
     return tensor
 
 
@@ -83,7 +103,8 @@ def broadcast_(tensor: Tensor, groups: Groups) -> Tensor:
 def barrier(groups: Groups) -> None:
     """Waits until every rank is here."""
     if groups.process_group is not None:
-        dist.barrier(group=groups.process_group)
+        with naming(groups, "overhead", "barrier"):
+            dist.barrier(group=groups.process_group)
 
 
 def broadcast_text(text: str | None, groups: Groups) -> str:
@@ -93,26 +114,16 @@ def broadcast_text(text: str | None, groups: Groups) -> str:
         return text
     data = bytearray((text or "").encode())
     size = torch.tensor([len(data)], device=groups.device)
-    dist.broadcast(size, 0, group=groups.process_group)
-    body = torch.zeros(int(size), dtype=torch.uint8, device=groups.device)
-    if groups.rank == 0 and data:
-        body.copy_(torch.frombuffer(data, dtype=torch.uint8))
-    dist.broadcast(body, 0, group=groups.process_group)
+    with naming(groups, "overhead", "broadcast"):
+        dist.broadcast(size, 0, group=groups.process_group)
+        body = torch.zeros(int(size), dtype=torch.uint8, device=groups.device)
+        if groups.rank == 0 and data:
+            body.copy_(torch.frombuffer(data, dtype=torch.uint8))
+        dist.broadcast(body, 0, group=groups.process_group)
     return bytes(body.cpu().tolist()).decode()
 
 
 def gather_objects_json(value: Any, groups: Groups) -> list[Any]:
     """Every rank's JSON-able value, by rank, on every rank."""
-    text = json.dumps(value).encode()
-    if groups.process_group is None:
-        return [json.loads(text)]
-    sizes = torch.zeros(groups.world_size, dtype=torch.int64, device=groups.device)
-    sizes[groups.rank] = len(text)
-    dist.all_reduce(sizes, group=groups.process_group)
-    widest = int(sizes.max())
-    mine = torch.zeros(widest, dtype=torch.uint8, device=groups.device)
-    mine[:len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8).to(groups.device)
-    parts = [torch.empty_like(mine) for _ in range(groups.world_size)]
-    dist.all_gather(parts, mine, group=groups.process_group)
-    return [json.loads(bytes(part[:size].cpu().tolist()))
-            for part, size in zip(parts, sizes.tolist(), strict=True)]
+    with naming(groups, "overhead", "all_gather"):
+        return gather_json(value, groups)

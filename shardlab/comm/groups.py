@@ -1,31 +1,45 @@
-"""The one place that makes process groups; everything else receives `Groups`."""
+"""The one place that makes process groups and lanes; everything else receives `Groups`."""
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from shardlab.comm.gather import gather_json
+from shardlab.comm.lanes import Lane, TorchLane
+from shardlab.comm.shared_memory import Meeting, host_identity, missing_support
+from shardlab.comm.watch import Watch, own_address
 from shardlab.errors import LaunchError
 
 DEFAULT_TIMEOUT_S = 600.0
+#: How ranks exchange rows: `auto` takes shared memory where all ranks share a host.
+TRANSPORTS = ("auto", "gloo", "shared_memory")
+TRANSPORT_VARIABLE = "SHARDLAB_TRANSPORT"
+#: `Groups.exchange` and `Groups.look_ahead`.
+_LANES = 2
 _CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
 class Groups:
-    """This rank's place, and the groups it talks in.
+    """This rank's place, and the ways it talks.
 
     Attributes:
         rank, world_size: of the whole job.
         local_rank, local_world_size: on this host.
         device: where tables and dense layers of this rank live.
         process_group: of all ranks, for the dense part; None in a world of one without a group.
-        exchange_group: of all ranks, for tables alone, so that the order of dense and sparse
-            collectives need not agree between ranks.
+        exchange: lane of all ranks for tables alone, so that the order of dense and sparse
+            collectives need not agree between ranks; None in a world of one.
+        look_ahead: another lane, for batches that come; None in a world of one.
+        transport: what the lanes run over, and why, in words.
+        watch: tells who is to blame for a failure; None in a world of one.
+        timeout_s: seconds after which a collective has failed.
     """
 
     rank: int = 0
@@ -34,20 +48,32 @@ class Groups:
     local_world_size: int = 1
     device: torch.device = _CPU
     process_group: dist.ProcessGroup | None = None
-    exchange_group: dist.ProcessGroup | None = None
+    exchange: Lane | None = None
+    look_ahead: Lane | None = None
+    transport: str = "nothing travels: one rank"
+    watch: Watch | None = None
+    timeout_s: float = DEFAULT_TIMEOUT_S
+
+    def ahead(self) -> Groups:
+        """The same ranks, with the lane for batches that come as their exchange lane."""
+        return replace(self, exchange=self.look_ahead)
 
 
-def init(timeout_s: float = DEFAULT_TIMEOUT_S) -> Groups:
+def init(timeout_s: float = DEFAULT_TIMEOUT_S, transport: str = "auto") -> Groups:
     """Joins the ranks that torchrun or srun started; a process on its own is a world of one.
 
     Reads RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT. NCCL where CUDA
     is there, else gloo.
 
+    Args:
+        timeout_s: seconds after which a collective has failed.
+        transport: of `TRANSPORTS`; SHARDLAB_TRANSPORT overrules it.
+
     Raises:
-        LaunchError: RANK or WORLD_SIZE alone is set.
+        LaunchError: RANK or WORLD_SIZE alone is set, or the transport cannot be had.
     """
     if dist.is_initialized():
-        return build_groups(dist.group.WORLD)
+        return build_groups(dist.group.WORLD, timeout_s=timeout_s, transport=transport)
     have = [name for name in ("RANK", "WORLD_SIZE") if name in os.environ]
     cuda = torch.cuda.is_available()
     if not have:
@@ -58,31 +84,89 @@ def init(timeout_s: float = DEFAULT_TIMEOUT_S) -> Groups:
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout_s))
-    return build_groups(dist.group.WORLD)
+    return build_groups(dist.group.WORLD, timeout_s=timeout_s, transport=transport)
 
 
 def build_groups(process_group: dist.ProcessGroup | None = None,
-                 local_world_size: int | None = None) -> Groups:
+                 local_world_size: int | None = None, *, timeout_s: float = DEFAULT_TIMEOUT_S,
+                 transport: str = "auto") -> Groups:
     """Groups over an initialised process group. Every rank must call it, in the same order.
 
     Args:
         process_group: None takes the default group, or a world of one when there is none.
         local_world_size: ranks per host; None reads LOCAL_WORLD_SIZE, else all ranks share one.
+        timeout_s: seconds after which a transfer has failed.
+        transport: of `TRANSPORTS`; SHARDLAB_TRANSPORT overrules it.
+
+    Raises:
+        LaunchError: the transport cannot be had.
     """
     if process_group is None:
         if not dist.is_initialized():
-            return init()
+            return init(timeout_s, transport)
         process_group = dist.group.WORLD
     assert process_group is not None
     rank, world = dist.get_rank(process_group), dist.get_world_size(process_group)
     local = local_world_size or int(os.environ.get("LOCAL_WORLD_SIZE", world))
     nccl = dist.get_backend(process_group) == "nccl"
     device = torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
-    exchange = dist.new_group(dist.get_process_group_ranks(process_group))
-    return Groups(rank, world, rank % local, local, device, process_group, exchange)
+    groups = Groups(rank, world, rank % local, local, device, process_group, timeout_s=timeout_s)
+    hosts = gather_json(host_identity(), groups)
+    watch = Watch(own_address(len(set(hosts)) == 1))
+    watch.meet(gather_json(watch.address, groups))
+    groups = replace(groups, watch=watch)
+    return _with_lanes(groups, len(set(hosts)), os.environ.get(TRANSPORT_VARIABLE, transport))
 
 
 def shutdown() -> None:
     """Leaves the process group; harmless in a world of one."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _with_lanes(groups: Groups, hosts: int, wanted: str) -> Groups:
+    """Makes the lanes over the wanted transport; all ranks take the same one."""
+    if wanted not in TRANSPORTS:
+        raise LaunchError(f"transport {wanted!r} is not one of {', '.join(TRANSPORTS)}; look at "
+                          f"exchange.transport and {TRANSPORT_VARIABLE}")
+    lanes: list[Any] = []
+    refusal = f"{wanted} was asked for"
+    if wanted != "gloo":
+        lanes, refusal = _shared_memory_lanes(groups, hosts)
+    if lanes:
+        return replace(groups, exchange=lanes[0], look_ahead=lanes[1],
+                       transport="shared memory: all ranks are on one host")
+    if wanted == "shared_memory":
+        raise LaunchError(f"rank {groups.rank}: shared memory was asked for, but {refusal}; use "
+                          "transport auto or gloo")
+    ranks = dist.get_process_group_ranks(groups.process_group)
+    made = [TorchLane(dist.new_group(ranks, timeout=timedelta(seconds=groups.timeout_s)),
+                      groups.timeout_s) for _ in range(_LANES)]
+    backend = dist.get_backend(groups.process_group)
+    return replace(groups, exchange=made[0], look_ahead=made[1],
+                   transport=f"{backend}: {refusal}")
+
+
+def _shared_memory_lanes(groups: Groups, hosts: int) -> tuple[list[Any], str]:
+    """The lanes, or none and the reason; every rank gets the same answer."""
+    if groups.device.type != "cpu":
+        return [], "tensors are on GPUs"
+    if hosts > 1:
+        return [], f"ranks are on {hosts} hosts"
+    refusal, meeting, lanes = missing_support(), None, []
+    if not refusal:
+        try:
+            meeting = Meeting(groups.rank, groups.world_size, _LANES, groups.timeout_s)
+        except OSError as error:
+            refusal = f"rank {groups.rank} got no shared memory: {error}"
+    names = gather_json(["" if meeting is None else meeting.name, refusal], groups)
+    refusal = next((reason for _, reason in names if reason), "")
+    if not refusal and meeting is not None:
+        try:
+            lanes = meeting.make_lanes([name for name, _ in names])
+        except (OSError, RuntimeError) as error:
+            refusal = f"rank {groups.rank} got no shared memory: {error}"
+    elif meeting is not None:
+        meeting.close()
+    refusal = next((reason for reason in gather_json(refusal, groups) if reason), "")
+    return ([], refusal) if refusal else (lanes, "")

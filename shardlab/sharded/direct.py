@@ -108,7 +108,7 @@ class DirectExchange:
         """Gradients stay where they are: in ``grad``, fp32 [size, total columns]."""
         shape = lookup.shape
         return PendingGradients(lookup.ids, shape.chunks, shape.bags, lookup.batch.weights,
-                                grad.view(-1), Work(None), lookup.rows)
+                                grad.view(-1), Work(), lookup.rows)
 
     def _shape(self, batch: Batch) -> Shape:
         key = (batch.size, batch.length)

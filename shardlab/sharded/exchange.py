@@ -205,7 +205,8 @@ class Exchange:
             self.wire.gradients_bytes += place.travels * _FP32_BYTES
         else:
             self.wire.rows_bytes += place.travels * _FP32_BYTES
-        return all_to_all(arrives, buffer[:place.travels], *splits, self.groups)
+        return all_to_all(arrives, buffer[:place.travels], *splits, self.groups,
+                          "rows" if owner_sends else "grads")
 
     def _read(self, incoming: Incoming, place: Buffer, rows: Tensor) -> None:
         """Step 3: every asked row or bag, into the buffer."""
@@ -302,7 +303,7 @@ class Exchange:
         if self._direct:
             base = column([self._first_column(slot) for slot in self._cells.mine])
             chunks = owner_chunks(self._cells, incoming, base, self.layout.total_columns)
-            return PendingGradients(incoming.ids, chunks, bags, weights, grad.view(-1), Work(None))
+            return PendingGradients(incoming.ids, chunks, bags, weights, grad.view(-1), Work())
         place = self._cells.backward(outgoing, incoming)
         buffer = torch.empty(place.total, device=grad.device)
         self._sum(outgoing, place, grad, buffer)

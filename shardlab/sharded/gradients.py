@@ -140,7 +140,7 @@ def merge(pending: list[PendingGradients]) -> PendingGradients:
         weights = torch.cat([torch.ones_like(one.ids, dtype=torch.float32)
                              if one.weights is None else one.weights for one in pending])
     return PendingGradients(torch.cat([one.ids for one in pending]), joined, bags, weights,
-                            torch.cat([one.grads for one in pending]), Work(None))
+                            torch.cat([one.grads for one in pending]), Work())
 
 
 def _entries_as_bags(one: PendingGradients) -> Tensor:

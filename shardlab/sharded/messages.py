@@ -64,7 +64,7 @@ class IdExchange:
         received = torch.empty(sum(sizes[:-1]), dtype=self.layout.wire_dtype,
                                device=self.groups.device)
         out_splits, in_splits = self._by_rank(sizes), self._by_rank([len(m) for m in sent])
-        all_to_all(received, torch.cat(sent[:-1]), out_splits, in_splits, self.groups).wait()
+        all_to_all(received, torch.cat(sent[:-1]), out_splits, in_splits, self.groups, "ids").wait()
         self.wire.ids_bytes += sum(in_splits) * received.element_size()
         parts = [*received.split(sizes[:-1]), sent[-1]]
         read = [self._read(part, head) for part, head in zip(parts, heads, strict=True)]
@@ -95,7 +95,8 @@ class IdExchange:
         received = torch.empty((len(self._peers) - 1) * width, dtype=torch.int64, device=device)
         splits = self._by_rank([len(part) for part in sent])
         all_to_all(received, torch.cat(sent[:-1]).to(device),
-                   self._by_rank([width] * (len(self._peers) - 1)), splits, self.groups).wait()
+                   self._by_rank([width] * (len(self._peers) - 1)), splits, self.groups,
+                   "ids").wait()
         self.wire.ids_bytes += sum(splits) * received.element_size()
         return [*received.cpu().view(-1, width), sent[-1]]
 

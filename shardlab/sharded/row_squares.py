@@ -86,7 +86,8 @@ class RowSquares:
         source = torch.cat(flat) if flat else torch.empty(0, device=device)
         out = torch.empty(sum(map(sum, sizes)), device=device)
         source_splits = [sum(part.numel() for part in parts) for parts in sent]
-        all_to_all(out, source, [sum(part) for part in sizes], source_splits, self.groups).wait()
+        all_to_all(out, source, [sum(part) for part in sizes], source_splits, self.groups,
+                   "update").wait()
         self.wire.gradients_bytes += source.numel() * _FP32_BYTES
         shards = [shard for r in range(self.layout.world_size) if r != self.layout.rank
                   for shard, _ in self._receive[r]]

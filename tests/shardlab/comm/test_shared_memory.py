@@ -1,0 +1,111 @@
+"""Lanes through shared memory: any sizes, any order of waits, refusals, and nothing left behind."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from shardlab import comm
+from shardlab.comm import shared_memory
+from shardlab.errors import ExchangeError, LaunchError
+from tests.harness import run_ranks
+
+
+def _transfers(groups, seed, biggest, count):
+    """Random sizes, several under way at once; every element tells sender, receiver and place."""
+    draw, rank, world = random.Random(seed), groups.rank, groups.world_size
+    works = []
+    for _ in range(count):
+        sizes = [[draw.choice([0, 1, 7, draw.randrange(biggest)]) for _ in range(world)]
+                 for _ in range(world)]  # by sender, by receiver
+        source = torch.cat([torch.arange(n) * 100 + rank * 10 + peer
+                            for peer, n in enumerate(sizes[rank])])
+        due = [sizes[peer][rank] for peer in range(world)]
+        out = torch.full((sum(due),), -1)
+        works.append((out, due, comm.all_to_all(out, source, due, sizes[rank], groups)))
+        if draw.random() < 0.3:
+            works[draw.randrange(len(works))][2].wait()
+    for out, due, work in reversed(works):
+        work.wait()
+        for peer, part in enumerate(out.split(due)):
+            assert torch.equal(part, torch.arange(due[peer]) * 100 + peer * 10 + rank)
+    return groups.transport
+
+
+@pytest.mark.parametrize(("world", "biggest"), [(2, 50), (4, 50), (2, 700_000), (3, 300_000)])
+def test_transfers_of_all_sizes_arrive(world, biggest):
+    for seed in range(3):
+        found = run_ranks(world, _transfers, seed, biggest, 12)
+        assert found == ["shared memory: all ranks are on one host"] * world
+
+
+def _disagree(groups):
+    sent, due = ([0, 3], [0, 4]) if groups.rank == 0 else ([3, 0], [3, 0])
+    try:
+        comm.all_to_all(torch.empty(sum(due)), torch.ones(sum(sent)), due, sent, groups,
+                        "rows").wait()
+    except ExchangeError as error:
+        return str(error)
+
+
+def test_ranks_that_disagree_on_sizes_say_so():
+    message = run_ranks(2, _disagree)[0]
+    assert message.startswith("rows: all_to_all failed on rank 0 of 2: rank 1 sends 12 bytes in "
+                              "transfer 1, this rank expects 16")
+
+
+def _segments(groups):
+    """Memory files that this process has open, and names in /dev/shm."""
+    fds = [os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd")
+           if os.path.islink(f"/proc/self/fd/{fd}")]
+    shm = Path("/dev/shm")
+    return [name for name in fds if "shardlab-lane" in name], \
+        [path.name for path in shm.iterdir() if "shardlab" in path.name] if shm.is_dir() else []
+
+
+def test_segments_have_no_name_that_could_stay():
+    assert run_ranks(2, _segments) == [([], [])] * 2
+
+
+def _chosen(groups, wanted):
+    return comm.build_groups(transport=wanted).transport
+
+
+def test_gloo_can_be_chosen():
+    assert run_ranks(2, _chosen, "gloo") == ["gloo: gloo was asked for"] * 2
+
+
+def _without_memory(groups, wanted):
+    if groups.rank == 1:
+        shared_memory.os.memfd_create = _refuse
+    try:
+        return comm.build_groups(transport=wanted).transport
+    except LaunchError as error:
+        return str(error)
+    finally:
+        shared_memory.os.memfd_create = _MEMFD
+
+
+_MEMFD = getattr(os, "memfd_create", None)
+
+
+def _refuse(*_):
+    raise OSError(12, "Cannot allocate memory")
+
+
+def test_all_ranks_fall_back_where_one_gets_no_memory(monkeypatch):
+    reason = "rank 1 got no shared memory: [Errno 12] Cannot allocate memory"
+    for found in run_ranks(2, _without_memory, "auto"):
+        assert found == f"gloo: {reason}"
+    for rank, found in enumerate(run_ranks(2, _without_memory, "shared_memory")):
+        assert found == (f"rank {rank}: shared memory was asked for, but {reason}; use transport "
+                         "auto or gloo")
+
+
+def test_unknown_transport_is_refused():
+    with pytest.raises(AssertionError, match="transport 'pigeons' is not one of auto, gloo"):
+        run_ranks(2, _chosen, "pigeons")
