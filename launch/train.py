@@ -51,7 +51,7 @@ def run_job(job: JobConfig) -> int:
     # One heap: pyarrow's own allocator would keep 30 MB a rank of what readers freed.
     pa.set_memory_pool(pa.system_memory_pool())
     _set_determinism(job.train.seed, job.train.deterministic)
-    groups = comm.init()
+    groups = comm.init(job.exchange.timeout_s, job.exchange.transport)
     run = open_run_folder(job.train.run_dir, job.train.resume, groups)
     chosen = choose_plan(job, groups, _former_plan(run))
     if groups.rank == 0:

@@ -22,6 +22,7 @@ from shardlab.config.models import (
     ColumnsConfig,
     DataConfig,
     DenseOptimizerConfig,
+    ExchangeConfig,
     ModelConfig,
     OptimizerConfig,
     ScheduleConfig,
@@ -152,7 +153,7 @@ SECTIONS: tuple[tuple[str, type[Section]], ...] = (
     ("model", ModelConfig), ("data", DataConfig), ("data.columns", ColumnsConfig),
     ("optimizer", OptimizerConfig), ("optimizer.sparse", SparseOptimizerConfig),
     ("optimizer.dense", DenseOptimizerConfig), ("optimizer.schedule", ScheduleConfig),
-    ("wire", WireConfig), ("train", TrainConfig))
+    ("exchange", ExchangeConfig), ("wire", WireConfig), ("train", TrainConfig))
 
 
 def words_of(annotation: object) -> list[str]:

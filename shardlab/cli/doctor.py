@@ -22,11 +22,11 @@ def doctor() -> int:
     """
     from rich.console import Console
 
-    from shardlab.cli.findings import machine, native_library, torch_and_devices
+    from shardlab.cli.findings import machine, native_library, torch_and_devices, transport
 
     findings = [*machine(), *torch_and_devices()]
     if not _broken(findings, "torch"):
-        findings += [native_library(), _fbgemm()]
+        findings += [native_library(), transport(), _fbgemm()]
     console = Console()
     _print_findings(console, findings)
     if not _broken(findings, "torch", "native library"):

@@ -132,6 +132,23 @@ def _gloo() -> Finding:
                    "install an official torch wheel")
 
 
+def transport() -> Finding:
+    """What CPU ranks of this host exchange over, tried on this process."""
+    from shardlab.comm.shared_memory import Meeting, missing_support
+
+    reason = missing_support()
+    if not reason:
+        try:
+            Meeting(rank=0, ranks=2, count=1, timeout_s=1.0).close()
+        except OSError as error:
+            reason = str(error)
+    if reason:
+        return Finding("transport of CPU ranks", "note", f"gloo: {reason}",
+                       "shared memory would be several times as fast on one host")
+    return Finding("transport of CPU ranks", "ok",
+                   "shared memory where all ranks share a host, else gloo")
+
+
 def native_library() -> Finding:
     """The compiled kernels and the instruction set they chose."""
     try:

@@ -17,6 +17,7 @@ from shardlab.config.messages import problem_lines
 from shardlab.config.models import (
     Count,
     DataConfig,
+    ExchangeConfig,
     ModelConfig,
     Name,
     OptimizerConfig,
@@ -53,6 +54,7 @@ class JobConfig(Section):
         default=OptimizerConfig(), description="optimisers and learning-rate schedule")
     dense_dtype: Literal["fp32", "bf16"] = Field(
         default="fp32", description="compute dtype of the dense layers; bf16: by autocast")
+    exchange: ExchangeConfig = Field(default=ExchangeConfig(), description="how ranks talk")
     wire: WireConfig = Field(default=WireConfig(), description="dtypes of what ranks exchange")
     topology: Name | None = Field(
         default=None, description="machine to plan for: a name or a file; absent: this one")

@@ -264,6 +264,17 @@ class WireConfig(Section):
     backward: Literal["fp32"] = Field(default="fp32", description="dtype of gradients on the wire")
 
 
+class ExchangeConfig(Section):
+    """How ranks talk."""
+
+    transport: Literal["auto", "gloo", "shared_memory"] = Field(
+        default="auto", description="CPU ranks: shared_memory, where all share a host, or gloo; "
+        "auto takes shared memory where it can")
+    timeout_s: Positive = Field(
+        default=600.0, description="seconds after which a collective has failed, and the run with "
+        "it; the error names phase and rank")
+
+
 class TrainConfig(Section):
     """How long to train, and what to write down on the way."""
 

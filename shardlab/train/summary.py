@@ -40,6 +40,7 @@ class Summary:
         phase_ms: milliseconds of a step by phase, medians of the last steps, one entry a rank;
             empty where phases were not timed.
         checkpoint: the last checkpoint.
+        transport: what the ranks' exchange ran over.
         caches: counts of all ranks since this start, of every table that has a cache.
     """
 
@@ -57,6 +58,7 @@ class Summary:
     peak_rss_bytes: Sequence[int]
     phase_ms: Sequence[Mapping[str, float]]
     checkpoint: str | None
+    transport: str = ""
     caches: Mapping[str, CacheCounts] = field(default_factory=dict)
 
     @property
@@ -89,6 +91,8 @@ class Summary:
             rows["stopped by"] = signal.Signals(self.stopped_by).name
         if self.skipped_rows:
             rows["training rows skipped"] = f"{self.skipped_rows:,}"
+        if self.transport:
+            rows["exchange over"] = self.transport
         if self.checkpoint is not None:
             rows["checkpoint"] = self.checkpoint
         return rows

@@ -287,7 +287,8 @@ class Trainer:
             tables=[TierBytes(**rank["tables"]) for rank in ranks],
             peak_rss_bytes=[rank["rss"] for rank in ranks],
             phase_ms=[rank["phase_ms"] for rank in ranks], caches=self._caches,
-            checkpoint=None if self._checkpoint is None else str(self._checkpoint))
+            checkpoint=None if self._checkpoint is None else str(self._checkpoint),
+            transport=self.groups.transport)
         if self._first:
             self.run_folder.write_summary(summary.to_dict())
         return summary

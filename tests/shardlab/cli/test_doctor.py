@@ -8,7 +8,13 @@ from types import SimpleNamespace
 import pytest
 
 from shardlab.cli import findings
-from shardlab.cli.findings import Finding, machine, native_library, torch_and_devices
+from shardlab.cli.findings import (
+    Finding,
+    machine,
+    native_library,
+    torch_and_devices,
+    transport,
+)
 from shardlab.cli.main import main
 
 
@@ -88,6 +94,18 @@ def test_native_library_that_cannot_be_loaded_is_broken(monkeypatch):
     monkeypatch.setattr("shardlab.ops.registry.native", fail)
     found = native_library()
     assert (found.state, found.text) == ("broken", "cannot be loaded: undefined symbol: x")
+
+
+def test_transport_without_memory_files_is_gloo(monkeypatch):
+    from shardlab.comm import shared_memory
+
+    def refuse(*_: object) -> int:
+        raise OSError(1, "Operation not permitted")
+
+    assert transport().text == "shared memory where all ranks share a host, else gloo"
+    monkeypatch.setattr(shared_memory.os, "memfd_create", refuse)
+    assert (transport().state, transport().text) == (
+        "note", "gloo: [Errno 1] Operation not permitted")
 
 
 def by_subject(name: str) -> Finding:

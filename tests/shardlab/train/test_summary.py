@@ -25,7 +25,8 @@ SUMMARY = Summary(
     tables=[TierBytes(hbm=100_000_000), TierBytes(hbm=120_000_000, ddr=5_000)],
     peak_rss_bytes=[500_000_000, 510_000_000],
     phase_ms=[dict.fromkeys(MEASURED_PHASES, 0.0) | {"ids": 1.5, "dense": ms} for ms in (3, 4)],
-    checkpoint="runs/a/checkpoints/step-1200")
+    checkpoint="runs/a/checkpoints/step-1200",
+    transport="shared memory: all ranks are on one host")
 
 
 def shown(summary: Summary) -> str:
@@ -40,7 +41,8 @@ def test_table_says_everything() -> None:
                  "81 k samples/s", "79.3 k samples/s", "50.50 / 61.25 ms", "3.1% of the time",
                  "4.7 MB, all ranks: ids 300 kB, rows 1.2 MB, gradients 1.2 MB, dense all-reduce "
                  "2 MB", "220 MB (100 MB, 120 MB)", "5 kB (0 B, 5 kB)", "500 MB, 510 MB",
-                 "0:01:02", "ids 1.50, dense 3.50 ms", "logloss 0.4533", "step-1200"):
+                 "0:01:02", "ids 1.50, dense 3.50 ms", "logloss 0.4533", "step-1200",
+                 "shared memory: all ranks"):
         assert part in text
     assert "stopped by" not in text
     assert "ssd" not in text
