@@ -7,6 +7,7 @@
 
 #include "bind.h"
 #include "dispatch.h"
+#include "members.h"
 #include "unique.h"
 
 namespace nb = nanobind;
@@ -68,6 +69,11 @@ void bind_ids(nb::module_& m) {
       pack_ids(at<int64_t>(ids), at<int64_t>(pieces), num_pieces, at<int32_t>(out));
     else
       pack_ids(at<int64_t>(ids), at<int64_t>(pieces), num_pieces, at<int64_t>(out));
+  });
+  m.def("mark_members", [](Address keys, int64_t num_keys, Address members, int64_t num_members,
+                           Address found) {
+    nb::gil_scoped_release release;
+    mark_members(at<int64_t>(keys), num_keys, at<int64_t>(members), num_members, at<bool>(found));
   });
   m.def("fill_affine", [](Address pieces, int64_t num_pieces, Address out) {
     nb::gil_scoped_release release;

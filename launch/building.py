@@ -54,7 +54,8 @@ def build_train_options(job: JobConfig) -> TrainOptions:
         epochs=train.epochs, max_steps=train.max_steps, log_every=train.log_every,
         validate_every=train.validate_every, checkpoint_every=train.checkpoint_every,
         checkpoint_keep=train.checkpoint_keep, dense_dtype=job.dense_dtype,
-        tensorboard=train.tensorboard, time_phases=train.time_phases, seed=train.seed)
+        tensorboard=train.tensorboard, time_phases=train.time_phases, seed=train.seed,
+        depth=job.exchange.depth, staleness=job.exchange.staleness, trace=train.trace)
 
 
 def _given(section: Any) -> dict[str, Any]:

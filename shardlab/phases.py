@@ -13,6 +13,8 @@
 
 PHASES = ("ids", "prefetch", "read", "rows", "pool", "grads", "update", "dense", "overhead")
 
+#: Phases in which ranks talk.
+EXCHANGE_PHASES = ("ids", "rows", "grads")
 #: Waiting for the next batch; measured, never predicted.
 WAIT = "wait"
 MEASURED_PHASES = (*PHASES, WAIT)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -24,6 +24,11 @@ class WireBytes:
     ids_bytes: int = 0
     rows_bytes: int = 0
     gradients_bytes: int = 0
+
+    def __iadd__(self, other: WireBytes) -> WireBytes:
+        for field in fields(self):
+            setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
+        return self
 
     @property
     def total(self) -> int:

@@ -12,8 +12,9 @@ import torch.distributed as dist
 
 from shardlab.comm.gather import gather_json
 from shardlab.comm.lanes import Lane, TorchLane
-from shardlab.comm.shared_memory import Meeting, host_identity, missing_support
+from shardlab.comm.shared_memory import Meeting, SharedMemoryLane, host_identity, missing_support
 from shardlab.comm.watch import Watch, own_address
+from shardlab.comm.worker import LaneWorker
 from shardlab.errors import LaunchError
 
 DEFAULT_TIMEOUT_S = 600.0
@@ -40,6 +41,8 @@ class Groups:
         transport: what the lanes run over, and why, in words.
         watch: tells who is to blame for a failure; None in a world of one.
         timeout_s: seconds after which a collective has failed.
+        worker: talks on the `look_ahead` lane; None: whoever looks ahead does it himself (on
+            CUDA, whose collectives run beside the host anyway).
     """
 
     rank: int = 0
@@ -53,6 +56,12 @@ class Groups:
     transport: str = "nothing travels: one rank"
     watch: Watch | None = None
     timeout_s: float = DEFAULT_TIMEOUT_S
+    worker: LaneWorker | None = None
+
+    @property
+    def shares_memory(self) -> bool:
+        """Whether ranks exchange through shared memory: copying is work, and hides nothing."""
+        return isinstance(self.exchange, SharedMemoryLane)
 
     def ahead(self) -> Groups:
         """The same ranks, with the lane for batches that come as their exchange lane."""
@@ -110,7 +119,8 @@ def build_groups(process_group: dist.ProcessGroup | None = None,
     local = local_world_size or int(os.environ.get("LOCAL_WORLD_SIZE", world))
     nccl = dist.get_backend(process_group) == "nccl"
     device = torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
-    groups = Groups(rank, world, rank % local, local, device, process_group, timeout_s=timeout_s)
+    groups = Groups(rank, world, rank % local, local, device, process_group, timeout_s=timeout_s,
+                    worker=None if nccl else LaneWorker())
     hosts = gather_json(host_identity(), groups)
     watch = Watch(own_address(len(set(hosts)) == 1))
     watch.meet(gather_json(watch.address, groups))

@@ -54,7 +54,8 @@ class JobConfig(Section):
         default=OptimizerConfig(), description="optimisers and learning-rate schedule")
     dense_dtype: Literal["fp32", "bf16"] = Field(
         default="fp32", description="compute dtype of the dense layers; bf16: by autocast")
-    exchange: ExchangeConfig = Field(default=ExchangeConfig(), description="how ranks talk")
+    exchange: ExchangeConfig = Field(
+        default=ExchangeConfig(), description="how ranks talk, and how far ahead of the step")
     wire: WireConfig = Field(default=WireConfig(), description="dtypes of what ranks exchange")
     topology: Name | None = Field(
         default=None, description="machine to plan for: a name or a file; absent: this one")

@@ -265,7 +265,7 @@ class WireConfig(Section):
 
 
 class ExchangeConfig(Section):
-    """How ranks talk."""
+    """How ranks talk, and how far ahead of the step they do it."""
 
     transport: Literal["auto", "gloo", "shared_memory"] = Field(
         default="auto", description="CPU ranks: shared_memory, where all share a host, or gloo; "
@@ -273,6 +273,12 @@ class ExchangeConfig(Section):
     timeout_s: Positive = Field(
         default=600.0, description="seconds after which a collective has failed, and the run with "
         "it; the error names phase and rank")
+    depth: Index | None = Field(
+        default=None, description="batches whose ids and rows are exchanged while earlier ones "
+        "train; 0: none; absent: 1, but 0 where ranks share memory and no table is on disk")
+    staleness: Literal[0, 1] = Field(
+        default=0, description="0: rows are as if nothing ran ahead, bit by bit; 1: all rows may "
+        "lack the last update, so that their whole exchange can be hidden")
 
 
 class TrainConfig(Section):
@@ -300,6 +306,9 @@ class TrainConfig(Section):
         default=False,
         description="on GPUs, too, record the milliseconds of every phase of a step; on CPUs they "
         "always are")
+    trace: Count | None = Field(
+        default=None, description="first steps of this start to record in the run folder's "
+        "trace.json, for chrome://tracing; absent: none")
     resume: Name = Field(
         default="auto",
         description="auto: continue from the newest checkpoint of the run folder, if any; never: "

@@ -26,6 +26,7 @@ OPS: dict[str, tuple[str, ...]] = {
     "split_sorted": ("native",),
     "pack_ids": ("native",),
     "fill_affine": ("native",),
+    "mark_members": ("native",),
     "init_uniform": ("native",),
     "cache_place": ("native",),
     "cache_lookup": ("native",),

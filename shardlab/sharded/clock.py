@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import islice, pairwise
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from shardlab.phases import MEASURED_PHASES
+from shardlab.phases import EXCHANGE_PHASES, MEASURED_PHASES
+from shardlab.sharded.trace import Trace
 
 Floats = NDArray[np.float64]
 
@@ -41,6 +44,40 @@ class PhaseClock:
         self._pending: list[list[tuple[int, torch.cuda.Event]]] = []
         self._interval = 0
         self._mark = time.perf_counter()
+        #: Seconds since the start: of the thread that looks ahead by phase, and waiting for it.
+        self.ahead_s = dict.fromkeys(MEASURED_PHASES, 0.0)
+        self.waited_s = 0.0
+        #: Seconds that the thread that trains spent on exchange, without that waiting.
+        self.exposed_s = 0.0
+        #: Records phases, until it is full; None: nobody asked.
+        self.trace: Trace | None = None
+
+    def other_thread(self) -> AheadClock:
+        """Books what the thread that looks ahead does from now on."""
+        return AheadClock(self.ahead_s, self.trace)
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """What is done inside is waiting for the thread that looks ahead."""
+        self.lap("overhead")
+        start = time.perf_counter()
+        yield
+        waited = time.perf_counter() - start
+        self.waited_s += waited
+        self.exposed_s -= waited  # the lap books it there, too
+        self.lap("rows")
+
+    def hidden_share(self) -> float | None:
+        """Share of the time that ranks exchanged in which this rank's training went on.
+
+        Exchange is what the thread that looks ahead spends on ids and rows, and what the thread
+        that trains waits for others; None: nothing was exchanged ahead.
+        """
+        ahead = self.ahead_s["ids"] + self.ahead_s["rows"]
+        if not ahead:
+            return None
+        exposed = self.exposed_s
+        return max(0.0, ahead - self.waited_s) / (max(ahead, self.waited_s) + exposed)
 
     @property
     def running(self) -> bool:
@@ -55,12 +92,16 @@ class PhaseClock:
 
     def lap(self, phase: str) -> None:
         """What passed since the last call was this phase, a name of `MEASURED_PHASES`."""
+        now = time.perf_counter()
+        if self.trace is not None:
+            self.trace.add(0, phase, self._mark, now)
+        if phase in EXCHANGE_PHASES:
+            self.exposed_s += now - self._mark
         if self._on_host:
-            now = time.perf_counter()
             self._open[_INDEX[phase]] += now - self._mark
-            self._mark = now
         elif self._events is not None:
             self._events.append((_INDEX[phase], _recorded()))
+        self._mark = now
 
     def restart(self) -> None:
         """The next step starts now; what was booked since the last step's end is forgotten."""
@@ -72,6 +113,8 @@ class PhaseClock:
     def end_step(self) -> None:
         """The step is done; the next one starts now."""
         self.lap("overhead")
+        if self.trace is not None:
+            self.trace.end_step()
         if self._on_host:
             self._steps.append(tuple(self._open))
             self._open = [0.0] * len(MEASURED_PHASES)
@@ -103,6 +146,27 @@ class PhaseClock:
                 seconds[phase] += before.elapsed_time(after) / _MS
             self._steps.append(tuple(seconds))
         self._pending.clear()
+
+
+class AheadClock:
+    """Books what a thread that looks ahead does; it waits for no device.
+
+    Args:
+        seconds: by phase, added to.
+        trace: records the phases; None: nobody asked.
+    """
+
+    def __init__(self, seconds: dict[str, float], trace: Trace | None) -> None:
+        self._seconds, self._trace = seconds, trace
+        self._mark = time.perf_counter()
+
+    def lap(self, phase: str) -> None:
+        """What passed since the last call was this phase."""
+        now = time.perf_counter()
+        self._seconds[phase] += now - self._mark
+        if self._trace is not None:
+            self._trace.add(1, phase, self._mark, now)
+        self._mark = now
 
 
 def _recorded() -> torch.cuda.Event:

@@ -15,11 +15,13 @@ from shardlab.comm import Groups, WireBytes
 from shardlab.errors import ShardLabError
 from shardlab.jagged import KeyedTensor
 from shardlab.ops.cache import COUNTERS
+from shardlab.ops.rows import StepParameters
 from shardlab.phases import WAIT
 from shardlab.plan import ShardingPlan
+from shardlab.sharded.announce import Announcements
 from shardlab.sharded.clock import PhaseClock
 from shardlab.sharded.exchange import Exchange, Lookup
-from shardlab.sharded.gradients import PendingGradients, RowUpdater
+from shardlab.sharded.gradients import MergedRows, PendingGradients, RowUpdater
 from shardlab.sharded.inputs import Batch, InputReader
 from shardlab.sharded.layout import compile_layout
 from shardlab.sharded.pruning import PruningCouncil
@@ -97,9 +99,11 @@ class ShardedEmbeddingBagCollection(nn.Module):
         self.updater = RowUpdater(layout, self.storage, groups, self._exchange.wire)
         self.council = PruningCouncil(self.tables, plan, optimizer, self.storage, groups)
         self.pending: list[PendingGradients] = []
+        #: Batches of a world of several ranks that were announced or await their update.
+        self.announcements = Announcements(self._exchange, self._reader, groups, self.clock)
         #: Announced and not looked up yet: the batch that comes, and the one behind it.
         self._ahead: deque[_Ahead] = deque(maxlen=2)
-        self._on_disk = any(home_tier(entry.storage) is Tier.SSD for entry in plan.tables)
+        self.on_disk = any(home_tier(entry.storage) is Tier.SSD for entry in plan.tables)
         self._keys = list(layout.features)
         self._dims = [tables[t].embedding_dim for t in layout.feature_table]
         # Autograd calls a backward only if some input wants a gradient; no table is a tensor here.
@@ -118,39 +122,73 @@ class ShardedEmbeddingBagCollection(nn.Module):
             InputError: a feature is missing, unknown or malformed.
             BoundsError: an id outside its table.
         """
-        known = next((one for one in self._ahead if one.features is features), None)
-        if known is not None:
-            batch, ahead = known.batch, known.lookup
-            self._ahead.remove(known)
-        else:
-            batch, ahead = self._reader.read(features), None
+        serial, batch, ahead = self._taken(features)
         if torch.is_grad_enabled() and self.training:
-            values = _Lookup.apply(self._anchor, self, batch, ahead)
+            values = _Lookup.apply(self._anchor, self, (serial, batch, ahead))
         else:
             values, _ = self._exchange.forward(batch, training=False, ahead=ahead)
         return KeyedTensor(self._keys, self._dims, values)
 
-    def prefetch(self, features: Any) -> None:
-        """Starts to read the rows of a batch that comes soon, where tables lie on disk.
+    def _taken(self, features: Any) -> tuple[int, Batch, Lookup | None]:
+        """A batch's number, the batch, and what was found out when it was announced."""
+        if self.groups.world_size > 1:
+            return self.announcements.take(features)
+        known = next((one for one in self._ahead if one.features is features), None)
+        if known is None:
+            return 0, self._reader.read(features), None
+        self._ahead.remove(known)
+        return 0, known.batch, known.lookup
 
-        `forward` must then get the same object. At most one batch may be announced before the one
-        in front of it is looked up. Every rank must call it. Without a table on disk it does
-        nothing.
+    def prefetch(self, features: Any, staleness: int = 0) -> None:
+        """Announces a batch that comes soon; every rank must call it, in the same order.
+
+        With several ranks, its ids, the rows that caches lack, and its rows are exchanged in
+        another thread. Rows that a batch in front of it may change are left for `forward`, unless
+        they may be stale. A world of one reads ahead from the disk, where tables lie there.
+
+        `forward` must then get the same object, in the order of announcements.
+
+        Args:
+            features: of the batch.
+            staleness: 1: its rows may lack the update of the batch in front of it.
 
         Raises:
-            InputError: a feature is missing, unknown or malformed.
-            BoundsError: an id outside its table.
+            InputError: (here or in `forward`) a feature is missing, unknown or malformed.
+            BoundsError: (here or in `forward`) an id outside its table.
         """
-        if self._on_disk:
+        if self.groups.world_size > 1:
+            self.clock.lap(WAIT)
+            self.announcements.announce(features, stale=staleness > 0)
+            self.clock.lap("overhead")
+        elif self.on_disk:
             self.clock.lap(WAIT)  # what came before was the loader
             batch = self._reader.read(features)
-            self._ahead.append(_Ahead(features, batch, self._exchange.look_ahead(batch)))
+            self._ahead.append(_Ahead(features, batch, self._exchange.read_ahead(batch)))
             self.clock.lap("prefetch")
 
     @property
     def wire(self) -> WireBytes:
         """Bytes that this rank has sent to others."""
         return self._exchange.wire
+
+    def update(self, rows: MergedRows, number: int, step: StepParameters) -> None:
+        """One optimiser step, the ``number``-th, on rows with gradients."""
+        with self._exchange.storage_lock:
+            self.storage.begin_step(number)
+            self.updater.update(rows, step)
+        self.pending.clear()
+
+    def forget_gradients(self) -> None:
+        """Drops all gradients, of this rank and on their way."""
+        for pending in self.pending:
+            pending.work.wait()
+        self.pending.clear()
+        self.announcements.forget_gradients()
+
+    def forget_announced(self) -> None:
+        """Drops announced batches that will not be looked up."""
+        self._ahead.clear()
+        self.announcements.forget()
 
     def tier_bytes(self) -> TierBytes:
         """Bytes of this rank's shards, by tier."""
@@ -173,14 +211,17 @@ class ShardedEmbeddingBagCollection(nn.Module):
 
     def chunks(self, max_bytes: int = _CHUNK_BYTES) -> Iterator[TableChunk]:
         """Streams this rank's rows and their optimiser state."""
+        self.announcements.settle()
         return self.storage.chunks(max_bytes)
 
     def begin_load(self) -> None:
         """Call once before the first `load_chunk` of a checkpoint."""
+        self.announcements.rows_changed()
         self.storage.begin_load()
 
     def load_chunk(self, chunk: TableChunk) -> None:
         """Writes the cells of the chunk that this rank holds."""
+        self.announcements.rows_changed()
         self.storage.load_chunk(chunk)
 
 
@@ -203,13 +244,17 @@ class _Lookup(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, collection: ShardedEmbeddingBagCollection,
-                batch: Any, ahead: Any) -> Tensor:
+                taken: tuple[int, Batch, Lookup | None]) -> Tensor:
+        serial, batch, ahead = taken
         values, lookup = collection._exchange.forward(batch, training=True, ahead=ahead)
-        ctx.collection, ctx.lookup = collection, lookup
+        if isinstance(lookup, Lookup):
+            collection.announcements.opened(serial, lookup)
+        ctx.collection, ctx.lookup, ctx.serial = collection, lookup, serial
         return values
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None]:  # type: ignore[override]
         collection: ShardedEmbeddingBagCollection = ctx.collection
         collection.pending.append(collection._exchange.backward(ctx.lookup, grad))
-        return None, None, None, None
+        collection.announcements.due(ctx.serial)
+        return None, None, None

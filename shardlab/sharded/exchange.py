@@ -7,7 +7,10 @@ The steps carry the numbers of docs/architecture.md: 1 de-duplicate and 2 route 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from threading import Lock
 
 import torch
 from torch import Tensor
@@ -18,6 +21,7 @@ from shardlab.ops.unique import fill_affine
 from shardlab.sharded.cells import Buffer, CellIndex
 from shardlab.sharded.clock import PhaseClock
 from shardlab.sharded.direct import DirectExchange, DirectLookup
+from shardlab.sharded.early import EarlyRows, Splitter, row_addresses
 from shardlab.sharded.gradients import (
     PendingGradients,
     bag_offsets,
@@ -31,16 +35,19 @@ from shardlab.sharded.messages import IdExchange, Incoming
 from shardlab.sharded.routes import Outgoing, Router
 from shardlab.specs import PoolingType
 from shardlab.storage import Storage
+from shardlab.storage_specs import RowsSpec
 
 _FP32_BYTES = 4
 
 
 @dataclass(frozen=True)
 class Lookup:
-    """What a forward leaves for its backward."""
+    """What a forward leaves for its backward, and `Exchange.look_ahead` for the forward."""
 
     outgoing: Outgoing
     incoming: Incoming
+    early: EarlyRows | None = None
+    sent: WireBytes | None = None
 
     @property
     def batch(self) -> Batch:
@@ -64,9 +71,17 @@ class Exchange:
         self.layout, self.storage, self.groups = layout, storage, groups
         self._clock = clock
         self.wire = WireBytes()
+        self._ahead = groups.ahead()
         self._router = Router(layout, reader)
         self._ids = IdExchange(layout, groups, self.wire)
+        self._ids_ahead = IdExchange(layout, self._ahead, WireBytes())
         self._cells = CellIndex(layout)
+        self._splitter = Splitter(layout, self._cells, self._ahead)
+        one_level = all(isinstance(local.storage, RowsSpec) and len(local.storage.levels) == 1
+                        for local in layout.local_shards)
+        #: Held while rows are read or stepped: two threads do it, and caches are for one. Rows of
+        #: one level need none: early rows and rows that an update changes are never the same.
+        self.storage_lock: AbstractContextManager[object] = nullcontext() if one_level else Lock()
         pooled = any(slot.feature >= 0 for slot in layout.slots)
         rows = any(slot.feature < 0 for slot in layout.slots)
         # Everything at home and pooled: bags go from the rows to the output, nothing between.
@@ -129,13 +144,11 @@ class Exchange:
         self._bag_adds = column([self.layout.groups[slot.group].row_start > 0 for _, slot in slots])
 
     # ------------------------------------------------------------------ forward
-    def look_ahead(self, batch: Batch) -> Lookup | None:
-        """Starts to bring a batch's rows up from the disk, while another batch trains.
-
-        Every rank must call it, in the same order.
+    def read_ahead(self, batch: Batch) -> Lookup | None:
+        """In a world of one: starts to bring a batch's rows up from the disk.
 
         Returns:
-            What `forward` need not ask again; None in a world of one, where that is nothing.
+            What `forward` need not ask again; None where that is nothing.
 
         Raises:
             BoundsError: an id outside its table.
@@ -146,11 +159,58 @@ class Exchange:
         outgoing = self._router.route(batch)
         incoming = self._ids.exchange(outgoing)
         self._clock.lap("ids")
+        self._prefetch(incoming)
+        return Lookup(outgoing, incoming)
+
+    def _prefetch(self, incoming: Incoming) -> None:
         counts = incoming.counts.view(-1)
         blocks = column([slot.block for slot in self._cells.mine]).repeat(len(incoming.counts))
         self.storage.prefetch(torch.stack([blocks, counts.cumsum(0) - counts, counts], 1),
                               incoming.ids)
-        return Lookup(outgoing, incoming)
+
+    def look_ahead(self, batch: Batch, in_flight: Sequence[Lookup] | None,
+                   lap: Callable[[str], None]) -> Lookup:
+        """Exchanges a batch's ids, and its early rows, while other batches train.
+
+        Every rank calls it, in the same order; the thread is not the one that trains.
+
+        Args:
+            batch: what will be looked up.
+            in_flight: batches whose updates may come before this batch's turn; None: their rows
+                may be stale, and all rows are early.
+            lap: is told when a phase ends.
+
+        Returns:
+            What `forward` takes.
+
+        Raises:
+            BoundsError: an id outside its table.
+        """
+        sent = WireBytes()  # counted apart: two threads must not add to one number
+        outgoing = self._router.route(batch)
+        self._ids_ahead.wire = sent
+        incoming = self._ids_ahead.exchange(outgoing)
+        lap("ids")
+        with self.storage_lock:
+            self._prefetch(incoming)
+        lap("prefetch")
+        if in_flight is None:
+            halves, late = None, None
+            asked, asking = outgoing, incoming
+        else:
+            halves = self._splitter.split(outgoing, incoming,
+                                          [other.incoming for other in in_flight], sent)
+            asked, asking = halves.early_out, halves.early_in
+            late = self._cells.forward(halves.late_out, halves.late_in)
+            lap("ids")
+        place = self._cells.forward(asked, asking)
+        rows = torch.empty(place.total + (late.total if late else 0), device=self.groups.device)
+        with self.storage_lock:
+            self._read(asking, place, rows[:place.total], pooled=halves is None)
+        lap("read")
+        self._send(rows, place, owner_sends=True, ahead=sent).wait()
+        lap("rows")
+        return Lookup(outgoing, incoming, EarlyRows(halves, place, late, rows), sent)
 
     def forward(self, batch: Batch, *, training: bool,
                 ahead: Lookup | None = None) -> tuple[Tensor, Lookup | DirectLookup]:
@@ -186,29 +246,49 @@ class Exchange:
             outgoing, incoming = ahead.outgoing, ahead.incoming
         self._clock.lap("ids")
         if self._direct:
-            self._read_bags(incoming, None, out)
+            with self.storage_lock:
+                self._read_bags(incoming, None, out)
+            return Lookup(outgoing, incoming)
+        if ahead is not None and ahead.early is not None:
+            self._finish_early(outgoing, ahead.early, out)
             return Lookup(outgoing, incoming)
         place = self._cells.forward(outgoing, incoming)
         rows = torch.empty(place.total, device=self.groups.device)
-        self._read(incoming, place, rows)
+        with self.storage_lock:
+            self._read(incoming, place, rows)
         self._clock.lap("read")
         self._send(rows, place, owner_sends=True).wait()
         self._clock.lap("rows")
-        self._pool(outgoing, place, rows, out)
+        self._pool(outgoing, EarlyRows(None, place, None, rows), out)
         return Lookup(outgoing, incoming)
 
-    def _send(self, buffer: Tensor, place: Buffer, *, owner_sends: bool) -> Work:
+    def _finish_early(self, outgoing: Outgoing, early: EarlyRows, out: Tensor) -> None:
+        """Fetches what had to wait for the last update; then step 5."""
+        if early.halves is not None and early.late is not None:
+            late = early.rows[early.early.total:]
+            with self.storage_lock:
+                self._read(early.halves.late_in, early.late, late)
+            self._clock.lap("read")
+            self._send(late, early.late, owner_sends=True).wait()
+            self._clock.lap("rows")
+        self._pool(outgoing, early, out)
+
+    def _send(self, buffer: Tensor, place: Buffer, *, owner_sends: bool,
+              ahead: WireBytes | None = None) -> Work:
+        wire = self.wire if ahead is None else ahead
         arrives = buffer[place.travels:place.travels + place.arrives]
         splits = (place.slot_splits, place.cell_splits)
         if not owner_sends:
             splits = (place.cell_splits, place.slot_splits)
-            self.wire.gradients_bytes += place.travels * _FP32_BYTES
+            wire.gradients_bytes += place.travels * _FP32_BYTES
         else:
-            self.wire.rows_bytes += place.travels * _FP32_BYTES
-        return all_to_all(arrives, buffer[:place.travels], *splits, self.groups,
+            wire.rows_bytes += place.travels * _FP32_BYTES
+        return all_to_all(arrives, buffer[:place.travels], *splits,
+                          self.groups if ahead is None else self._ahead,
                           "rows" if owner_sends else "grads")
 
-    def _read(self, incoming: Incoming, place: Buffer, rows: Tensor) -> None:
+    def _read(self, incoming: Incoming, place: Buffer, rows: Tensor, *,
+              pooled: bool = True) -> None:
         """Step 3: every asked row or bag, into the buffer."""
         if self._has_rows:
             counts = incoming.counts.view(-1)
@@ -217,7 +297,7 @@ class Exchange:
             segments = torch.stack([self._gather_blocks, starts[cells], counts[cells],
                                     place.cell_offsets[cells]], 1)
             self.storage.read(segments, incoming.ids, rows)
-        if self._has_pooled:
+        if self._has_pooled and pooled:
             self._read_bags(incoming, place, rows)
 
     def _read_bags(self, incoming: Incoming, place: Buffer | None, out: Tensor) -> None:
@@ -239,17 +319,13 @@ class Exchange:
         self.storage.read_pooled(self.storage.place_jobs(jobs), incoming.ids, offsets, weights,
                                  out.view(-1))
 
-    def _pool(self, outgoing: Outgoing, place: Buffer, rows: Tensor, out: Tensor) -> None:
+    def _pool(self, outgoing: Outgoing, came: EarlyRows, out: Tensor) -> None:
         """Step 5: what came back, into the output."""
-        batch, uniques = outgoing.batch, outgoing.uniques
+        batch, uniques, rows = outgoing.batch, outgoing.uniques, came.rows
         if uniques is not None:
             assert uniques.inverse is not None
             for slots, jobs in self._passes:
-                pieces = torch.stack([outgoing.starts[slots], outgoing.counts[slots],
-                                      place.slot_offsets[slots], self._cells.columns[slots]], 1)
-                # One more element, -1, is what the inverse -1 of a dropped id points at.
-                at = fill_affine(pieces, uniques.ids.numel() + 1, rows.device)
-                at[-1] = -1
+                at = self._places(outgoing, came, slots, uniques.ids.numel())
                 jobs = jobs.clone()
                 jobs[:, 4] = batch.feature_starts[jobs[:, 5]]
                 jobs[:, 3], jobs[:, 6] = batch.size, batch.length
@@ -259,10 +335,34 @@ class Exchange:
         if self._has_pooled:
             slots = self._bag_slots
             columns = self._cells.columns[slots]
-            jobs = self._copy_jobs(place.slot_offsets[slots], columns, columns, batch.size)
+            starts = came.early.slot_offsets if came.late is None else \
+                came.late.slot_offsets + came.early.total
+            jobs = self._copy_jobs(starts[slots], columns, columns, batch.size)
             jobs[:, 8], jobs[:, 9] = self._bag_columns, self.layout.total_columns
             jobs[:, 10] = self._bag_adds
             self._copy_bags(rows, jobs, batch.size, out.view(-1))
+
+    def _places(self, outgoing: Outgoing, came: EarlyRows, slots: Tensor, count: int) -> Tensor:
+        """int64 [count + 1]: where the row of every unique id is, through these slots.
+
+        The last element, -1, is what the inverse -1 of a dropped id points at.
+        """
+        starts, counts = outgoing.starts[slots], outgoing.counts[slots]
+        columns = self._cells.columns
+        if came.halves is None:
+            pieces = torch.stack([starts, counts, came.early.slot_offsets[slots],
+                                  columns[slots]], 1)
+            at = fill_affine(pieces, count + 1, came.rows.device)
+        else:
+            places = row_addresses(outgoing, came, columns)
+            first = (outgoing.counts.cumsum(0) - outgoing.counts)[slots]
+            pieces = torch.stack([starts, counts, first, torch.ones_like(first)], 1)
+            asked = fill_affine(pieces, count + 1, came.rows.device)
+            # Uniques that these slots leave out are undefined there, and read by no job.
+            at = torch.zeros_like(asked) if not places.numel() else \
+                places[asked.clamp_(0, places.numel() - 1)]
+        at[-1] = -1
+        return at
 
     @staticmethod
     def _copy_jobs(start: Tensor, step: Tensor | int, columns: Tensor, size: int) -> Tensor:

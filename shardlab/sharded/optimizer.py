@@ -53,9 +53,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forgets all gradients, of rows and of dense parameters."""
         for collection in self._collections:
-            for pending in collection.pending:
-                pending.work.wait()
-            collection.pending.clear()
+            collection.forget_gradients()
         if self.dense is not None:
             self.dense.zero_grad(set_to_none)
 
@@ -73,6 +71,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self.steps_taken += 1
         group, scale = self.param_groups[0], 1.0 / self._groups.world_size
         self._wait_for_gradients()
+        for collection in self._collections:
+            collection.announcements.before_update()
         merged = [(c, c.updater.merge_rows(c.pending)) for c in self._collections if c.pending]
         step = step_parameters(group, self.steps_taken, scale)
         if group["clip_norm"] is not None and merged:
@@ -80,9 +80,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             norm = float(torch.stack(squares).sum().sqrt())
             step = replace(step, scale=scale * min(1.0, group["clip_norm"] / (norm + _NORM_EPS)))
         for collection, rows in merged:
-            collection.storage.begin_step(self.steps_taken)
-            collection.updater.update(rows, step)
-            collection.pending.clear()
+            collection.update(rows, self.steps_taken, step)
         for collection in self._collections:
             collection.council.after_step(self.steps_taken)
         self._clock.lap("update")

@@ -24,6 +24,8 @@ class TrainOptions:
         dense_dtype: ``bf16`` runs the dense layers under autocast; parameters stay fp32.
         tensorboard: write TensorBoard events into the run folder.
         time_phases: time the phases of a step on a GPU too; on a CPU they always are.
+        depth, staleness: as `shardlab.prefetching` takes them.
+        trace: first steps of this start to record; None: none.
         seed: seed of what is random in a step, such as dropout; each rank adds its number.
     """
 
@@ -37,13 +39,16 @@ class TrainOptions:
     tensorboard: bool = False
     time_phases: bool = False
     seed: int = 0
+    depth: int | None = None
+    staleness: int = 0
+    trace: int | None = None
 
     def __post_init__(self) -> None:
         problems = []
         for name in ("epochs", "log_every", "checkpoint_keep"):
             if getattr(self, name) < 1:
                 problems.append(f"train.{name} must be at least 1, found {getattr(self, name)}")
-        for name in ("max_steps", "validate_every", "checkpoint_every"):
+        for name in ("max_steps", "validate_every", "checkpoint_every", "trace"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 problems.append(f"train.{name} must be absent or at least 1, found {value}")

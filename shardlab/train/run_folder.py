@@ -63,6 +63,10 @@ class RunFolder:
         """Writes the final summary (rank 0 only)."""
         _write_whole(self.path / "summary.json", json.dumps(finite(summary), indent=1) + "\n")
 
+    def write_trace(self, trace: dict[str, Any]) -> None:
+        """Writes the timeline of the first steps (rank 0 only)."""
+        _write_whole(self.path / "trace.json", json.dumps(trace))
+
     def append_metrics(self, record: dict[str, Any]) -> None:
         """Appends one record to ``metrics.jsonl`` (rank 0 only); NaN becomes null."""
         with open(self.metrics, "a") as file:

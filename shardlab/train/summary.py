@@ -41,6 +41,8 @@ class Summary:
             empty where phases were not timed.
         checkpoint: the last checkpoint.
         transport: what the ranks' exchange ran over.
+        hidden_share: of the exchange, by rank, what went on behind the training; None: nothing
+            ran ahead.
         caches: counts of all ranks since this start, of every table that has a cache.
     """
 
@@ -59,6 +61,7 @@ class Summary:
     phase_ms: Sequence[Mapping[str, float]]
     checkpoint: str | None
     transport: str = ""
+    hidden_share: Sequence[float | None] = ()
     caches: Mapping[str, CacheCounts] = field(default_factory=dict)
 
     @property
@@ -122,6 +125,7 @@ class Summary:
                 "throughput, mean": f"{format_count(pace.samples_per_s_mean)} samples/s",
                 "step p50 / p90": f"{pace.step_ms_p50:.2f} / {pace.step_ms_p90:.2f} ms",
                 **self._phase_rows(),
+                **self._hidden_rows(),
                 "waiting for data": f"{pace.wait_share:.1%} of the time",
                 "wire per step": f"{format_bytes(wire.total)}, all ranks: {kinds}"}
 
@@ -133,6 +137,11 @@ class Summary:
         mean = {phase: sum(rank[phase] for rank in timed) / len(timed) for phase in PHASES}
         return {"step by phase": ", ".join(f"{phase} {ms:.2f}" for phase, ms in mean.items()
                                            if ms >= _SHOWN_MS) + " ms"}
+
+    def _hidden_rows(self) -> Mapping[str, str]:
+        shares = [share for share in self.hidden_share if share is not None]
+        return {"exchange hidden": f"{sum(shares) / len(shares):.1%} of its time, mean over "
+                                   "ranks"} if shares else {}
 
     def _memory_rows(self) -> Mapping[str, str]:
         rows = {}

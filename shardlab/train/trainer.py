@@ -22,6 +22,7 @@ from shardlab.comm.collectives import all_reduce_, gather_objects_json
 from shardlab.comm.groups import Groups
 from shardlab.errors import CheckpointError
 from shardlab.sharded import prefetching
+from shardlab.sharded.trace import Trace, chrome_trace
 from shardlab.storage_bytes import TierBytes
 from shardlab.train.cache_meter import CacheCounts, as_record, total_of
 from shardlab.train.checkpoint import load, prune, save
@@ -99,6 +100,8 @@ class Trainer:
         self._sent = SentBytes()
         self._skipped = 0
         self._caches: dict[str, CacheCounts] = {}
+        if self.options.trace is not None:
+            self.model.clock.trace = Trace(self.options.trace)
         if self.options.time_phases:
             self.model.clock.time_device()
         self._validation: BinaryMetrics | None = None
@@ -164,7 +167,9 @@ class Trainer:
         self.model.train()
         self._log.restart()
         reader = reader_from(self.train_reader, self._at.data)
-        for batch in prefetching(reader, self.model, lambda batch: batch.sparse):
+        moved = (batch.to(self.groups.device) for batch in reader)
+        for batch in prefetching(moved, self.model, lambda batch: batch.sparse,
+                                 depth=self.options.depth, staleness=self.options.staleness):
             self._train(batch)
             self._after_step()
             if self._done():
@@ -176,7 +181,6 @@ class Trainer:
 
     def _train(self, batch: Batch) -> None:
         self._log.got_batch()
-        batch = batch.to(self.groups.device)
         begin = self.train_reader.start if self._at.data is None else self._at.data
         rows = batch.position - begin  # of all ranks; a bad row that a reader skipped adds no loss
         logits, loss = self._step.train(batch, rows)
@@ -277,7 +281,9 @@ class Trainer:
     def _summarise(self, resumed_at: int) -> Summary:
         steps = self._at.step - resumed_at
         ranks = gather_objects_json(
-            {"tables": asdict(model_tier_bytes(self.model)), "rss": peak_rss_bytes(),
+            {"hidden": self.model.clock.hidden_share(),
+             "trace": [] if self.model.clock.trace is None else self.model.clock.trace.boxes(),
+             "tables": asdict(model_tier_bytes(self.model)), "rss": peak_rss_bytes(),
              "phase_ms": self.model.clock.median_ms()}, self.groups)
         summary = Summary(
             run=str(self.run_folder.path), steps=self._at.step, epochs=self._at.epoch,
@@ -288,7 +294,9 @@ class Trainer:
             peak_rss_bytes=[rank["rss"] for rank in ranks],
             phase_ms=[rank["phase_ms"] for rank in ranks], caches=self._caches,
             checkpoint=None if self._checkpoint is None else str(self._checkpoint),
-            transport=self.groups.transport)
+            transport=self.groups.transport, hidden_share=[rank["hidden"] for rank in ranks])
+        if self._first and self.options.trace is not None:
+            self.run_folder.write_trace(chrome_trace([rank["trace"] for rank in ranks]))
         if self._first:
             self.run_folder.write_summary(summary.to_dict())
         return summary

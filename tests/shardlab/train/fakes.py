@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from shardlab.comm import Groups
 from shardlab.comm.collectives import WireBytes
 from shardlab.data.batch import Batch
 from shardlab.jagged import KeyedJaggedTensor
@@ -68,8 +69,13 @@ class FakeCollection:
         """No table has a cache."""
         return {}
 
-    def prefetch(self, features: object) -> None:
+    on_disk = False
+
+    def prefetch(self, features: object, staleness: int = 0) -> None:
         """Nothing lies on a disk."""
+
+    def forget_announced(self) -> None:
+        """Nothing was announced."""
 
     def chunks(self, max_bytes: int = 64 << 20) -> Iterator[TableChunk]:
         for name, shards in self.held.items():
@@ -107,6 +113,7 @@ class FakeModel(nn.Module):
 
     def __init__(self, collection: FakeCollection, num_dense: int = 3) -> None:
         super().__init__()
+        self.groups = Groups()
         self.linear = nn.Linear(num_dense, 1)
         self.dropout = nn.Dropout(0.2)
         self._collection = collection

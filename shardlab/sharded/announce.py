@@ -1,0 +1,136 @@
+"""Batches that were announced, and lookups whose updates are still to come.
+
+What decides is the order of calls in the program, never time: which rows of a batch travel early
+follows from the batches that were open when it was announced. All ranks run the same program, so
+they decide alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+from shardlab.comm import Groups
+from shardlab.sharded.clock import PhaseClock
+from shardlab.sharded.exchange import Exchange, Lookup
+from shardlab.sharded.inputs import Batch, InputReader
+
+
+@dataclass(eq=False)
+class Announced:
+    """A batch that comes.
+
+    Attributes:
+        features: the object that the model will pass.
+        serial: its number.
+        knows: numbers of the batches whose updates it allows for.
+        found: the batch and its lookup, once the ranks have exchanged them.
+        stale: its rows may lack the last update.
+        outdated: an update came that it does not allow for; its rows are read anew.
+    """
+
+    features: Any
+    serial: int
+    knows: frozenset[int]
+    found: Future[tuple[Batch, Lookup | None]]
+    stale: bool = False
+    outdated: bool = False
+
+
+@dataclass
+class Announcements:
+    """The open batches of one collection.
+
+    Attributes:
+        exchange: of the collection.
+        reader: of its features.
+        groups: the ranks.
+        clock: is told what the other thread did.
+    """
+
+    exchange: Exchange
+    reader: InputReader
+    groups: Groups
+    clock: PhaseClock
+    _coming: list[Announced] = field(default_factory=list)
+    _open: dict[int, Lookup] = field(default_factory=dict)
+    _due: set[int] = field(default_factory=set)
+    _serial: int = 0
+
+    def announce(self, features: Any, stale: bool) -> None:
+        """Starts to exchange a batch's ids and early rows; every rank calls it."""
+        earlier = list(self._coming)
+        opened = dict(self._open)
+        knows = frozenset(opened) | {one.serial for one in earlier}
+
+        def look() -> tuple[Batch, Lookup | None]:
+            ahead = self.clock.other_thread()
+            batch = self.reader.read(features)
+            lookups = [*opened.values(), *(lookup for _, lookup in
+                                           (one.found.result() for one in earlier) if lookup)]
+            return batch, self.exchange.look_ahead(batch, None if stale else lookups, ahead.lap)
+
+        self._serial += 1
+        self._coming.append(Announced(features, self._serial, knows, self._run(look), stale))
+
+    def _run(self, job: Callable[[], Any]) -> Future[Any]:
+        if self.groups.worker is not None:
+            return self.groups.worker.submit(job)
+        future: Future[Any] = Future()
+        future.set_result(job())
+        return future
+
+    def take(self, features: Any) -> tuple[int, Batch, Lookup | None]:
+        """A batch's number, the batch, and what is known of its lookup; waits for that."""
+        known = next((one for one in self._coming if one.features is features), None)
+        if known is None:
+            self._serial += 1
+            return self._serial, self.reader.read(features), None
+        self._coming.remove(known)
+        with self.clock.waiting():
+            batch, lookup = known.found.result()
+        if lookup is not None and lookup.sent is not None:
+            self.exchange.wire += lookup.sent
+        if known.outdated and lookup is not None:
+            lookup = Lookup(lookup.outgoing, lookup.incoming)
+        return known.serial, batch, lookup
+
+    def opened(self, serial: int, lookup: Lookup) -> None:
+        """This batch was looked up, and an update of its rows may follow."""
+        self._open[serial] = lookup
+
+    def due(self, serial: int) -> None:
+        """This batch's gradients are there."""
+        self._due.add(serial)
+
+    def before_update(self) -> None:
+        """The rows of all due batches are about to change."""
+        for one in self._coming:
+            if one.stale:
+                one.found.result()  # its rows are those before this update, on every rank
+            elif not self._due <= one.knows:
+                one.outdated = True
+        self.forget_gradients()
+
+    def forget_gradients(self) -> None:
+        """No update of an open batch will follow."""
+        self._open.clear()
+        self._due.clear()
+
+    def rows_changed(self) -> None:
+        """Rows changed other than by an update: a checkpoint was loaded, or caches were emptied."""
+        self.settle()
+        for one in self._coming:
+            one.outdated = True
+
+    def settle(self) -> None:
+        """Waits until the other thread has done all that was announced."""
+        for one in self._coming:
+            one.found.exception()
+
+    def forget(self) -> None:
+        """Drops announced batches that will not be looked up."""
+        self.settle()
+        self._coming.clear()

@@ -1,0 +1,206 @@
+"""Batches exchanged ahead of their turn: the same bits as without, and staleness as promised."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+import shardlab as sl
+from shardlab.errors import BoundsError, ConfigError
+from shardlab.plan import ShardingPlan
+from shardlab.specs import EmbeddingBagConfig, ExchangeKind, PoolingType, ShardingType
+from tests.harness import run_ranks
+from tests.oracle import PlainOptimizer
+from tests.sharded_runs import (
+    Job,
+    build_features,
+    loss_of,
+    random_steps,
+    random_weights,
+    sharded_model,
+    table_plan,
+)
+
+#: Table: sharding type, exchange, storage. Ids are few, so that batches share many rows.
+_TABLES = [
+    ("row", ShardingType.ROW_WISE, ExchangeKind.ROWS, "fp32"),
+    ("table", ShardingType.TABLE_WISE, ExchangeKind.ROWS, "int8"),
+    ("column", ShardingType.COLUMN_WISE, ExchangeKind.ROWS, "fp16"),
+    ("every", ShardingType.DATA_PARALLEL, ExchangeKind.ROWS, "fp32"),
+    ("bags", ShardingType.ROW_WISE, ExchangeKind.POOLED, "fp32"),
+    ("cached", ShardingType.ROW_WISE, ExchangeKind.ROWS,
+     {"levels": [{"fraction": 0.2}, {"dtype": "int8"}]}),
+]
+
+
+def _job(world, names, steps=7, optimizer="row_wise_adagrad", rows=40, **options):
+    generator = torch.Generator().manual_seed(world)
+    chosen = [entry for entry in _TABLES if entry[0] in names]
+    tables = tuple(EmbeddingBagConfig(
+        rows + 10 * i, 4 + 4 * (i % 2), name, feature_names=(f"{name}_a", f"{name}_b"),
+        pooling=PoolingType.MEAN if i % 2 else PoolingType.SUM, storage=storage)
+        for i, (name, _, _, storage) in enumerate(chosen))
+    plan = ShardingPlan(world, tuple(
+        table_plan(table, kind, world, exchange=exchange, first=i)
+        for i, (table, (_, kind, exchange, _)) in enumerate(zip(tables, chosen, strict=True))))
+    sizes = [[(3 * step + rank) % 5 + (step == 1 and rank == 0) for rank in range(world)]
+             for step in range(steps)]
+    return Job(tables, plan, PlainOptimizer(optimizer, lr=0.1),
+               random_weights(tables, generator),
+               random_steps(tables, sizes, generator=generator), **options)
+
+
+def _train(groups, job, depth=0, staleness=0, every=1, extra=-1):
+    """Outputs and rows; an optimiser step ``every`` batches; ``extra`` trains one not announced."""
+    model, optimizer = sharded_model(groups, job)
+    outputs = []
+    batches = [(build_features(step.parts[groups.rank], job.features), step.targets[groups.rank],
+                step.samples) for step in job.steps]
+
+    def learn(features, target, samples):
+        pooled = model(features)
+        out = torch.cat([pooled[feature] for feature in job.features], dim=1)
+        (groups.world_size * loss_of(out, target, samples, job.linear)).backward()
+        outputs.append(out.detach().clone())
+
+    loader = sl.prefetching(iter(batches), model, lambda batch: batch[0], depth=depth,
+                            staleness=staleness)
+    for number, batch in enumerate(loader):
+        learn(*batch)
+        if number == extra:
+            step = job.steps[0]
+            learn(build_features(step.parts[groups.rank], job.features),
+                  step.targets[groups.rank], step.samples)
+        if (number + 1) % every == 0:
+            optimizer.step()
+            optimizer.zero_grad()
+    collection = model.collections()["ebc"]
+    wire = dataclasses.astuple(collection.wire)
+    rows = [(chunk.table, chunk.row_start, chunk.weights.clone(),
+             {name: state.clone() for name, state in chunk.state.items()})
+            for chunk in collection.chunks(1 << 20)]
+    return outputs, rows, wire
+
+
+def _assert_same(found, expected):
+    for (outputs, rows, _), (plain_outputs, plain_rows, _) in zip(found, expected, strict=True):
+        for number, (one, other) in enumerate(zip(outputs, plain_outputs, strict=True)):
+            assert torch.equal(one, other), f"output of batch {number}"
+        for (table, start, weights, state), (_, _, plain, plain_state) in zip(rows, plain_rows,
+                                                                             strict=True):
+            assert torch.equal(weights, plain), f"{table} from row {start}"
+            assert all(torch.equal(state[name], plain_state[name]) for name in state)
+
+
+ALL = tuple(name for name, *_ in _TABLES)
+
+
+@pytest.mark.parametrize("depth", [1, 3], ids="depth_{}".format)
+@pytest.mark.parametrize("names", [ALL, ("row",), ("bags",), ("table", "column")], ids="+".join)
+def test_training_ahead_gives_the_same_bits(names, depth):
+    job = _job(2, names)
+    _assert_same(run_ranks(2, _train, job, depth), run_ranks(2, _train, job))
+
+
+def test_four_ranks_give_the_same_bits():
+    job = _job(4, ALL)
+    _assert_same(run_ranks(4, _train, job, 2), run_ranks(4, _train, job))
+
+
+@pytest.mark.parametrize("depth", [1, 2], ids="depth_{}".format)
+def test_accumulated_gradients_give_the_same_bits(depth):
+    job = _job(2, ("row", "bags", "every"))
+    _assert_same(run_ranks(2, _train, job, depth, 0, 3), run_ranks(2, _train, job, 0, 0, 3))
+
+
+def test_update_by_a_batch_that_was_not_announced_is_seen():
+    job = _job(2, ("row", "bags"))
+    _assert_same(run_ranks(2, _train, job, 2, 0, 1, 3), run_ranks(2, _train, job, 0, 0, 1, 3))
+
+
+def test_rows_travel_once_and_one_bit_says_when():
+    job = _job(2, ("row",))
+    for (_, _, ahead), (_, _, plain) in zip(run_ranks(2, _train, job, 1),
+                                            run_ranks(2, _train, job), strict=True):
+        assert ahead[1:] == plain[1:]
+        assert plain[0] < ahead[0] <= plain[0] * 1.1
+
+
+def _lagging(groups, job):
+    """What staleness 1 means: every batch is read before the update of the one in front."""
+    model, optimizer = sharded_model(groups, job)
+    outputs = []
+    for step, behind in zip(job.steps, [*job.steps[1:], None], strict=True):
+        features = build_features(step.parts[groups.rank], job.features)
+        pooled = model(features)
+        out = torch.cat([pooled[feature] for feature in job.features], dim=1)
+        if not outputs:
+            outputs.append(out.detach().clone())
+        (groups.world_size * loss_of(out, step.targets[groups.rank], step.samples,
+                                     linear=True)).backward()
+        if behind is not None:
+            with torch.no_grad():
+                seen = model(build_features(behind.parts[groups.rank], job.features))
+            outputs.append(torch.cat([seen[feature] for feature in job.features], dim=1))
+        optimizer.step()
+        optimizer.zero_grad()
+    return outputs
+
+
+def test_stale_rows_lack_exactly_the_last_update():
+    job = _job(2, ("row", "bags", "every"), linear=True, optimizer="sgd")
+    for (outputs, _, _), expected in zip(run_ranks(2, _train, job, 1, 1),
+                                         run_ranks(2, _lagging, job), strict=True):
+        for number, (one, other) in enumerate(zip(outputs, expected, strict=True)):
+            assert torch.equal(one, other), f"output of batch {number}"
+
+
+def test_stale_training_repeats_bit_by_bit():
+    job = _job(2, ALL)
+    _assert_same(run_ranks(2, _train, job, 1, 1), run_ranks(2, _train, job, 1, 1))
+
+
+def _stop_early(groups, job):
+    """Leaves the loop with batches announced, and goes on without."""
+    model, _ = sharded_model(groups, job)
+    batches = [build_features(step.parts[groups.rank], job.features) for step in job.steps]
+    for _ in sl.prefetching(iter(batches), model, depth=2):
+        break
+    with torch.no_grad():
+        return [model(batch).values() for batch in batches]
+
+
+def test_announced_batches_may_be_left():
+    job = _job(2, ALL)
+    assert len(run_ranks(2, _stop_early, job)[0]) == len(job.steps)
+
+
+def _bad_id(groups, job):
+    batches = [build_features(step.parts[groups.rank], job.features) for step in job.steps[:3]]
+    model, _ = sharded_model(groups, job)
+    batches[2].values()[0] = 10_000
+    seen = 0
+    try:
+        for batch in sl.prefetching(iter(batches), model):
+            model(batch)
+            seen += 1
+    except BoundsError as error:
+        return seen, str(error)
+    return seen, ""
+
+
+def test_bad_id_of_a_batch_that_comes_is_named_at_its_turn():
+    for rank, (seen, message) in enumerate(run_ranks(2, _bad_id, _job(2, ("row",), steps=3))):
+        assert seen == 2
+        assert f"rank {rank}" in message
+        assert "10000" in message
+
+
+@pytest.mark.parametrize(("depth", "staleness", "text"), [
+    (-1, 0, "found depth -1 and staleness 0"), (1, 2, "found depth 1 and staleness 2"),
+    (2, 1, "a depth of 1, found 2"), (0, 1, "a depth of 1, found 0")])
+def test_depth_and_staleness_that_do_not_go_together_are_refused(depth, staleness, text):
+    with pytest.raises(ConfigError, match=text):
+        next(sl.prefetching([], None, depth=depth, staleness=staleness))
