@@ -75,6 +75,14 @@ void bind_ids(nb::module_& m) {
     nb::gil_scoped_release release;
     mark_members(at<int64_t>(keys), num_keys, at<int64_t>(members), num_members, at<bool>(found));
   });
+  m.def("pack_bytes", [](Address ids, Address pieces, int64_t num_pieces, Address out) {
+    nb::gil_scoped_release release;
+    pack_bytes(at<int64_t>(ids), at<int64_t>(pieces), num_pieces, at<char>(out));
+  });
+  m.def("unpack_bytes", [](Address source, Address pieces, int64_t num_pieces, Address out) {
+    nb::gil_scoped_release release;
+    unpack_bytes(at<char>(source), at<int64_t>(pieces), num_pieces, at<int64_t>(out));
+  });
   m.def("fill_affine", [](Address pieces, int64_t num_pieces, Address out) {
     nb::gil_scoped_release release;
     fill_affine(at<int64_t>(pieces), num_pieces, at<int64_t>(out));

@@ -9,6 +9,7 @@
 #include <bit>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 #include <vector>
 
 namespace shardlab {
@@ -277,6 +278,59 @@ void pack_ids(const int64_t* ids, const int64_t* pieces, int64_t num_pieces, Id*
 }
 template void pack_ids<int32_t>(const int64_t*, const int64_t*, int64_t, int32_t*);
 template void pack_ids<int64_t>(const int64_t*, const int64_t*, int64_t, int64_t*);
+
+namespace {
+// Little-endian, as the processors that this is built for.
+template <int kWidth>
+void pack_piece(const int64_t* ids, int64_t count, int64_t subtract, char* out) {
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t row = ids[i] - subtract;
+    std::memcpy(out + i * kWidth, &row, kWidth);
+  }
+}
+
+template <int kWidth>
+void unpack_piece(const char* source, int64_t count, int64_t* out) {
+  for (int64_t i = 0; i < count; ++i) {
+    int64_t row = 0;
+    std::memcpy(&row, source + i * kWidth, kWidth);
+    out[i] = row;
+  }
+}
+
+// Calls body with a width known at compile time: an id is then a move or two.
+template <class Body>
+void with_width(int64_t width, const Body& body) {
+  switch (width) {
+    case 1: return body(std::integral_constant<int, 1>{});
+    case 2: return body(std::integral_constant<int, 2>{});
+    case 3: return body(std::integral_constant<int, 3>{});
+    case 4: return body(std::integral_constant<int, 4>{});
+    case 5: return body(std::integral_constant<int, 5>{});
+    case 6: return body(std::integral_constant<int, 6>{});
+    case 7: return body(std::integral_constant<int, 7>{});
+    default: return body(std::integral_constant<int, 8>{});
+  }
+}
+}  // namespace
+
+void pack_bytes(const int64_t* ids, const int64_t* pieces, int64_t num_pieces, char* out) {
+  for (int64_t k = 0; k < num_pieces; ++k) {
+    const int64_t* piece = pieces + 5 * k;
+    with_width(piece[4], [&](auto width) {
+      pack_piece<width()>(ids + piece[0], piece[1], piece[2], out + piece[3]);
+    });
+  }
+}
+
+void unpack_bytes(const char* source, const int64_t* pieces, int64_t num_pieces, int64_t* out) {
+  for (int64_t k = 0; k < num_pieces; ++k) {
+    const int64_t* piece = pieces + 4 * k;
+    with_width(piece[2], [&](auto width) {
+      unpack_piece<width()>(source + piece[0], piece[1], out + piece[3]);
+    });
+  }
+}
 
 void fill_affine(const int64_t* pieces, int64_t num_pieces, int64_t* out) {
   for (int64_t k = 0; k < num_pieces; ++k) {

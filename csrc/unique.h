@@ -48,6 +48,11 @@ void split_sorted(const int64_t* ids, const int64_t* splits, const int64_t* quer
 template <class Id>
 void pack_ids(const int64_t* ids, const int64_t* pieces, int64_t num_pieces, Id* out);
 
+// The same with every id in piece[4] bytes, from byte piece[3] of `out` on; and back, for pieces
+// {first byte, count, bytes of an id, out_start}.
+void pack_bytes(const int64_t* ids, const int64_t* pieces, int64_t num_pieces, char* out);
+void unpack_bytes(const char* source, const int64_t* pieces, int64_t num_pieces, int64_t* out);
+
 // out[start + i] = base + i * step for pieces {start, count, base, step}.
 void fill_affine(const int64_t* pieces, int64_t num_pieces, int64_t* out);
 

@@ -25,6 +25,8 @@ OPS: dict[str, tuple[str, ...]] = {
     "route_bags": ("native",),
     "split_sorted": ("native",),
     "pack_ids": ("native",),
+    "pack_bytes": ("native",),
+    "unpack_bytes": ("native",),
     "fill_affine": ("native",),
     "mark_members": ("native",),
     "init_uniform": ("native",),
