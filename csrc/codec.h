@@ -50,6 +50,9 @@ inline Vec decode_fp8(Bytes codes) {
   return decode_fp16((wide & 0x7f) << 7 | (wide & 0x80) << 8);
 }
 
+// e5m2 is the upper half of fp16.
+inline Vec decode_fp8_e5m2(Bytes codes) { return decode_fp16(widen(codes) << 8); }
+
 inline Vec decode_int8(Bytes codes) {
   return __builtin_convertvector(widen_signed(codes), Vec);
 }
@@ -103,6 +106,18 @@ struct ByteReader {
   }
 };
 
+struct E5m2Reader {
+  typedef ByteReader<true>::Row Row;
+  static constexpr Codec kCodec = Codec::kFp8E5m2;
+  static Row open(const char* record, int64_t columns) {
+    return {record, decode_scale((uint8_t)record[columns])};
+  }
+  static Vec load(Row row, int64_t c) { return load_part(row, c, kLanes); }
+  static Vec load_part(Row row, int64_t c, int64_t n) {
+    return decode_fp8_e5m2(load_bytes(row.codes + c, n)) * row.scale;
+  }
+};
+
 struct Int4Reader {
   struct Row {
     const char* codes;
@@ -134,6 +149,7 @@ inline void with_reader(Codec codec, const Body& body) {
     case Codec::kFp8: return body(ByteReader<false>{});
     case Codec::kInt8: return body(ByteReader<true>{});
     case Codec::kInt4: return body(Int4Reader{});
+    case Codec::kFp8E5m2: return body(E5m2Reader{});
   }
 }
 

@@ -58,6 +58,16 @@ struct Fp8 {
   }
 };
 
+struct E5m2 {
+  typedef E5m2Scale Kind;
+  static constexpr float kLargest = 57344.0f;
+  static int64_t code_bytes(int64_t columns) { return columns; }
+  template <bool kStochastic>
+  static void write(char* codes, int64_t c, int lanes, Vec v, float, float inverse, Bits random) {
+    store_bytes(codes + c, encode_fp8_e5m2<kStochastic>(v * inverse, random), lanes);
+  }
+};
+
 struct Int8 {
   typedef IntScale Kind;
   static constexpr int kLargest = 127;
@@ -148,6 +158,7 @@ extern const CodecOps codec_ops[kCodecs] = {
     {decode_batch<ByteReader<true>>,
      {encode_scaled_batch<false, Int8>, encode_scaled_batch<true, Int8>}},
     {decode_batch<Int4Reader>, {encode_scaled_batch<false, Int4>, encode_scaled_batch<true, Int4>}},
+    {decode_batch<E5m2Reader>, {encode_scaled_batch<false, E5m2>, encode_scaled_batch<true, E5m2>}},
 };
 
 namespace {

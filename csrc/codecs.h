@@ -13,6 +13,7 @@ inline int64_t payload_bytes(Codec codec, int64_t columns) {
     case Codec::kFp16:
     case Codec::kBf16: return 2 * columns;
     case Codec::kFp8:
+    case Codec::kFp8E5m2:
     case Codec::kInt8: return columns + 1;
     case Codec::kInt4: return (columns + 1) / 2 + 1;
   }

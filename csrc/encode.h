@@ -92,6 +92,12 @@ SHARDLAB_INLINE inline Bytes encode_fp8(Vec v, Bits random) {
   return narrow_to_bytes(code | (((Int)v >> 24) & 0x80));
 }
 
+template <bool kStochastic>
+SHARDLAB_INLINE inline Bytes encode_fp8_e5m2(Vec v, Bits random) {
+  const Int code = MiniFloat<2, 15, 0x47600000>::encode<kStochastic>(v, random);
+  return narrow_to_bytes(code | (((Int)v >> 24) & 0x80));
+}
+
 // round(v / scale), within +-kLargest. The nearest integer first; the remainder is exact, so that
 // v = q * scale never moves.
 template <bool kStochastic, int kLargest>
@@ -141,15 +147,19 @@ struct IntScale {
   }
 };
 
-struct Fp8Scale {
+// Of floats whose largest value is 1.75 * 2^kTop; above half of it comes kNext.
+template <int kTop, int kNext>
+struct FloatScale {
   static constexpr int kStep = 8;  // powers of two: an exponent more is exact
   static Int least(Vec amax, float) {
-    // The exponent of amax / 448, up where the fraction exceeds that of 448 = 1.75 * 2^8.
-    const Int exponent = (Int)(((Bits)amax + 0x1fffff) >> 23) - (127 + 8) + 26;
+    // The exponent of amax / largest, up where the fraction exceeds 1.75.
+    const Int exponent = (Int)(((Bits)amax + 0x1fffff) >> 23) - (127 + kTop) + 26;
     return smaller(larger(exponent, Int{}), Int{} + 31) << 3;
   }
-  static Vec next_step(Vec, Vec scale) { return scale * 240.0f; }
+  static Vec next_step(Vec, Vec scale) { return scale * (float)kNext; }
 };
+typedef FloatScale<8, 240> Fp8Scale;
+typedef FloatScale<15, 32768> E5m2Scale;
 
 template <bool kStochastic, class Kind>
 inline void choose_scales(const int32_t* amax_bits, float largest, const uint64_t* words,

@@ -13,8 +13,8 @@ struct Block {
   int64_t row_offset, row_bytes, state_offset, state_bytes, columns, rows;
 };
 
-enum class Codec : int64_t { kFp32, kFp16, kBf16, kFp8, kInt8, kInt4 };
-constexpr int64_t kCodecs = 6;
+enum class Codec : int64_t { kFp32, kFp16, kBf16, kFp8, kInt8, kInt4, kFp8E5m2 };
+constexpr int64_t kCodecs = 7;
 
 // How the rows of a block are held, beside its Block. States are fp32, fp16 or bf16. The state of
 // a row is `element_states` parts of `columns` elements, then `row_states` single elements. Random

@@ -228,6 +228,7 @@ void with_rows(const Arena& arena, int64_t b, const Updates& updates, int64_t en
     case Codec::kFp8: return run(ScaledRows<ByteReader<false>>(arena, b, updates, end));
     case Codec::kInt8: return run(ScaledRows<ByteReader<true>>(arena, b, updates, end));
     case Codec::kInt4: return run(ScaledRows<Int4Reader>(arena, b, updates, end));
+    case Codec::kFp8E5m2: return run(ScaledRows<E5m2Reader>(arena, b, updates, end));
   }
 }
 

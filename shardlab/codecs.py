@@ -1,8 +1,8 @@
 """What a row's dtype is: its codes, its scale, how it is rounded, and where random bits come from.
 
-Codecs: fp32, fp16, bf16, fp8 (e4m3), int8, int4. The last three keep one scale a row: a byte with 5
-bits of exponent and 3 of mantissa, behind the codes. A row's value is code * scale; int4 packs two
-columns in a byte, the first in the low half. Formats and proofs: docs/precision.md.
+Codecs: fp32, fp16, bf16, fp8 (e4m3), int8, int4, fp8_e5m2. The last four keep one scale a row: a
+byte with 5 bits of exponent and 3 of mantissa, behind the codes. A row's value is code * scale;
+int4 packs two columns in a byte, the first in the low half. Formats and proofs: docs/precision.md.
 
 This is the plain-torch arithmetic that judges the native and Triton faces of `shardlab.ops.codecs`;
 they give the same bits. Sources: stochastic rounding as in "Training with Low-Precision Embedding
@@ -20,7 +20,7 @@ from torch import Tensor
 from shardlab.storage_bytes import payload_bytes
 
 #: Codec -> its number in the kernels.
-CODECS = {"fp32": 0, "fp16": 1, "bf16": 2, "fp8": 3, "int8": 4, "int4": 5}
+CODECS = {"fp32": 0, "fp16": 1, "bf16": 2, "fp8": 3, "int8": 4, "int4": 5, "fp8_e5m2": 6}
 
 _WORD, _HALF = 1 << 64, 1 << 32
 _LOW_HALF = _HALF - 1
@@ -31,9 +31,12 @@ _MAGNITUDE = 0x7FFFFFFF
 #: scale: it marks a row that holds a NaN, has codes of zero, and decodes to a row of NaN.
 SCALE_SHIFT, SCALE_BIAS, TOP_SCALE, NAN_SCALE = 20, 101 << 23, 254, 255
 #: Largest code of the scaled codecs.
-LARGEST = {"fp8": 448.0, "int8": 127.0, "int4": 7.0}
+LARGEST = {"fp8": 448.0, "int8": 127.0, "int4": 7.0, "fp8_e5m2": 57344.0}
 #: Codec -> (mantissa bits, exponent bias, fp32 bits of the largest finite value).
-MINI_FLOATS = {"fp16": (10, 15, 0x477FE000), "fp8": (3, 7, 0x43E00000)}
+MINI_FLOATS = {"fp16": (10, 15, 0x477FE000), "fp8": (3, 7, 0x43E00000),
+               "fp8_e5m2": (2, 15, 0x47600000)}
+#: Codecs whose codes are floats -> what follows, in their scale, upon half of their largest value.
+FLOAT_CODES = {"fp8": 240.0, "fp8_e5m2": 32768.0}
 
 #: Random counters of a row: its columns, then part p of its state from (p + 1) << 28 on, and its
 #: scale's.
@@ -189,8 +192,8 @@ def _scaled_records(values: Tensor, codec: str, random: Tensor | None,
     scale = decode_scales(code)[:, None]
     has_nan = amax > _INF
     inverse = 1.0 / scale
-    if codec == "fp8":
-        codes = _mini_codes(values * inverse, "fp8", random) | (_bits(values) >> 24) & 0x80
+    if codec in FLOAT_CODES:
+        codes = _mini_codes(values * inverse, codec, random) | (_bits(values) >> 24) & 0x80
     else:
         codes = _quantised(values, scale, inverse, LARGEST[codec], random)
     codes = torch.where(has_nan[:, None], 0, codes & 0xFF)
@@ -230,13 +233,14 @@ def _choose_scales(values: Tensor, amax_bits: Tensor, codec: str,
     or s, and those values are stretched up to that step: with such odds that the mean stays. A row
     then encodes to itself ever after.
     """
-    largest, step = LARGEST[codec], 8 if codec == "fp8" else 1
+    largest, step = LARGEST[codec], 8 if codec in FLOAT_CODES else 1
     amax = _float(amax_bits)
     code = _least_scales(amax, amax_bits, codec)
     below = (code - step).clamp(min=0)
     scale = decode_scales(code)
     low = decode_scales(below) * largest
-    high = scale * 240.0 if codec == "fp8" else ((low / scale).long().float() + 1.0) * scale
+    high = scale * FLOAT_CODES[codec] if codec in FLOAT_CODES else \
+        ((low / scale).long().float() + 1.0) * scale
     between = (code > below) & (amax > low) & (amax < high)
     share = (amax - low) / (high - low)
     up = share >= 0.5 if odds is None else odds < share
@@ -254,8 +258,9 @@ def _choose_scales(values: Tensor, amax_bits: Tensor, codec: str,
 
 def _least_scales(amax: Tensor, amax_bits: Tensor, codec: str) -> Tensor:
     """The least scale whose largest value reaches amax, or the largest scale."""
-    if codec == "fp8":  # powers of two; up where the fraction exceeds that of 448 = 1.75 * 2^8
-        exponent = ((amax_bits + 0x1FFFFF) >> 23) - (127 + 8) + 26
+    if codec in FLOAT_CODES:  # powers of two; up where the fraction exceeds the largest's, 1.75
+        top = 8 if codec == "fp8" else 15
+        exponent = ((amax_bits + 0x1FFFFF) >> 23) - (127 + top) + 26
         return exponent.clamp(0, 31) << 3
     largest = LARGEST[codec]
     wanted = _bits(amax * (torch.ones_like(amax) / largest))
@@ -282,6 +287,9 @@ def decode(records: Tensor, codec: str, columns: int) -> Tensor:
     codes = records[:, :-1]
     if codec == "int8":
         return codes.view(torch.int8).float() * scale
+    if codec == "fp8_e5m2":  # the upper half of fp16
+        return _two_bytes(codes.long() << 8).view(-1).view(torch.float16).view(rows, -1) \
+            .float() * scale
     if codec == "fp8":
         codes = codes.long()
         wide = (codes & 0x7F) << 7 | (codes & 0x80) << 8  # fp16 with another bias: 2^8 too small

@@ -27,7 +27,7 @@ class Tier(str, Enum):
 #: is measured in percent of a row of 16 elements.
 DTYPES: dict[str, tuple[int, int]] = {
     "fp32": (32, 0), "fp16": (16, 0), "bf16": (16, 0), "fp8": (8, 1), "int8": (8, 1),
-    "int4": (4, 1)}
+    "int4": (4, 1), "fp8_e5m2": (8, 1)}
 STATE_DTYPES = ("fp32", "fp16", "bf16")
 POLICIES = ("lfu", "lru")
 ADMISSIONS = ("always", "frequency")

@@ -15,7 +15,7 @@ from shardlab import codecs
 from shardlab.codecs import CODECS
 from shardlab.ops.codecs import Rounding
 
-FP32, FP16, BF16, FP8, INT8, INT4 = (tl.constexpr(number) for number in CODECS.values())
+FP32, FP16, BF16, FP8, INT8, INT4, E5M2 = (tl.constexpr(number) for number in CODECS.values())
 PART_SIZE = tl.constexpr(1 << codecs.PART_BITS)
 _SCALE_COUNTER = tl.constexpr(codecs.SCALE_COUNTER)
 _SCALE_SHIFT = tl.constexpr(codecs.SCALE_SHIFT)
@@ -27,6 +27,9 @@ _INF = tl.constexpr(0x7F800000)
 _MAGNITUDE = tl.constexpr(0x7FFFFFFF)
 _FP16_MAX = tl.constexpr(codecs.MINI_FLOATS["fp16"][2])
 _FP8_MAX = tl.constexpr(codecs.MINI_FLOATS["fp8"][2])
+_E5M2_MAX = tl.constexpr(codecs.MINI_FLOATS["fp8_e5m2"][2])
+_FP8_NEXT = tl.constexpr(codecs.FLOAT_CODES["fp8"])
+_E5M2_NEXT = tl.constexpr(codecs.FLOAT_CODES["fp8_e5m2"])
 _BF16_MAX = tl.constexpr(0x7F7F0000)
 _ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it to fp32 leaves integers
 
@@ -140,6 +143,9 @@ def load_rows(record, columns, c, inside, CODEC: tl.constexpr):
         at = c // 2
     scale = decode_scale(tl.load(record + last, mask=live, other=0).to(tl.int32))
     codes = tl.load(record[:, None] + at, mask=inside, other=0).to(tl.int32)
+    if CODEC == E5M2:  # the upper half of fp16
+        values = (codes << 8).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        return values * scale[:, None]
     if CODEC == FP8:
         # As fp16, whose exponent has another bias: 2^8 too small.
         wide = ((codes & 0x7F) << 7) | ((codes & 0x80) << 8)
@@ -165,10 +171,11 @@ def _choose_scales(values, amax_bits, low_word, high_word, CODEC: tl.constexpr,
                    STOCHASTIC: tl.constexpr):
     """(scale codes int32 [R], values to encode in them); see `shardlab.codecs._choose_scales`."""
     amax = amax_bits.to(tl.float32, bitcast=True)
-    if CODEC == FP8:
+    if (CODEC == FP8) | (CODEC == E5M2):
         STEP: tl.constexpr = 8
-        LARGEST: tl.constexpr = 448.0
-        exponent = ((amax_bits.to(tl.int64) + 0x1FFFFF) >> 23).to(tl.int32) - (127 + 8) + 26
+        LARGEST: tl.constexpr = 448.0 if CODEC == FP8 else 57344.0
+        TOP: tl.constexpr = 8 if CODEC == FP8 else 15
+        exponent = ((amax_bits.to(tl.int64) + 0x1FFFFF) >> 23).to(tl.int32) - (127 + TOP) + 26
         code = tl.minimum(tl.maximum(exponent, 0), 31) << 3
     else:
         STEP: tl.constexpr = 1
@@ -182,7 +189,9 @@ def _choose_scales(values, amax_bits, low_word, high_word, CODEC: tl.constexpr,
     scale = _scale_float(code)
     low = _scale_float(below) * LARGEST
     if CODEC == FP8:
-        high = scale * 240.0
+        high = scale * _FP8_NEXT
+    elif CODEC == E5M2:
+        high = scale * _E5M2_NEXT
     else:
         high = (tl.div_rn(low, scale).to(tl.int32).to(tl.float32) + 1.0) * scale
     between = (code > below) & (amax > low) & (amax < high)
@@ -233,6 +242,10 @@ def store_rows(record, values, columns, c, inside, low_word, high_word, first,
         if CODEC == FP8:
             codes = _mini_codes(values * _inverse(scale), random, 3, 7,
                                 _FP8_MAX, STOCHASTIC)
+            codes |= (_bits(values) >> 24) & 0x80
+        elif CODEC == E5M2:
+            codes = _mini_codes(values * _inverse(scale), random, 2, 15,
+                                _E5M2_MAX, STOCHASTIC)
             codes |= (_bits(values) >> 24) & 0x80
         elif CODEC == INT8:
             codes = _quantised(values, scale, 127.0, random, STOCHASTIC) & 0xFF

@@ -135,7 +135,7 @@ def test_small_steps_arrive_on_the_mean(codec):
     start[:, 0] = 1.0  # the largest, which sets the scale
     width, steps = payload_bytes(codec, dim), 100
     step = {"fp32": 1e-4, "fp16": 2.0**-11, "bf16": 2.0**-8, "fp8": 2.0**-4, "int8": 1 / 127,
-            "int4": 1 / 7}[codec] / 100
+            "int4": 1 / 7, "fp8_e5m2": 2.0**-3}[codec] / 100
     arena = encode(start, codec, row_words(1, torch.arange(rows))).view(-1).clone()
     begin = decode(arena.view(rows, width), codec, dim).double().mean(0)
     blocks = Blocks.build(torch.tensor([(0, width, 0, 0, dim, rows)]), [Encoding(codec)])
