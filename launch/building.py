@@ -53,7 +53,10 @@ def build_train_options(job: JobConfig) -> TrainOptions:
     return TrainOptions(
         epochs=train.epochs, max_steps=train.max_steps, log_every=train.log_every,
         validate_every=train.validate_every, checkpoint_every=train.checkpoint_every,
-        checkpoint_keep=train.checkpoint_keep, dense_dtype=job.dense_dtype,
+        checkpoint_keep=train.checkpoint_keep,
+        checkpoint_background=train.checkpoint_background,
+        checkpoint_incremental=train.checkpoint_incremental,
+        checkpoint_full_every=train.checkpoint_full_every, dense_dtype=job.dense_dtype,
         tensorboard=train.tensorboard, time_phases=train.time_phases, seed=train.seed,
         depth=job.exchange.depth, staleness=job.exchange.staleness, trace=train.trace)
 

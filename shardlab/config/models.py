@@ -293,6 +293,13 @@ class TrainConfig(Section):
     checkpoint_every: Count | None = Field(
         default=None, description="steps between two checkpoints; absent: only at the end")
     checkpoint_keep: Count = Field(default=2, description="newest checkpoints that are kept")
+    checkpoint_background: bool = Field(
+        default=True, description="train on while a checkpoint is written")
+    checkpoint_incremental: bool = Field(
+        default=False,
+        description="save only the rows that changed since the last full checkpoint")
+    checkpoint_full_every: Count = Field(
+        default=8, description="then, how many checkpoints there are to a full one")
     ssd_dir: Name | None = Field(
         default=None, description="folder on a disk for tables with a level on ssd; every rank "
         "makes one of its own in it; absent: no table may have one")

@@ -25,8 +25,9 @@ from shardlab.sharded.gradients import MergedRows, PendingGradients, RowUpdater
 from shardlab.sharded.inputs import Batch, InputReader
 from shardlab.sharded.layout import compile_layout
 from shardlab.sharded.pruning import PruningCouncil
+from shardlab.sharded.row_watch import ChangedRows, Snapshot
 from shardlab.specs import EmbeddingBagConfig, check_tables
-from shardlab.storage import StorageOptions, TableChunk, build_storage
+from shardlab.storage import RowReads, StorageOptions, TableChunk, build_storage
 from shardlab.storage_bytes import TierBytes
 from shardlab.storage_specs import Tier, has_cache, home_tier
 
@@ -213,6 +214,38 @@ class ShardedEmbeddingBagCollection(nn.Module):
         """Streams this rank's rows and their optimiser state."""
         self.announcements.settle()
         return self.storage.chunks(max_bytes)
+
+    def snapshot(self, changed: ChangedRows | None, buffer_bytes: int) -> Snapshot | None:
+        """This rank's rows at this moment, to be written while training goes on.
+
+        Args:
+            changed: hold only these rows; None: all.
+            buffer_bytes: of rows that steps change before they are written.
+
+        Returns:
+            None where the storage cannot be read while it trains: use `chunks` then.
+        """
+        if not isinstance(self.storage, RowReads):
+            return None
+        self.announcements.settle()
+        self.storage.flush()
+        taken = Snapshot(self.storage, self.storage.shards, changed and changed.marks,
+                         buffer_bytes)
+        self.updater.watches.append(taken)
+        return taken
+
+    def drop_snapshot(self, snapshot: Snapshot) -> None:
+        """Ends a snapshot, whether it was written or not."""
+        self.updater.watches.remove(snapshot)
+        snapshot.close()
+
+    def watch_changes(self) -> ChangedRows | None:
+        """From now on, what rows steps change; None where the storage does not step rows."""
+        if not isinstance(self.storage, RowReads):
+            return None
+        changed = ChangedRows(self.storage.shards)
+        self.updater.watches.append(changed)
+        return changed
 
     def begin_load(self) -> None:
         """Call once before the first `load_chunk` of a checkpoint."""

@@ -14,6 +14,7 @@ from shardlab.sharded.cells import CellIndex
 from shardlab.sharded.layout import Layout, column
 from shardlab.sharded.messages import Incoming
 from shardlab.sharded.row_squares import RowSquares
+from shardlab.sharded.row_watch import ChangedRows, Snapshot
 from shardlab.sharded.shared_cores import SharedCores
 from shardlab.specs import BoundsMode
 from shardlab.storage import Storage
@@ -165,6 +166,8 @@ class RowUpdater:
         self.layout, self.storage, self.groups = layout, storage, groups
         self._squares = RowSquares(layout, groups, wire)
         self._shared = SharedCores(layout, groups)
+        #: Told which rows are about to change: what checkpoints need.
+        self.watches: list[ChangedRows | Snapshot] = []
         rows = [local.shard.rows for local in layout.local_shards]
         errors = [BOUNDS_CODE[BoundsMode.ERROR]] * len(rows)
         self._segments = Segments(column(rows), column(errors))
@@ -207,6 +210,8 @@ class RowUpdater:
                     summed.clamp_(-step.clip_value, step.clip_value)
                 partial[block] = summed.square().sum(1)
             squares = self._squares.complete(rows.uniques, partial)
+        for watch in self.watches:
+            watch.before_update(rows.uniques)
         self.storage.update(rows.uniques, rows.weights, rows.grads, step, squares)
         if self._shared.needed:
             self._shared.step(self.storage, step)  # type: ignore[arg-type]

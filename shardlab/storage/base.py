@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -176,3 +176,28 @@ class Storage(Protocol):
 
     def close(self) -> None:
         """Gives back what is not memory."""
+
+
+@runtime_checkable
+class RowReads(Protocol):
+    """What a storage may offer besides: rows that can be copied while it trains.
+
+    After `flush` the homes hold every row's value, and go on holding it until the row is stepped.
+    Storages without it are written before training goes on.
+    """
+
+    def flush(self) -> None:
+        """Writes everything that is cached to the homes."""
+
+    def row_elements(self, block: int) -> int:
+        """fp32 elements of a row and its state."""
+
+    def read_range(self, block: int, first: int, count: int) -> tuple[Tensor, Tensor]:
+        """Copies of fp32 weights [count, columns] and states [count, elements] of rows of a shard,
+        as its home holds them; any thread may call it."""
+
+    def read_rows(self, block: int, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """The same of single rows; int64, ascending, on CPU. For the training thread."""
+
+    def named_state(self, block: int, state: Tensor) -> dict[str, Tensor]:
+        """States [n, elements] by name, as chunks hold them."""

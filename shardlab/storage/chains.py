@@ -16,6 +16,7 @@ from shardlab.storage.base import LocalShard, StorageOptions
 from shardlab.storage.cache_level import CacheLevel
 from shardlab.storage.disk_home import DiskHome
 from shardlab.storage.levels import Clock, Home, Level, MemoryHome
+from shardlab.storage.shared_home import SharedHome
 from shardlab.storage_specs import LevelSpec, Tier, describe_storage
 from shardlab.tiers import Disk
 
@@ -64,11 +65,11 @@ def build_chains(shards: Sequence[LocalShard], options: StorageOptions, clock: C
     caches, below, disk_homes = [], [], []
     for tiers, blocks in groups.items():
         group = [shards[block] for block in blocks]
-        home: MemoryHome | DiskHome
+        home: Home
         if tiers[-1] is Tier.SSD:
             assert options.ssd_dir is not None
-            home = _disk_home(group, options, clock)
-            disk_homes.append(home)
+            disk_homes.append(_disk_home(group, options, clock))
+            home = SharedHome(disk_homes[-1])
         else:
             home = MemoryHome(build_arena([_home_spec(local) for local in group],
                                           options.optimizer, _device(tiers[-1], options)),

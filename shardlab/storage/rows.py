@@ -17,6 +17,7 @@ from shardlab.errors import CheckpointError
 from shardlab.ops.blocks import Blocks
 from shardlab.ops.cache import COUNTERS
 from shardlab.ops.init import init_uniform
+from shardlab.ops.records import Records
 from shardlab.ops.rows import (
     StepParameters,
     gather_rows,
@@ -323,6 +324,27 @@ class RowsStorage:
                 state[:, at] += value[source[0]] * share
                 at += 1
         home.write_range(number, inside.start, rows, state)
+
+    def row_elements(self, block: int) -> int:
+        """fp32 elements of a row and its state."""
+        columns = self.shards[block].shard.columns
+        return columns + self._state_elements(columns)
+
+    def read_range(self, block: int, first: int, count: int) -> tuple[Tensor, Tensor]:
+        """Copies of fp32 weights and states of rows, as their home holds them; any thread."""
+        home, number = self.chains.homes[block]
+        return home.read_range(number, first, count)
+
+    def read_rows(self, block: int, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """The same of single rows, for the training thread."""
+        home, number = self.chains.homes[block]
+        end = home.source(torch.tensor([[number, 0, rows.numel()]]), rows)
+        records = Records(end.arena, end.blocks, home.numbers[number], end.places)
+        return records.read_rows().cpu(), records.read_states().cpu()
+
+    def named_state(self, block: int, state: Tensor) -> dict[str, Tensor]:
+        """States [n, elements] by name."""
+        return self._split_state(state, self.shards[block].shard.columns)
 
     def close(self) -> None:
         """Gives back what is not memory: files on disk."""

@@ -16,12 +16,16 @@ A job is run by every rank alike:
     sys.exit(summary.exit_code)
 """
 
-from shardlab.train.checkpoint import latest, load, save
+from shardlab.train.checkpoint import load, save
+from shardlab.train.checkpoint_reader import CheckpointReader
+from shardlab.train.checkpoint_writer import CheckpointWriter, SaveOptions
 from shardlab.train.options import TrainOptions
+from shardlab.train.retention import compact, latest, prune, verify
 from shardlab.train.run_folder import RunFolder, open_run_folder
 from shardlab.train.schedule import build_schedule
 from shardlab.train.summary import Summary
 from shardlab.train.trainer import Trainer
 
-__all__ = ["RunFolder", "Summary", "TrainOptions", "Trainer", "build_schedule", "latest", "load",
-           "open_run_folder", "save"]
+__all__ = ["CheckpointReader", "CheckpointWriter", "RunFolder", "SaveOptions", "Summary",
+           "TrainOptions", "Trainer", "build_schedule", "compact", "latest", "load",
+           "open_run_folder", "prune", "save", "verify"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from shardlab.errors import ConfigError
+from shardlab.train.checkpoint_writer import SaveOptions
 
 DENSE_DTYPES = ("fp32", "bf16")
 
@@ -21,6 +22,9 @@ class TrainOptions:
         validate_every: steps between two validations, besides the one at each epoch's end.
         checkpoint_every: steps between two checkpoints, besides the one at the end.
         checkpoint_keep: newest checkpoints that are kept.
+        checkpoint_background: train on while a checkpoint is written.
+        checkpoint_incremental: save only the rows that changed since the last full checkpoint.
+        checkpoint_full_every: then, how many checkpoints there are to a full one.
         dense_dtype: ``bf16`` runs the dense layers under autocast; parameters stay fp32.
         tensorboard: write TensorBoard events into the run folder.
         time_phases: time the phases of a step on a GPU too; on a CPU they always are.
@@ -35,6 +39,9 @@ class TrainOptions:
     validate_every: int | None = None
     checkpoint_every: int | None = None
     checkpoint_keep: int = 2
+    checkpoint_background: bool = False
+    checkpoint_incremental: bool = False
+    checkpoint_full_every: int = 8
     dense_dtype: str = "fp32"
     tensorboard: bool = False
     time_phases: bool = False
@@ -45,7 +52,7 @@ class TrainOptions:
 
     def __post_init__(self) -> None:
         problems = []
-        for name in ("epochs", "log_every", "checkpoint_keep"):
+        for name in ("epochs", "log_every", "checkpoint_keep", "checkpoint_full_every"):
             if getattr(self, name) < 1:
                 problems.append(f"train.{name} must be at least 1, found {getattr(self, name)}")
         for name in ("max_steps", "validate_every", "checkpoint_every", "trace"):
@@ -57,3 +64,9 @@ class TrainOptions:
                             f"{self.dense_dtype!r}")
         if problems:
             raise ConfigError(problems)
+
+    @property
+    def saving(self) -> SaveOptions:
+        """How checkpoints are saved."""
+        return SaveOptions(self.checkpoint_background, self.checkpoint_incremental,
+                           self.checkpoint_full_every, self.checkpoint_keep)

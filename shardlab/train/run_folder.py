@@ -24,7 +24,7 @@ from typing import Any
 from shardlab.comm.collectives import broadcast_text
 from shardlab.comm.groups import Groups
 from shardlab.errors import CheckpointError, ConfigError
-from shardlab.train.checkpoint import latest
+from shardlab.train.retention import latest
 
 DEFAULT_ROOT = Path("runs")
 

@@ -7,20 +7,21 @@ whatever world size and plan they were written with.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shardlab.errors import CheckpointError
 from shardlab.storage import TableChunk
-from shardlab.train.manifest import ChunkEntry, Manifest
-from shardlab.train.tensor_file import FileEntry, read_tensors, write_tensors
+from shardlab.train.manifest import ALL, CHANGED, PRESENT, ChunkEntry
+from shardlab.train.tensor_file import FileEntry, write_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from shardlab.plan import Shard
     from shardlab.sharded import ShardedEmbeddingBagCollection
+    from shardlab.sharded.row_watch import Snapshot
+    from shardlab.train.checkpoint_reader import CheckpointReader
 
 #: A file is closed once it holds this much: with chunks of half of it, the memory that saving
 #: takes stays below 1.5 x this, while a 100 GB model is some six thousand files.
@@ -28,90 +29,100 @@ FILE_BYTES = 16 << 20
 _CHUNK_BYTES = FILE_BYTES // 2
 
 
-def write_tables(folder: Path, collections: Mapping[str, ShardedEmbeddingBagCollection],
-                 rank: int) -> tuple[list[FileEntry], list[ChunkEntry]]:
-    """Streams this rank's shards of all collections to files; rank 0 writes replicated tables.
+@dataclass(frozen=True)
+class NamedChunk:
+    """A chunk of a collection, and what its rows are."""
+
+    collection: str
+    chunk: TableChunk
+    holds: str
+
+
+@dataclass
+class TableFiles:
+    """What one rank has written.
+
+    Attributes:
+        folder: where the files go.
+        rank: this rank.
+        prefix: of the files' names.
+        files, chunks: entries for the manifest.
+    """
+
+    folder: Path
+    rank: int
+    prefix: str = "rows"
+    files: list[FileEntry] = field(default_factory=list)
+    chunks: list[ChunkEntry] = field(default_factory=list)
+    _pending: dict[str, Tensor] = field(default_factory=dict)
+
+    def write(self, chunks: Iterable[NamedChunk]) -> None:
+        """Streams chunks to files; rank 0 writes replicated tables."""
+        for named in chunks:
+            if self.rank == 0 or not named.chunk.replicated:
+                self._add(named)
+                if sum(tensor.nbytes for tensor in self._pending.values()) \
+                        >= FILE_BYTES - _CHUNK_BYTES:
+                    self._flush()
+        self._flush()
+
+    @property
+    def _file_name(self) -> str:
+        return f"{self.prefix}-{self.rank:05d}-{len(self.files):05d}.safetensors"
+
+    def _add(self, named: NamedChunk) -> None:
+        chunk, key = named.chunk, str(len(self.chunks))
+        self.chunks.append(ChunkEntry(
+            file=self._file_name, key=key, collection=named.collection, table=chunk.table,
+            row_start=chunk.row_start, col_start=chunk.col_start, rows=chunk.num_rows,
+            columns=chunk.weights.shape[1], state=tuple(sorted(chunk.state)), holds=named.holds,
+            extra=tuple(sorted(chunk.extra))))
+        parts = {"weights": chunk.weights, **chunk.state,
+                 **{f"extra/{name}": value for name, value in chunk.extra.items()}}
+        if chunk.present is not None:
+            parts["rows"] = chunk.present
+        self._pending |= {f"{key}/{name}": tensor.cpu() for name, tensor in parts.items()}
+
+    def _flush(self) -> None:
+        if self._pending:
+            self.files.append(write_tensors(self.folder / self._file_name, self._pending))
+            self._pending.clear()
+
+
+def whole_chunks(name: str, collection: ShardedEmbeddingBagCollection) -> Iterator[NamedChunk]:
+    """All rows of this rank's shards of a collection."""
+    for chunk in collection.chunks(_CHUNK_BYTES):
+        yield NamedChunk(name, chunk, ALL if chunk.present is None else PRESENT)
+
+
+def snapshot_chunks(name: str, snapshot: Snapshot) -> Iterator[NamedChunk]:
+    """The rows that a snapshot holds."""
+    for chunk, changed in snapshot.chunks():
+        yield NamedChunk(name, chunk, CHANGED if changed else ALL)
+
+
+def load_tables(reader: CheckpointReader, rank: int,
+                collections: Mapping[str, ShardedEmbeddingBagCollection]) -> None:
+    """Reads every chunk that touches this rank's shards, file by file.
 
     Args:
-        folder: where the files go.
-        collections: the model's collections by name.
+        reader: of the checkpoint.
         rank: this rank.
-
-    Returns:
-        (files, chunks) that this rank wrote.
-    """
-    files: list[FileEntry] = []
-    chunks: list[ChunkEntry] = []
-    pending: dict[str, Tensor] = {}
-    file_name = _file_name(rank, 0)
-    for name, chunk in _own_chunks(collections, rank):
-        key = str(len(chunks))
-        chunks.append(ChunkEntry(
-            file=file_name, key=key, collection=name, table=chunk.table,
-            row_start=chunk.row_start, col_start=chunk.col_start, rows=chunk.num_rows,
-            columns=chunk.weights.shape[1], state=tuple(sorted(chunk.state)),
-            extra=tuple(sorted(chunk.extra)), sparse=chunk.present is not None))
-        pending[f"{key}/weights"] = chunk.weights.cpu()
-        pending |= {f"{key}/{field}": tensor.cpu() for field, tensor in chunk.state.items()}
-        pending |= {f"{key}/extra.{field}": tensor for field, tensor in chunk.extra.items()}
-        if chunk.present is not None:
-            pending[f"{key}/present"] = chunk.present
-        if sum(tensor.nbytes for tensor in pending.values()) >= FILE_BYTES - _CHUNK_BYTES:
-            files.append(write_tensors(folder / file_name, pending))
-            pending.clear()
-            file_name = _file_name(rank, len(files))
-    if pending:
-        files.append(write_tensors(folder / file_name, pending))
-    return files, chunks
-
-
-def _file_name(rank: int, index: int) -> str:
-    return f"rows-{rank:05d}-{index:05d}.safetensors"
-
-
-def _own_chunks(collections: Mapping[str, ShardedEmbeddingBagCollection],
-                rank: int) -> Iterator[tuple[str, TableChunk]]:
-    for name, collection in collections.items():
-        for chunk in collection.chunks(_CHUNK_BYTES):
-            if rank == 0 or not chunk.replicated:
-                yield name, chunk
-
-
-def load_tables(folder: Path, manifest: Manifest,
-                collections: Mapping[str, ShardedEmbeddingBagCollection], rank: int) -> None:
-    """Loads the rectangles that overlap this rank's shards, one verified file at a time.
+        collections: the model's collections by name.
 
     Raises:
-        CheckpointError: a file is missing, torn or corrupted, or lacks a tensor; names it.
+        CheckpointError: a file is damaged or does not hold what the manifest says.
     """
-    shards = {(name, table.table): [shard for shard in table.shards if shard.rank == rank]
-              for name, collection in collections.items() for table in collection.plan.tables}
-    wanted: dict[str, list[ChunkEntry]] = {}
-    for chunk in manifest.chunks:
-        if any(_overlap(chunk, shard) for shard in shards[chunk.collection, chunk.table]):
-            wanted.setdefault(chunk.file, []).append(chunk)
+    shards = {(name, entry.table): [shard for shard in entry.shards if shard.rank == rank]
+              for name, collection in collections.items() for entry in collection.plan.tables}
     for collection in collections.values():
         collection.begin_load()
-    for file_name, entries in wanted.items():
-        tensors = read_tensors(folder, manifest.file(file_name, folder))
-        for entry in entries:
-            collections[entry.collection].load_chunk(_build_chunk(folder, entry, tensors))
 
+    def wanted(entry: ChunkEntry) -> bool:
+        return any(entry.row_start < shard.row_end and shard.row_start < entry.row_end
+                   and entry.col_start < shard.col_end
+                   and shard.col_start < entry.col_start + entry.columns
+                   for shard in shards[entry.collection, entry.table])
 
-def _overlap(chunk: ChunkEntry, shard: Shard) -> bool:
-    return chunk.row_start < shard.row_end and shard.row_start < chunk.row_start + chunk.rows \
-        and chunk.col_start < shard.col_end and shard.col_start < chunk.col_start + chunk.columns
-
-
-def _build_chunk(folder: Path, entry: ChunkEntry, tensors: Mapping[str, Tensor]) -> TableChunk:
-    try:
-        weights = tensors[f"{entry.key}/weights"]
-        state = {field: tensors[f"{entry.key}/{field}"] for field in entry.state}
-        extra = {field: tensors[f"{entry.key}/extra.{field}"] for field in entry.extra}
-        present = tensors[f"{entry.key}/present"] if entry.sparse else None
-    except KeyError as error:
-        raise CheckpointError(f"{folder / entry.file} lacks tensor {error}, which the manifest "
-                              "lists; the checkpoint is foreign") from None
-    return TableChunk(table=entry.table, row_start=entry.row_start, col_start=entry.col_start,
-                      weights=weights, state=state, present=present, span=entry.rows,
-                      extra=extra)
+    for name, chunk in reader.chunks(wanted):
+        collections[name].load_chunk(chunk)

@@ -3,21 +3,22 @@
 Tensor files are in the safetensors format (https://github.com/huggingface/safetensors): 8 bytes
 of header length, a JSON header, the tensors' bytes. They are written here, straight from the
 tensors' memory, because the library's ``save`` copies every tensor twice and is about ten times
-slower; they are read with the library.
+slower, and read in one pass that also takes the checksum. Checksums are XXH3 (64 bits), which
+costs a seventh of a CRC-32.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
-import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+import xxhash
 from torch import Tensor
 
 from shardlab.errors import CheckpointError
@@ -29,15 +30,16 @@ _DTYPE_NAMES = {
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
     torch.uint8: "U8", torch.bool: "BOOL",
 }
+_DTYPES = {name: dtype for dtype, name in _DTYPE_NAMES.items()}
 
 
 @dataclass(frozen=True)
 class FileEntry:
-    """What the manifest says of one file: its name, its bytes, and the CRC-32 of them."""
+    """What the manifest says of one file: its name, its bytes, and the XXH3 of them in hex."""
 
     name: str
     bytes: int
-    crc32: int
+    xxh3: str
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> FileEntry:
@@ -64,34 +66,55 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> FileEntry:
     return _write(path, [len(text).to_bytes(8, "little"), text, *parts])
 
 
+def write_bytes(path: Path, data: bytes) -> FileEntry:
+    """Writes a file and flushes it to the disk."""
+    return _write(path, [data])
+
+
 def write_json(path: Path, value: object) -> FileEntry:
     """Writes a JSON file."""
     return _write(path, [json.dumps(value, indent=1).encode()])
 
 
 def _write(path: Path, parts: Iterable[bytes | memoryview]) -> FileEntry:
-    crc = size = 0
-    with open(path, "wb") as file:
+    hasher, size = xxhash.xxh3_64(), 0
+    with open(path, "wb", buffering=0) as file:
         for part in parts:
-            file.write(part)
-            crc = zlib.crc32(part, crc)
-            size += len(part)
-        file.flush()
+            view = memoryview(part)
+            hasher.update(view)
+            size += len(view)
+            while view:
+                view = view[file.write(view):]
         os.fsync(file.fileno())
-    return FileEntry(path.name, size, crc)
+    return FileEntry(path.name, size, hasher.hexdigest())
 
 
 def read_tensors(folder: Path, entry: FileEntry) -> dict[str, Tensor]:
-    """Reads a safetensors file after verifying its size and checksum.
+    """Reads a safetensors file once, and judges its size and checksum before its content.
 
     Raises:
         CheckpointError: missing, truncated, corrupted or malformed; names the file.
     """
-    verify(folder, entry)
+    data = _read_verified(folder, entry)
     try:
-        return load_file(folder / entry.name)
-    except SafetensorError as error:
-        raise CheckpointError(f"{folder / entry.name} is not a safetensors file: {error}") from None
+        start = 8 + int.from_bytes(data[:8], "little")
+        header: dict[str, Any] = json.loads(bytes(data[8:start]))
+        return {name: _tensor_at(data, start, field) for name, field in header.items()
+                if name != "__metadata__"}
+    except (ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise CheckpointError(f"{folder / entry.name} is not a safetensors file: "
+                              f"{type(error).__name__}: {error}") from None
+
+
+def _tensor_at(data: bytearray, start: int, field: Mapping[str, Any]) -> Tensor:
+    first, last = field["data_offsets"]
+    dtype, shape = _DTYPES[field["dtype"]], field["shape"]
+    if first == last:
+        return torch.empty(shape, dtype=dtype)
+    if (start + first) % dtype.itemsize:  # views want aligned offsets, foreign files may not
+        data, start, last, first = data[start + first:start + last], 0, last - first, 0
+    return torch.frombuffer(data, dtype=dtype, count=math.prod(shape),
+                            offset=start + first).view(shape)
 
 
 def read_json(folder: Path, entry: FileEntry) -> object:
@@ -100,22 +123,22 @@ def read_json(folder: Path, entry: FileEntry) -> object:
     Raises:
         CheckpointError: missing, truncated, corrupted or malformed; names the file.
     """
-    verify(folder, entry)
-    return parse_json(folder / entry.name)
-
-
-def parse_json(path: Path) -> object:
-    """Reads a JSON file whose checksum is not known (the manifest itself).
-
-    Raises:
-        CheckpointError: missing, unreadable or not JSON; names the file.
-    """
     try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from None
+        return json.loads(_read_verified(folder, entry))
+    except ValueError as error:
+        raise CheckpointError(f"{folder / entry.name} cannot be read as JSON: {error}") from None
+
+
+def _read_verified(folder: Path, entry: FileEntry) -> bytearray:
+    verify_size(folder, entry)
+    data = bytearray(entry.bytes)
+    with open(folder / entry.name, "rb", buffering=0) as file:
+        view, at = memoryview(data), 0
+        while at < len(data) and (count := file.readinto(view[at:])):
+            at += count
+        del view
+    _judge(folder, entry, xxhash.xxh3_64(data).hexdigest())
+    return data
 
 
 def verify_size(folder: Path, entry: FileEntry) -> None:
@@ -136,19 +159,23 @@ def verify_size(folder: Path, entry: FileEntry) -> None:
 
 
 def verify(folder: Path, entry: FileEntry) -> None:
-    """Refuses a file whose size or CRC-32 differs from the manifest's.
+    """Refuses a file whose size or checksum differs from the manifest's.
 
     Raises:
         CheckpointError: names the file and the reason.
     """
     verify_size(folder, entry)
-    crc = 0
+    hasher = xxhash.xxh3_64()
     with open(folder / entry.name, "rb") as file:
         while block := file.read(_BLOCK):
-            crc = zlib.crc32(block, crc)
-    if crc != entry.crc32:
-        raise CheckpointError(f"{folder / entry.name} is corrupted: CRC-32 {crc:08x}, the manifest "
-                              f"says {entry.crc32:08x}; load another checkpoint")
+            hasher.update(block)
+    _judge(folder, entry, hasher.hexdigest())
+
+
+def _judge(folder: Path, entry: FileEntry, found: str) -> None:
+    if found != entry.xxh3:
+        raise CheckpointError(f"{folder / entry.name} is corrupted: XXH3 {found}, the manifest "
+                              f"says {entry.xxh3}; load another checkpoint")
 
 
 def sync_folder(path: Path) -> None:

@@ -25,7 +25,8 @@ from shardlab.sharded import prefetching
 from shardlab.sharded.trace import Trace, chrome_trace
 from shardlab.storage_bytes import TierBytes
 from shardlab.train.cache_meter import CacheCounts, as_record, total_of
-from shardlab.train.checkpoint import load, prune, save
+from shardlab.train.checkpoint import load
+from shardlab.train.checkpoint_writer import CheckpointWriter
 from shardlab.train.events import EventWriter
 from shardlab.train.interval import Interval, IntervalLog
 from shardlab.train.meters import SentBytes, model_tier_bytes, peak_rss_bytes
@@ -94,6 +95,8 @@ class Trainer:
         self._at = Position()
         self._step = StepRunner(self.model, self.optimizer, self.scheduler, self.groups.device,
                                 self.options.dense_dtype, self.groups.world_size)
+        self._saves = CheckpointWriter(self.model, self.optimizer, self.groups,
+                                       self.options.saving)
         self._signal = StopSignal()
         self._log = IntervalLog(self.model, self.groups, self._signal)
         self._interval: Interval | None = None
@@ -267,9 +270,7 @@ class Trainer:
             self.run_folder.sync_metrics()
         extra = {"position": asdict(self._at), "window": self._log.window.state_dict(),
                  "scheduler": self.scheduler.state_dict() if self.scheduler else None}
-        self._checkpoint = save(path, self.model, self.optimizer, self.groups, extra)
-        if self._first:
-            prune(self.run_folder.checkpoints, self.options.checkpoint_keep)
+        self._checkpoint = self._saves.save(path, extra)
 
     def _finish(self) -> None:
         """Closes the last interval; validates unless the run was asked to stop; saves."""
@@ -277,6 +278,7 @@ class Trainer:
         if self._stopped_by is None:
             self._validate()
         self._save()
+        self._saves.finish()
 
     def _summarise(self, resumed_at: int) -> Summary:
         steps = self._at.step - resumed_at

@@ -86,6 +86,12 @@ class FakeCollection:
                                      held.weights[top:top + step],
                                      {"sum": held.state[top:top + step]}, held.replicated)
 
+    def snapshot(self, changed: object, buffer_bytes: int) -> None:
+        """Cannot be read while it trains."""
+
+    def watch_changes(self) -> None:
+        """Steps change nothing."""
+
     def begin_load(self) -> None:
         for held in (held for shards in self.held.values() for held in shards):
             held.state.zero_()

@@ -14,8 +14,9 @@ import torch
 from shardlab.comm import Groups
 from shardlab.errors import CheckpointError
 from shardlab.specs import ShardingType
-from shardlab.train import checkpoint
-from shardlab.train.checkpoint import latest, load, prune, save
+from shardlab.train import checkpoint_writer
+from shardlab.train.checkpoint import load, save
+from shardlab.train.retention import latest
 from tests.harness import run_ranks
 from tests.shardlab.train.fakes import FakeCollection, FakeModel, plan_of, table
 
@@ -153,15 +154,16 @@ class Crash(BaseException):
 
 
 @pytest.mark.parametrize(("at", "call", "complete"), [
-    ("write_tables", 1, False), ("write_json", 1, False), ("write_tensors", 2, False),
-    ("write_json", 3, False), ("sync_folder", 1, False), ("sync_folder", 2, True),
-], ids=["tables", "generators", "shared", "manifest", "before_rename", "after_rename"])
+    ("whole_chunks", 1, False), ("write_json", 1, False), ("write_tensors", 2, False),
+    ("write_json", 3, False), ("write_bytes", 1, False), ("sync_folder", 1, False),
+    ("sync_folder", 2, True),
+], ids=["tables", "generators", "shared", "part", "manifest", "before_rename", "after_rename"])
 def test_crash_while_saving_leaves_a_loadable_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                                   at: str, call: int, complete: bool) -> None:
     saved = build(ALONE)
     first, second = (tmp_path / f"step-{step}" for step in (1, 2))
     save(first, *saved, ALONE, EXTRA)
-    real, calls = getattr(checkpoint, at), []
+    real, calls = getattr(checkpoint_writer, at), []
 
     def crash(*arguments: object) -> object:
         calls.append(arguments)
@@ -170,7 +172,7 @@ def test_crash_while_saving_leaves_a_loadable_one(tmp_path: Path, monkeypatch: p
         return real(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, at, crash)
+        patch.setattr(checkpoint_writer, at, crash)
         with pytest.raises(Crash):
             save(second, *saved, ALONE, EXTRA)
     newest = latest(tmp_path)
@@ -201,15 +203,3 @@ def test_failure_of_one_rank_is_told_by_all(tmp_path: Path) -> None:
     assert texts[0] == texts[1]
     assert texts[0].endswith("rank 1: OSError: [Errno 28] No space left on device")
     assert not path.exists()
-
-
-def test_latest_and_prune_know_steps_by_number(tmp_path: Path) -> None:
-    assert latest(tmp_path / "absent") is None
-    for name in ("step-9", "step-10", "step-100", "step-x", ".tmp-step-200", ".trash-step-1"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "manifest.json").touch()
-    (tmp_path / "step-300").mkdir()  # no manifest: not a checkpoint
-    assert latest(tmp_path) == tmp_path / "step-100"
-    prune(tmp_path, keep=2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "step-10", "step-100", "step-300", "step-x"]

@@ -10,7 +10,9 @@ import pytest
 
 from shardlab.errors import CheckpointError
 from shardlab.train.manifest import (
+    CHANGED,
     MANIFEST,
+    BaseEntry,
     ChunkEntry,
     Manifest,
     TableEntry,
@@ -21,7 +23,10 @@ from shardlab.train.tensor_file import FileEntry
 CHUNKS = tuple(ChunkEntry("rows-0", str(i), "ebc", "user", top, 0, 5, 4, ("sum",))
                for i, top in enumerate((0, 5)))
 GOOD = Manifest(world_size=2, tables=(TableEntry("ebc", "user", 10, 4),),
-                files=(FileEntry("rows-0", 3, 99),), chunks=CHUNKS)
+                files=(FileEntry("rows-0", 3, "99"),), chunks=CHUNKS)
+
+
+DATA = json.loads(GOOD.to_bytes())
 
 
 def write(folder: Path, data: object) -> None:
@@ -29,7 +34,7 @@ def write(folder: Path, data: object) -> None:
 
 
 def test_manifest_round_trip(tmp_path: Path) -> None:
-    write(tmp_path, GOOD.to_dict())
+    (tmp_path / MANIFEST).write_bytes(GOOD.to_bytes())
     assert read_manifest(tmp_path) == GOOD
     GOOD.check_coverage()
     GOOD.check_tables(GOOD.tables)
@@ -39,9 +44,9 @@ def test_manifest_round_trip(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("data", "text"), [
     ([1], "is not the manifest of a ShardLab checkpoint"),
     ({"weight_map": {}}, "is not the manifest of a ShardLab checkpoint"),
-    ({**GOOD.to_dict(), "version": 99}, "has version 99, this ShardLab reads version 1"),
-    ({**GOOD.to_dict(), "crc32": 1}, "its checksum does not fit its content"),
-    ({**GOOD.to_dict(), "content": None}, "its checksum does not fit its content"),
+    ({**DATA, "version": 99}, "has version 99, this ShardLab reads version 2"),
+    ({**DATA, "xxh3": "1"}, "its checksum does not fit its content"),
+    ({**DATA, "content": None}, "its checksum does not fit its content"),
 ], ids=["list", "foreign", "version", "checksum", "content"])
 def test_foreign_or_changed_manifest_is_refused(tmp_path: Path, data: object, text: str) -> None:
     write(tmp_path, data)
@@ -51,9 +56,19 @@ def test_foreign_or_changed_manifest_is_refused(tmp_path: Path, data: object, te
 
 def test_malformed_content_with_a_right_checksum_is_refused(tmp_path: Path) -> None:
     odd = replace(GOOD, files=({"name": "only"},))  # type: ignore[arg-type]
-    write(tmp_path, odd.to_dict())
+    (tmp_path / MANIFEST).write_bytes(odd.to_bytes())
     with pytest.raises(CheckpointError, match="is malformed: TypeError"):
         read_manifest(tmp_path)
+
+
+def test_any_flipped_bit_is_refused(tmp_path: Path) -> None:
+    raw = GOOD.to_bytes()
+    for place in range(len(raw)):
+        changed = bytearray(raw)
+        changed[place] ^= 1 << place % 8
+        (tmp_path / MANIFEST).write_bytes(changed)
+        with pytest.raises(CheckpointError, match=r"manifest\.json"):
+            read_manifest(tmp_path)
 
 
 def test_folder_without_manifest_is_no_checkpoint(tmp_path: Path) -> None:
@@ -66,6 +81,15 @@ def test_folder_without_manifest_is_no_checkpoint(tmp_path: Path) -> None:
 def test_missing_chunk_is_refused() -> None:
     with pytest.raises(CheckpointError, match="table 'user': 20 of 10 x 4 elements are stored"):
         replace(GOOD, chunks=CHUNKS[:1]).check_coverage()
+
+
+def test_incremental_may_hold_changed_rows_or_none() -> None:
+    base = BaseEntry("step-1", "0")
+    changed = tuple(replace(chunk, holds=CHANGED) for chunk in CHUNKS)
+    for chunks in ((), changed[:1], changed, CHUNKS):
+        replace(GOOD, chunks=chunks, base=base).check_coverage()
+    with pytest.raises(CheckpointError, match="table 'user': 20 of 10 x 4 elements are stored"):
+        replace(GOOD, chunks=CHUNKS[:1], base=base).check_coverage()
 
 
 def test_chunk_of_an_unlisted_table_is_refused() -> None:

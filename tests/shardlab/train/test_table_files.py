@@ -10,8 +10,9 @@ import torch
 from shardlab.errors import CheckpointError
 from shardlab.specs import ShardingType
 from shardlab.train import table_files
-from shardlab.train.manifest import ChunkEntry, Manifest, TableEntry
-from shardlab.train.table_files import load_tables, write_tables
+from shardlab.train.checkpoint_reader import CheckpointReader
+from shardlab.train.manifest import MANIFEST, ChunkEntry, Manifest, TableEntry
+from shardlab.train.table_files import TableFiles, load_tables, whole_chunks
 from shardlab.train.tensor_file import FileEntry, write_tensors
 from tests.shardlab.train.fakes import FakeCollection, plan_of, table
 
@@ -29,15 +30,19 @@ def write_world(folder: Path, world_size: int, kinds: list[ShardingType]) -> Man
     files: list[FileEntry] = []
     chunks: list[ChunkEntry] = []
     for rank in range(world_size):
-        written = write_tables(folder, {"ebc": collection(rank, world_size, kinds)}, rank)
-        files += written[0]
-        chunks += written[1]
+        written = TableFiles(folder, rank)
+        written.write(whole_chunks("ebc", collection(rank, world_size, kinds)))
+        files += written.files
+        chunks += written.chunks
     tables = tuple(TableEntry("ebc", entry.name, entry.num_embeddings, entry.embedding_dim)
                    for entry in TABLES)
     manifest = Manifest(world_size, tables, tuple(files), tuple(chunks))
-    manifest.check_files(folder)
-    manifest.check_coverage()
+    (folder / MANIFEST).write_bytes(manifest.to_bytes())
     return manifest
+
+
+def load(folder: Path, found: FakeCollection, rank: int) -> None:
+    load_tables(CheckpointReader(folder), rank, {"ebc": found})
 
 
 @pytest.mark.parametrize("limit", [1 << 20, 200], ids=["one_file", "many_files"])
@@ -50,7 +55,7 @@ def test_tables_load_under_another_plan(tmp_path: Path, monkeypatch: pytest.Monk
     assert (len(manifest.files) > 2 * saved) == (limit == 200)
     for rank in range(loaded):
         found = collection(rank, loaded, KINDS[::-1], zero=True)
-        load_tables(tmp_path, manifest, {"ebc": found}, rank)
+        load(tmp_path, found, rank)
         expected = collection(rank, loaded, KINDS[::-1])
         for name, shards in expected.held.items():
             for want, have in zip(shards, found.held[name], strict=True):
@@ -63,18 +68,27 @@ def test_replicated_tables_are_written_once(tmp_path: Path) -> None:
 
 
 def test_a_rank_opens_only_files_that_touch_its_shards(tmp_path: Path) -> None:
-    manifest = write_world(tmp_path, 2, [ShardingType.ROW_WISE] * 4)
-    (tmp_path / "rows-00001-00000.safetensors").unlink()
-    load_tables(tmp_path, manifest,
-                {"ebc": collection(0, 2, [ShardingType.ROW_WISE] * 4, zero=True)}, 0)
+    write_world(tmp_path, 2, [ShardingType.ROW_WISE] * 4)
+    file = tmp_path / "rows-00001-00000.safetensors"
+    file.write_bytes(bytes(file.stat().st_size))
+    load(tmp_path, collection(0, 2, [ShardingType.ROW_WISE] * 4, zero=True), 0)
+    with pytest.raises(CheckpointError, match=r"rows-00001-00000\.safetensors is corrupted"):
+        load(tmp_path, collection(1, 2, [ShardingType.ROW_WISE] * 4, zero=True), 1)
+    file.unlink()
     with pytest.raises(CheckpointError, match=r"rows-00001-00000\.safetensors is missing"):
-        load_tables(tmp_path, manifest,
-                    {"ebc": collection(1, 2, [ShardingType.ROW_WISE] * 4, zero=True)}, 1)
+        CheckpointReader(tmp_path)
 
 
-def test_file_without_a_listed_tensor_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("tensors", "text"), [
+    ({"0/weights": torch.zeros(37, 6)}, "lacks tensor '0/sum', which the manifest lists"),
+    ({"0/weights": torch.zeros(1, 6), "0/sum": torch.zeros(37)},
+     r"is \(1, 6\), the manifest says 37 x 6"),
+], ids=["missing", "other_size"])
+def test_file_that_is_not_what_the_manifest_says_is_refused(
+        tmp_path: Path, tensors: dict[str, torch.Tensor], text: str) -> None:
     manifest = write_world(tmp_path, 1, KINDS)
-    entry = write_tensors(tmp_path / manifest.files[0].name, {"0/weights": torch.zeros(1)})
+    entry = write_tensors(tmp_path / manifest.files[0].name, tensors)
     foreign = Manifest(1, manifest.tables, (entry,), manifest.chunks)
-    with pytest.raises(CheckpointError, match="lacks tensor '0/sum', which the manifest lists"):
-        load_tables(tmp_path, foreign, {"ebc": collection(0, 1, KINDS)}, 0)
+    (tmp_path / MANIFEST).write_bytes(foreign.to_bytes())
+    with pytest.raises(CheckpointError, match=text):
+        load(tmp_path, collection(0, 1, KINDS), 0)

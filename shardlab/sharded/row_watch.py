@@ -1,0 +1,199 @@
+"""What checkpoints need to know of steps: which rows changed, and what they were before.
+
+A snapshot is the tables at one moment, written while training goes on. Nothing is copied when it
+begins: a row that is about to change, and is not written yet, is kept as it was; the writer takes
+kept rows instead of those in the table. A row is thus copied at most once, and rows that no step
+touches never are.
+
+    writer   read a stripe from the table          (no lock: what changes meanwhile is kept)
+             lay kept rows over it, mark it clean   (lock)
+    step     rows that are not clean yet: copy      (lock), then change them
+
+Source: own; the incremental part as in Check-N-Run (arXiv 2010.08679).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from time import perf_counter
+
+import torch
+from torch import Tensor
+
+from shardlab.ops.unique import Uniques
+from shardlab.storage import LocalShard, RowReads, TableChunk
+
+#: fp32 elements of weights and state that a stripe holds: 8 MiB.
+_STRIPE_ELEMENTS = 2 << 20
+
+
+class ChangedRows:
+    """The rows of this rank's shards that were stepped since `clear`: one byte of memory a row."""
+
+    def __init__(self, shards: list[LocalShard]) -> None:
+        self.marks = [torch.zeros(local.shard.rows, dtype=torch.bool) for local in shards]
+
+    def before_update(self, uniques: Uniques) -> None:
+        """Marks the rows."""
+        ids, splits = uniques.ids.cpu(), uniques.splits.tolist()
+        for block, mark in enumerate(self.marks):
+            first, last = splits[block:block + 2]
+            if first < last:
+                mark.index_fill_(0, ids[first:last], True)
+
+    def clear(self) -> None:
+        """Forgets everything."""
+        for mark in self.marks:
+            mark.zero_()
+
+    def count(self) -> int:
+        """How many rows changed."""
+        return sum(int(mark.sum()) for mark in self.marks)
+
+
+@dataclass
+class _Stripes:
+    """How a block is cut for the writer.
+
+    Attributes:
+        edges: int64 [stripes + 1]: first row of every stripe; the last is the end.
+        rows: int64 per stripe: the rows of it that the snapshot holds; None: all of them.
+        kept: rows, weights and state that were kept, by stripe.
+        done: stripes written.
+    """
+
+    edges: Tensor
+    rows: list[Tensor] | None
+    kept: dict[int, list[tuple[Tensor, Tensor, Tensor]]]
+    done: int = 0
+
+
+class Snapshot:
+    """The rows of one rank at the moment this is made.
+
+    Args:
+        storage: flushed by now.
+        shards: its shards.
+        changed: marks of the rows to hold, by block; None: all rows.
+        buffer_bytes: of kept rows; a step that needs more waits until the writer has caught up.
+
+    Attributes:
+        waited_s: seconds that steps have waited so.
+    """
+
+    def __init__(self, storage: RowReads, shards: list[LocalShard], changed: list[Tensor] | None,
+                 buffer_bytes: int) -> None:
+        self._storage, self._shards, self._limit = storage, shards, buffer_bytes
+        self._lock = threading.Condition()
+        self._held, self._over = 0, False
+        self.waited_s = 0.0
+        self._clean: list[Tensor] = []
+        self._blocks: list[_Stripes] = []
+        for block, local in enumerate(shards):
+            wanted = None if changed is None else changed[block].nonzero()[:, 0]
+            self._blocks.append(_cut(local.shard.rows, storage.row_elements(block), wanted))
+            self._clean.append(torch.zeros(local.shard.rows, dtype=torch.bool) if changed is None
+                               else ~changed[block])
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that it holds."""
+        return sum(int((~clean).sum()) for clean in self._clean)
+
+    # ------------------------------------------------------------------ the training thread
+    def before_update(self, uniques: Uniques) -> None:
+        """Keeps the rows that are not written yet as they are now."""
+        if self._over:
+            return
+        ids, splits = uniques.ids.cpu(), uniques.splits.tolist()
+        for block, clean in enumerate(self._clean):
+            first, last = splits[block:block + 2]
+            if first == last:
+                continue
+            mine = ids[first:last]
+            mine = mine[~clean[mine]]
+            if mine.numel():
+                self._keep(block, mine.sort().values)
+        if self._held > self._limit:
+            self._wait_for_room()
+
+    def _keep(self, block: int, rows: Tensor) -> None:
+        weights, state = self._storage.read_rows(block, rows)
+        cut = self._blocks[block]
+        with self._lock:
+            ends = torch.searchsorted(rows, cut.edges[cut.done:]).tolist()
+            for stripe, (low, high) in enumerate(pairwise(ends), cut.done):
+                if low == high:
+                    continue
+                part = slice(low, high)
+                kept = (rows[part].clone(), weights[part].clone(), state[part].clone())
+                cut.kept.setdefault(stripe, []).append(kept)
+                self._held += sum(tensor.nbytes for tensor in kept)
+            self._clean[block][rows] = True
+
+    def _wait_for_room(self) -> None:
+        started = perf_counter()
+        with self._lock:
+            self._lock.wait_for(lambda: self._held <= self._limit or self._over)
+        self.waited_s += perf_counter() - started
+
+    # ------------------------------------------------------------------ the writer's thread
+    def chunks(self) -> Iterator[tuple[TableChunk, bool]]:
+        """Streams (chunk, whether it holds changed rows only): these have ``present`` set."""
+        for block, cut in enumerate(self._blocks):
+            for stripe in range(cut.edges.numel() - 1):
+                yield self._read(block, stripe)
+
+    def close(self) -> None:
+        """Keeps nothing any more; whoever waits goes on."""
+        with self._lock:
+            self._over, self._held = True, 0
+            for cut in self._blocks:
+                cut.kept.clear()
+            self._lock.notify_all()
+
+    def _read(self, block: int, stripe: int) -> tuple[TableChunk, bool]:
+        cut, local = self._blocks[block], self._shards[block]
+        first, last = cut.edges[stripe:stripe + 2].tolist()
+        held, wanted = None, slice(first, last)
+        if cut.rows is not None:  # unchanged rows may lie between this stripe and the next
+            first, last = int(cut.rows[stripe][0]), int(cut.rows[stripe][-1]) + 1
+            held = cut.rows[stripe] - first
+        weights, state = self._storage.read_range(block, first, last - first)
+        if held is not None:
+            weights, state = weights[held], state[held]
+        with self._lock:
+            for rows, old_weights, old_state in cut.kept.pop(stripe, []):
+                at = rows - first if held is None else torch.searchsorted(held, rows - first)
+                weights[at], state[at] = old_weights, old_state
+                self._held -= rows.nbytes + old_weights.nbytes + old_state.nbytes
+            self._clean[block][wanted] = True
+            cut.done = stripe + 1
+            self._lock.notify_all()
+        chunk = TableChunk(
+            local.table.name, local.shard.row_start + first, local.shard.col_start, weights,
+            self._storage.named_state(block, state), local.replicated)
+        if held is None:
+            return chunk, False
+        return replace(chunk, present=held, span=last - first), True
+
+
+def _cut(rows: int, elements: int, wanted: Tensor | None) -> _Stripes:
+    """Stripes of about `_STRIPE_ELEMENTS`, over all rows or over the wanted ones."""
+    step = max(1, _STRIPE_ELEMENTS // elements)
+    if wanted is None:
+        edges = [*range(0, rows, step), rows]
+        return _Stripes(torch.tensor(edges), None, {})
+    # a stripe of changed rows is read as a range, so its range is bounded as well
+    edges, parts, at = [], [], 0
+    while at < wanted.numel():
+        low = int(wanted[at])
+        high = int(torch.searchsorted(wanted, low + step))
+        parts.append(wanted[at:high])
+        edges.append(low)
+        at = high
+    edges.append(int(wanted[-1]) + 1 if wanted.numel() else 0)
+    return _Stripes(torch.tensor(edges), parts, {})
