@@ -158,19 +158,18 @@ class Snapshot:
     def _read(self, block: int, stripe: int) -> tuple[TableChunk, bool]:
         cut, local = self._blocks[block], self._shards[block]
         first, last = cut.edges[stripe:stripe + 2].tolist()
-        held, wanted = None, slice(first, last)
-        if cut.rows is not None:  # unchanged rows may lie between this stripe and the next
-            first, last = int(cut.rows[stripe][0]), int(cut.rows[stripe][-1]) + 1
+        held = None
+        if cut.rows is None:
+            weights, state = self._storage.read_range(block, first, last - first)
+        else:
             held = cut.rows[stripe] - first
-        weights, state = self._storage.read_range(block, first, last - first)
-        if held is not None:
-            weights, state = weights[held], state[held]
+            weights, state = self._storage.read_rows(block, cut.rows[stripe])
         with self._lock:
             for rows, old_weights, old_state in cut.kept.pop(stripe, []):
                 at = rows - first if held is None else torch.searchsorted(held, rows - first)
                 weights[at], state[at] = old_weights, old_state
                 self._held -= rows.nbytes + old_weights.nbytes + old_state.nbytes
-            self._clean[block][wanted] = True
+            self._clean[block][first:last] = True
             cut.done = stripe + 1
             self._lock.notify_all()
         chunk = TableChunk(
@@ -187,13 +186,7 @@ def _cut(rows: int, elements: int, wanted: Tensor | None) -> _Stripes:
     if wanted is None:
         edges = [*range(0, rows, step), rows]
         return _Stripes(torch.tensor(edges), None, {})
-    # a stripe of changed rows is read as a range, so its range is bounded as well
-    edges, parts, at = [], [], 0
-    while at < wanted.numel():
-        low = int(wanted[at])
-        high = int(torch.searchsorted(wanted, low + step))
-        parts.append(wanted[at:high])
-        edges.append(low)
-        at = high
-    edges.append(int(wanted[-1]) + 1 if wanted.numel() else 0)
-    return _Stripes(torch.tensor(edges), parts, {})
+    parts = list(wanted.split(step))
+    end = int(wanted[-1]) + 1 if wanted.numel() else 0
+    edges = [int(part[0]) for part in parts if part.numel()]
+    return _Stripes(torch.tensor([*edges, end]), parts, {})

@@ -194,10 +194,10 @@ class RowReads(Protocol):
 
     def read_range(self, block: int, first: int, count: int) -> tuple[Tensor, Tensor]:
         """Copies of fp32 weights [count, columns] and states [count, elements] of rows of a shard,
-        as its home holds them; any thread may call it."""
+        as its home holds them. Any thread may call this."""
 
     def read_rows(self, block: int, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """The same of single rows; int64, ascending, on CPU. For the training thread."""
+        """The same of single rows: int64, ascending, on CPU. Any thread may call this."""
 
     def named_state(self, block: int, state: Tensor) -> dict[str, Tensor]:
         """States [n, elements] by name, as chunks hold them."""

@@ -336,7 +336,7 @@ class RowsStorage:
         return home.read_range(number, first, count)
 
     def read_rows(self, block: int, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """The same of single rows, for the training thread."""
+        """The same of single rows; any thread."""
         home, number = self.chains.homes[block]
         end = home.source(torch.tensor([[number, 0, rows.numel()]]), rows)
         records = Records(end.arena, end.blocks, home.numbers[number], end.places)

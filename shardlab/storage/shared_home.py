@@ -1,6 +1,6 @@
-"""A home that a second thread may read by range: one call at a time.
+"""A home that a second thread may read: one call at a time.
 
-Homes in memory need no such thing: reading a range moves nothing, and the writer of a snapshot does
+Homes in memory need no such thing: reading moves nothing, and the writer of a snapshot does
 not care for rows that change under its hands. A home on disk keeps buffers and an index.
 """
 
