@@ -28,7 +28,7 @@ _HOMES = {
     "save": "shardlab.train",
     "load": "shardlab.train",
 }
-_MODULES = ("comm", "data", "models", "optim", "train")
+_MODULES = ("comm", "data", "inference", "interop", "models", "optim", "train")
 
 __all__ = [*_HOMES, *_MODULES]
 

@@ -24,7 +24,8 @@ DATA = ("errors", "words", "cache_layout", "chunk_layout", "pages", "log_layout"
         "tensor_train_shapes", "storage_specs", "storage_bytes", "storage_text", "specs", "presets",
         "plan", "phases", "config")
 ORDER = (*DATA, "_jagged", "jagged", "codecs", "ops", "optim",
-         "tiers", "storage", "comm", "sharded", "models", "data", "train", "launch", "cli")
+         "tiers", "storage", "comm", "sharded", "models", "data", "train", "inference",
+         "interop", "inspection", "launch", "cli")
 PLANNER_MAY_IMPORT = {*DATA, "planner"}
 MAY_IMPORT_PLANNER = {"planner", "launch", "cli"}
 WITHOUT_TORCH = {*DATA, "planner"}

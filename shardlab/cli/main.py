@@ -8,6 +8,8 @@ import click
 
 from shardlab.cli.bench import bench
 from shardlab.cli.doctor import doctor
+from shardlab.cli.export import compact, export, import_
+from shardlab.cli.inspect import inspect
 from shardlab.cli.plan import plan
 from shardlab.cli.probe import probe
 from shardlab.cli.stats import stats
@@ -37,7 +39,7 @@ def app() -> None:
     """Train recommendation models whose embedding tables outgrow a device."""
 
 
-for _command in (train, plan, probe, stats, doctor, bench):
+for _command in (train, plan, probe, stats, inspect, export, import_, compact, doctor, bench):
     app.add_command(_command)
 
 

@@ -96,11 +96,12 @@ def _read_rank(path: Path, model: ShardedModel, optimizer: torch.optim.Optimizer
     if groups.rank == 0:  # files of ranks that are not there any more: damage is damage
         reader.verify_states()
     try:
-        optimizer.load_state_dict(shared["optimizer"])
+        if shared["optimizer"] is not None:  # an imported one has none: the job's own goes on
+            optimizer.load_state_dict(shared["optimizer"])
     except (ValueError, KeyError) as error:
         raise CheckpointError(f"{path}: the optimiser state does not fit: {error}") from error
     load_tables(reader, groups.rank, model.collections())
-    if own:
+    if own and own["rng"] is not None:
         restore_rng(own["rng"], groups.device)
     return dict(shared["extra"])
 

@@ -50,6 +50,8 @@ _BUFFER_BYTES = 32 << 20
 #: An incremental checkpoint of more than this share of the rows would save little: a full one.
 _WORTH_SHARE = 0.5
 _POLL_S = 0.01
+#: A run that ends by an error waits this long for the other ranks' parts.
+_LEAVE_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -238,6 +240,19 @@ class CheckpointWriter:
             self.finish()
         self.stalled_s += time.perf_counter() - started
         return path
+
+    def __enter__(self) -> CheckpointWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Lets a save that is under way come to its end, without a word between ranks.
+
+        For runs that end by an error: the other ranks may not be there any more.
+        """
+        if self._thread is not None and self._job is not None:
+            self._job.written.wait()
+            self._thread.join(_LEAVE_S)
+            self._job.cancelled.set()
 
     @property
     def pending(self) -> bool:

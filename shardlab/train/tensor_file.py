@@ -30,7 +30,8 @@ _DTYPE_NAMES = {
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
     torch.uint8: "U8", torch.bool: "BOOL",
 }
-_DTYPES = {name: dtype for dtype, name in _DTYPE_NAMES.items()}
+#: dtype of every name in a safetensors header.
+TENSOR_DTYPES = {name: dtype for dtype, name in _DTYPE_NAMES.items()}
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ def read_tensors(folder: Path, entry: FileEntry) -> dict[str, Tensor]:
 
 def _tensor_at(data: bytearray, start: int, field: Mapping[str, Any]) -> Tensor:
     first, last = field["data_offsets"]
-    dtype, shape = _DTYPES[field["dtype"]], field["shape"]
+    dtype, shape = TENSOR_DTYPES[field["dtype"]], field["shape"]
     if first == last:
         return torch.empty(shape, dtype=dtype)
     if (start + first) % dtype.itemsize:  # views want aligned offsets, foreign files may not

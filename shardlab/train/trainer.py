@@ -127,7 +127,7 @@ class Trainer:
                                   resumed_at)
         self._events = EventWriter(self.run_folder.tensorboard, resumed_at,
                                    enabled=self.options.tensorboard and self._first)
-        with self._signal, self._view, self._events:
+        with self._signal, self._view, self._events, self._saves:
             if self._at.step and self._due(self.options.validate_every):
                 self._validate()  # a run that was asked to stop left it out
             while not self._done():
@@ -140,9 +140,10 @@ class Trainer:
         source = self.run_folder.resume_from
         if source is not None:
             extra = load(source, self.model, self.optimizer, self.groups)
-            self._at = Position(**extra["position"])
-            self._log.window.load_state_dict(extra["window"])
-            self._restore_schedule(source, extra["scheduler"])
+            if extra:  # an imported checkpoint is no point of a run: this one starts with it
+                self._at = Position(**extra["position"])
+                self._log.window.load_state_dict(extra["window"])
+                self._restore_schedule(source, extra["scheduler"])
             if source.parent.resolve() != self.run_folder.checkpoints.resolve():
                 self._at.records = 0
             self._checkpoint = source
