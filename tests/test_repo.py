@@ -227,6 +227,11 @@ _UNSAFE_CALLS = {
 }
 
 
+#: Where other frameworks are spoken to: what they write is read by an unpickler that makes the
+#: classes of an index only; what they read is a file of torch's.
+_AT_THE_BORDER = {"shardlab/interop/dcp.py": "pickle", "shardlab/interop/export.py": "torch.save"}
+
+
 def unsafe_calls(path: Path) -> Iterator[str]:
     for node in ast.walk(tree(path)):
         if not isinstance(node, ast.Call):
@@ -236,13 +241,16 @@ def unsafe_calls(path: Path) -> Iterator[str]:
         keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
         if short in _UNSAFE_CALLS or keywords.get("shell") == "True" or \
                 (name == "torch.load" and keywords.get("weights_only") != "True"):
+            if _AT_THE_BORDER.get(path.as_posix()) == name:
+                continue
             yield f"{path}:{node.lineno}: {name}"
 
 
 def test_nothing_read_is_executed():
     wrong = [call for path in files(".py", folders=SOURCES) for call in unsafe_calls(path)]
     wrong += [f"{path}:{line}: imports {module}" for path in files(".py", folders=SOURCES)
-              for line, module in imports(path) if module.split(".")[0] in _UNSAFE_MODULES]
+              for line, module in imports(path) if module.split(".")[0] in _UNSAFE_MODULES
+              and _AT_THE_BORDER.get(path.as_posix()) != module]
     assert not wrong, "\n".join(wrong)
 
 

@@ -1,8 +1,8 @@
-"""Reads tensors of a torch.distributed.checkpoint folder, without running what it may carry.
+"""Reads tensors that torch wrote, in a file or a DCP folder, without running what they may carry.
 
-Its index, ``.metadata``, is a pickle. It is read by an unpickler that knows the handful of plain
-classes such an index is made of and refuses every other name; the tensors themselves are read with
-``torch.load(..., weights_only=True)``.
+The index of a folder, ``.metadata``, is a pickle. It is read by an unpickler that knows the handful
+of plain classes such an index is made of and refuses every other name; the tensors themselves are
+read with ``torch.load(..., weights_only=True)``.
 """
 
 from __future__ import annotations
@@ -98,3 +98,27 @@ def read_parts(folder: Path, tensor: StoredTensor) -> Iterator[tuple[tuple[int, 
         if not isinstance(part, Tensor):
             raise CheckpointError(f"{path}: a {type(part).__name__} at byte {first}, not a tensor")
         yield offsets, part
+
+
+def read_file(path: str | Path) -> dict[str, Tensor]:
+    """Tensors by dotted name of a state dict that torch.save wrote; they stay in the file.
+
+    Raises:
+        CheckpointError: not such a file, or it holds more than tensors and plain values.
+    """
+    try:
+        state = torch.load(path, "cpu", weights_only=True, mmap=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"{path} is neither a DCP folder nor a file of tensors: {reason}; "
+                              "ShardedTensors are saved with torch.distributed.checkpoint"
+                              ) from None
+    return dict(_flatten(state, ""))
+
+
+def _flatten(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(value, Tensor):
+        yield name, value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from _flatten(item, f"{name}.{key}" if name else str(key))

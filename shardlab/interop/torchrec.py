@@ -8,21 +8,19 @@ hyper-parameters, is left out: those come from the job that goes on.
 
 from __future__ import annotations
 
-import pickle
 import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from shardlab.errors import CheckpointError
-from shardlab.interop.dcp import INDEX, StoredTensor, read_index, read_parts
+from shardlab.interop.dcp import INDEX, StoredTensor, read_file, read_index, read_parts
 from shardlab.interop.whole import Rows, new_table, row_pieces
 from shardlab.storage import TableChunk
 from shardlab.train.manifest import ALL, MANIFEST, Manifest, TableEntry
@@ -84,9 +82,9 @@ def import_torchrec(source: str | Path, out: str | Path,
     if out.exists():
         raise CheckpointError(f"{out} exists; import to a new folder")
     tensors: dict[str, Source] = dict(read_index(source) if (source / INDEX).is_file()
-                                      else _read_file(source))
+                                      else read_file(source))
     if optimizer is not None:
-        tensors |= {f"optimizer.{name}": value for name, value in _read_file(optimizer).items()}
+        tensors |= {f"optimizer.{name}": value for name, value in read_file(optimizer).items()}
     found = _sort(tensors, source)
     staging = out.parent / f".tmp-{out.name}"
     shutil.rmtree(staging, ignore_errors=True)
@@ -102,26 +100,6 @@ def import_torchrec(source: str | Path, out: str | Path,
         shutil.rmtree(staging, ignore_errors=True)
         raise
     return out
-
-
-def _read_file(path: str | Path) -> dict[str, Tensor]:
-    """Tensors by dotted name of a file that torch.save wrote."""
-    try:
-        state = torch.load(path, "cpu", weights_only=True, mmap=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(f"{path} is neither a DCP folder nor a file of tensors: {reason}; "
-                              "ShardedTensors are saved with torch.distributed.checkpoint"
-                              ) from None
-    return dict(_flatten(state, ""))
-
-
-def _flatten(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
-    if isinstance(value, Tensor):
-        yield name, value
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            yield from _flatten(item, f"{name}.{key}" if name else str(key))
 
 
 def _sort(tensors: dict[str, Source], source: Path) -> _Found:
