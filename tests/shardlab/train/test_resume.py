@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -37,12 +38,17 @@ def assert_identical(left: State, right: State) -> None:
         assert torch.equal(tensor, right[name]), name
 
 
-def train_whole_and_killed(groups: Groups, folder: str, optimizer: str,
-                           kill_after: int) -> tuple[State, State]:
+#: Written while training goes on, every second one incremental.
+BEHIND = replace(OPTIONS, checkpoint_background=True, checkpoint_incremental=True,
+                 checkpoint_full_every=2)
+
+
+def train_whole_and_killed(groups: Groups, folder: str, optimizer: str, kill_after: int,
+                           options: TrainOptions) -> tuple[State, State]:
     """Final states of a run, and of one that was killed after some steps and resumed."""
-    whole = build_trainer(groups, f"{folder}/whole", optimizer=optimizer)
+    whole = build_trainer(groups, f"{folder}/whole", optimizer=optimizer, options=options)
     whole.run()
-    killed = build_trainer(groups, f"{folder}/killed", optimizer=optimizer)
+    killed = build_trainer(groups, f"{folder}/killed", optimizer=optimizer, options=options)
     runner, train = killed._step, killed._step.train
 
     def train_or_die(*arguments: object) -> object:
@@ -53,18 +59,20 @@ def train_whole_and_killed(groups: Groups, folder: str, optimizer: str,
     object.__setattr__(runner, "train", train_or_die)
     with pytest.raises(Killed):
         killed.run()
-    resumed = build_trainer(groups, f"{folder}/killed", optimizer=optimizer)
+    resumed = build_trainer(groups, f"{folder}/killed", optimizer=optimizer, options=options)
     assert resumed.run().resumed_at == kill_after // 5 * 5
     return state_of(whole), state_of(resumed)
 
 
-@pytest.mark.parametrize("optimizer", ["row_wise_adagrad", "adam"])
+@pytest.mark.parametrize(("optimizer", "options"), [
+    ("row_wise_adagrad", OPTIONS), ("adam", OPTIONS), ("row_wise_adagrad", BEHIND)],
+    ids=["row_wise_adagrad", "adam", "behind"])
 @pytest.mark.parametrize(("world_size", "kill_after"), [(1, 8), (2, 13), (2, 4)],
                          ids=["1_rank", "2_ranks_second_epoch", "2_ranks_no_checkpoint_yet"])
 def test_killed_and_resumed_is_bit_identical(tmp_path: Path, world_size: int, kill_after: int,
-                                             optimizer: str) -> None:
+                                             optimizer: str, options: TrainOptions) -> None:
     for whole, resumed in run_ranks(world_size, train_whole_and_killed, str(tmp_path), optimizer,
-                                    kill_after):
+                                    kill_after, options):
         assert_identical(whole, resumed)
     clocked = ("samples_per_s", "step_ms", "wait_share", "phase_ms", "seconds")
     lines = [[{key: value for key, value in json.loads(line).items() if key not in clocked}
