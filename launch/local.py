@@ -18,14 +18,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from shardlab.errors import LaunchError
+from shardlab.errors import REQUEUE, SIGNAL_EXIT, LaunchError
 from shardlab.launch.environment import available_cores
-from shardlab.launch.rank import LOCAL_RANK_MARK, SIGNAL_EXIT
+from shardlab.launch.rank import LOCAL_RANK_MARK
 
 #: Only this host: no name look-up, no firewall, no network card.
 _LOOPBACK = "127.0.0.1"
 #: Exit codes of ranks that a signal stopped in order.
-_STOPPED = {SIGNAL_EXIT + signal.SIGINT, SIGNAL_EXIT + signal.SIGTERM}
+_STOPPED = {SIGNAL_EXIT + signal.SIGINT, SIGNAL_EXIT + signal.SIGTERM, REQUEUE}
 
 
 def start_local_ranks(ranks: int, command: Sequence[str]) -> int:
@@ -112,12 +112,14 @@ def _first_failure(folder: Path, failures: dict[int, Any]) -> LaunchError:
         rank, failure = next(iter((silent or failures).items()))
         if failure.exitcode >= 0:
             return LaunchError(f"rank {rank} (process {failure.pid}) ended with exit code "
-                               f"{failure.exitcode} and no message")
+                               f"{failure.exitcode} and no message", failure.exitcode)
         hint = "; the machine may be out of memory" if failure.exitcode == -signal.SIGKILL else ""
         return LaunchError(f"rank {rank} (process {failure.pid}) was killed by "
-                           f"{failure.signal_name()}{hint}")
+                           f"{failure.signal_name()}{hint}", SIGNAL_EXIT - failure.exitcode)
     first = min(reports, key=lambda report: int(report["extraInfo"]["time_ns"]))
-    return LaunchError(f"rank {first['extraInfo']['rank']} failed: {first['message'].rstrip()}")
+    rank = first["extraInfo"]["rank"]
+    return LaunchError(f"rank {rank} failed: {first['message'].rstrip()}",
+                       int(first["extraInfo"]["exit_code"]))
 
 
 def rank_command(*arguments: str) -> list[str]:

@@ -12,14 +12,10 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from shardlab.errors import ShardLabError
+from shardlab.errors import FAILURE, ShardLabError
 
 #: Set for ranks that `local.start_local_ranks` started: that parent prints the failure.
 LOCAL_RANK_MARK = "SHARDLAB_LOCAL_RANK"
-#: Exit codes: a mistake in what the user gave, and everything else.
-USER_ERROR, FAILURE = 2, 1
-#: Shells report a process that signal n ended as this + n; `Summary.exit_code` does too.
-SIGNAL_EXIT = 128
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -41,12 +37,10 @@ def guarded(work: Callable[[], int]) -> int:
     try:
         return work()
     except Exception as error:
-        _report(error)
-        if not local:
-            _print(error)
+        report_failure(error)
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(USER_ERROR if isinstance(error, ShardLabError) else FAILURE)
+        os._exit(error.exit_code if isinstance(error, ShardLabError) else FAILURE)
 
 
 def _end_with_parent() -> None:
@@ -59,8 +53,13 @@ def _end_with_parent() -> None:
         os._exit(FAILURE)
 
 
-def _report(error: Exception) -> None:
-    """Writes torchrun's error file; it keeps whole seconds only, so a finer time goes beside."""
+def report_failure(error: Exception) -> None:
+    """Prints why this rank fails, unless its launcher does, and writes torchrun's error file.
+
+    That file keeps whole seconds only, so a finer time goes beside.
+    """
+    if os.environ.get(LOCAL_RANK_MARK) != "1":
+        _print(error)
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path is None:
         return
@@ -68,7 +67,8 @@ def _report(error: Exception) -> None:
     now = time.time_ns()
     message = str(error) if isinstance(error, ShardLabError) else text
     extra = {"py_callstack": text, "timestamp": str(now // 1_000_000_000), "time_ns": str(now),
-             "rank": os.environ.get("RANK", "?")}
+             "rank": os.environ.get("RANK", "?"),
+             "exit_code": str(getattr(error, "exit_code", FAILURE))}
     Path(path).write_text(json.dumps({"message": {"message": message, "extraInfo": extra}}))
 
 

@@ -15,7 +15,6 @@ from shardlab.cli.probe import probe
 from shardlab.cli.stats import stats
 from shardlab.cli.train import train
 from shardlab.errors import ShardLabError, nearest_name
-from shardlab.launch.rank import USER_ERROR
 
 INTERRUPTED = 130  # what shells report for a program that Ctrl-C ended
 
@@ -63,4 +62,4 @@ def _run(arguments: list[str] | None) -> int:
         return INTERRUPTED
     except ShardLabError as error:
         click.echo(f"error: {error}", err=True)
-        return USER_ERROR
+        return error.exit_code

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from shardlab.cli.job import job_arguments, read_job
-from shardlab.errors import ConfigError, PlanError
-from shardlab.launch.rank import USER_ERROR
+from shardlab.errors import USER_ERROR, ConfigError, PlanError
 
 if TYPE_CHECKING:
     from collections.abc import Callable

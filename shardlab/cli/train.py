@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from shardlab.cli.job import job_arguments, read_job
-from shardlab.errors import LaunchError
+from shardlab.errors import REQUEUE, SIGNAL_EXIT, LaunchError
 
 if TYPE_CHECKING:
     from shardlab.config import JobConfig
@@ -62,12 +62,12 @@ def _join(config: JobConfig, place: RankInfo, asked: int | None) -> int:
 def _start(config: JobConfig) -> int:
     """Starts the ranks, which read the job as it was resolved here; returns the exit code."""
     from shardlab.launch.local import rank_command, start_local_ranks
-    from shardlab.launch.rank import SIGNAL_EXIT
 
     with tempfile.TemporaryDirectory(prefix="shardlab-job-") as folder:
         resolved = Path(folder) / "job.yaml"
         resolved.write_text(config.resolved_yaml(), encoding="utf-8")
         code = start_local_ranks(config.ranks, rank_command("train", str(resolved)))
     if code:
-        click.echo(f"stopped by {signal.Signals(code - SIGNAL_EXIT).name}", err=True)
+        number = signal.SIGUSR1 if code == REQUEUE else signal.Signals(code - SIGNAL_EXIT)
+        click.echo(f"stopped by {number.name}", err=True)
     return code

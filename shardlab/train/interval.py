@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING
@@ -20,6 +21,11 @@ from shardlab.train.stop_signal import STOP_SIGNALS, StopSignal
 
 if TYPE_CHECKING:
     from shardlab.sharded import ShardedModel
+
+
+#: Seconds that a stop signal may wait for its step, where log intervals are longer: Slurm gives
+#: 30 between SIGTERM and SIGKILL, and a checkpoint has to be written in them.
+STOP_WITHIN_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -58,6 +64,7 @@ class IntervalLog:
         self._wire = WireMeter(model, groups.world_size)
         self._clock = model.clock
         self._caches = CacheMeter(model)
+        self._opened, self._check_every, self._unchecked = time.perf_counter(), 1, 0
         self.timer = StepTimer()
         self.window = WindowMetrics(groups.device, lambda tensor: all_reduce_(tensor, groups))
 
@@ -67,6 +74,22 @@ class IntervalLog:
         self._clock.restart()
         self._caches.restart()
         self._wire.restart()
+        self._opened = time.perf_counter()
+
+    def stop_wanted(self) -> bool:
+        """Whether some rank was asked to stop, in an interval that is older than `STOP_WITHIN_S`.
+
+        Every rank must call it after every step. Ranks ask each other every few steps only: as
+        many as `STOP_WITHIN_S` takes by the pace of the last interval, and after every step before
+        there is one.
+        """
+        self._unchecked += 1
+        if self._unchecked < self._check_every:
+            return False
+        self._unchecked = 0
+        wanted = self._signal.received and time.perf_counter() - self._opened > STOP_WITHIN_S
+        wish = torch.tensor([float(bool(wanted))], device=self._groups.device)
+        return bool(all_reduce_(wish, self._groups, op="max").item())
 
     def got_batch(self) -> None:
         """The next step's batch has arrived."""
@@ -96,10 +119,13 @@ class IntervalLog:
         wire = self._wire.take(len(finite))
         stops = [float(number in self._signal.received) for number in STOP_SIGNALS]
         phases, caches = self._clock.take_interval(), self._caches.take()
-        sums = torch.tensor([finite.count(False), *stops, *astuple(wire), *phases.values(),
+        took = time.perf_counter() - self._opened
+        sums = torch.tensor([finite.count(False), took, *stops, *astuple(wire), *phases.values(),
                              *caches], dtype=torch.float64, device=self._groups.device)
         all_reduce_(sums, self._groups)
-        bad, *counts = sums.tolist()
+        bad, took, *counts = sums.tolist()
+        self._check_every = max(1, int(STOP_WITHIN_S * self._groups.world_size * len(finite)
+                                       / took))
         if bad:
             self._refuse(step, finite)
         stops, counts = counts[:len(STOP_SIGNALS)], counts[len(STOP_SIGNALS):]

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT as a wish to stop: the step in progress ends, a checkpoint follows."""
+"""Signals as a wish to stop: the step in progress ends, a checkpoint follows."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import threading
 from types import FrameType
 
 #: Signals that ask a run to stop, the more urgent first.
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+#: SIGUSR1 is what Slurm is asked to send before the time limit: stop, and start again.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class StopSignal:

@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.table import Table
 
+from shardlab.errors import REQUEUE, SIGNAL_EXIT
 from shardlab.phases import PHASES
 from shardlab.storage_bytes import TierBytes
 from shardlab.train.cache_meter import CacheCounts, total_of
@@ -17,7 +18,6 @@ from shardlab.train.metrics import BinaryMetrics
 from shardlab.train.units import format_bytes, format_count, format_metric, format_seconds
 
 _SHOWN_MS = 0.005  # shorter phases would show as 0.00
-_SIGNAL_EXIT = 128  # shells report a process that died of signal n as 128 + n
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,10 @@ class Summary:
 
     @property
     def exit_code(self) -> int:
-        """What the process should exit with: 0, 143 after SIGTERM, 130 after SIGINT."""
-        return 0 if self.stopped_by is None else _SIGNAL_EXIT + self.stopped_by
+        """What the process should exit with: 0, 143, 130 or 75 after SIGTERM, SIGINT or SIGUSR1."""
+        if self.stopped_by is None:
+            return 0
+        return REQUEUE if self.stopped_by == signal.SIGUSR1 else SIGNAL_EXIT + self.stopped_by
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as in ``summary.json``."""

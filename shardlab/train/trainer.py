@@ -114,8 +114,8 @@ class Trainer:
     def run(self) -> Summary:
         """Trains to the end, or until a stop signal; returns what it came to.
 
-        SIGTERM and SIGINT end the run at the next log interval, where ranks agree on it, with a
-        checkpoint; the process should then exit with `Summary.exit_code`.
+        SIGTERM, SIGINT and SIGUSR1 end the run at the next log interval, or `STOP_WITHIN_S`
+        later where intervals are longer, with a checkpoint; the process should then exit with `Summary.exit_code`.
 
         Raises:
             ShardLabError: the loss is not finite; names the step.
@@ -197,7 +197,8 @@ class Trainer:
         self._view.step(self._at.step)
         validate, save_now = self._due(self.options.validate_every), \
             self._due(self.options.checkpoint_every)
-        if not (validate or save_now or self._due(self.options.log_every)):
+        due = validate or save_now or self._due(self.options.log_every)
+        if not (due or self._log.stop_wanted()):
             return
         self._flush()
         if validate and self._stopped_by is None:

@@ -140,7 +140,8 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path, at: int) -> Non
     assert_same_end(whole, resumed)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "code"), [
+    (signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 75)])
 @pytest.mark.parametrize("at", [1, 9, 12], ids=["mid_interval", "at_validation", "at_the_end"])
 def test_stop_signal_saves_and_the_rest_follows(tmp_path: Path, number: int, code: int,
                                                 at: int) -> None:
@@ -157,6 +158,14 @@ def test_stop_signal_saves_and_the_rest_follows(tmp_path: Path, number: int, cod
     resumed = build(tmp_path / "stopped")
     assert resumed.run().exit_code == 0
     assert_same_end(whole, resumed)
+
+
+def test_a_long_interval_is_not_waited_for(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("shardlab.train.interval.STOP_WITHIN_S", 0.0)
+    stopped = build(tmp_path / "stopped", TrainOptions(log_every=1000))
+    stopped.model.linear.register_forward_hook(
+        lambda *_: os.kill(os.getpid(), signal.SIGTERM) if stopped._at.step == 2 else None)
+    assert stopped.run().steps == 3
 
 
 def test_max_steps_ends_inside_an_epoch(tmp_path: Path) -> None:
