@@ -112,12 +112,15 @@ def choose_plan(job: JobConfig, groups: Groups, previous: Path | None) -> Chosen
 
 def _decide(job: JobConfig, groups: Groups, previous: Path | None) -> str:
     """A plan as JSON with its predictions."""
-    if job.plan is not None:
+    if job.plan is not None and not _outgrown(job, groups):
         return _rated(read_job_plan(Path(job.plan), job, groups.world_size), job, groups)
     if previous is not None and _world_size(previous) == groups.world_size:
         read_job_plan(previous, job, groups.world_size)
         return previous.read_text(encoding="utf-8")
     topology = job_topology(job, groups)
+    if topology.world_size != groups.world_size and job.train.elastic:
+        topology = replace(topology, hosts=groups.world_size // groups.local_world_size,
+                           ranks_per_host=groups.local_world_size)
     if topology.world_size != groups.world_size:
         raise PlanError(f"topology: {topology.name} has {topology.world_size} ranks, this run has "
                         f"{groups.world_size}; leave topology out to plan for this machine "
@@ -125,6 +128,12 @@ def _decide(job: JobConfig, groups: Groups, previous: Path | None) -> str:
     from shardlab.planner.plan_file import plan_to_json
 
     return plan_to_json(plan_request(job_request(job, topology)))
+
+
+def _outgrown(job: JobConfig, groups: Groups) -> bool:
+    """Whether an elastic job's plan is for another number of ranks than there are."""
+    return job.train.elastic and job.plan is not None and \
+        _world_size(Path(job.plan)) != groups.world_size
 
 
 def _rated(given: ShardingPlan, job: JobConfig, groups: Groups) -> str:

@@ -24,6 +24,7 @@ from shardlab.launch.building import (
     dense_optimizer,
 )
 from shardlab.launch.planning import choose_plan
+from shardlab.launch.preflight import check_versions
 from shardlab.launch.readers import build_readers
 from shardlab.ops.allocator import keep_freed_memory
 from shardlab.sharded import shard
@@ -52,6 +53,7 @@ def run_job(job: JobConfig) -> int:
     pa.set_memory_pool(pa.system_memory_pool())
     _set_determinism(job.train.seed, job.train.deterministic)
     groups = comm.init(job.exchange.timeout_s, job.exchange.transport)
+    check_versions(groups)
     run = open_run_folder(job.train.run_dir, job.train.resume, groups)
     chosen = choose_plan(job, groups, _former_plan(run))
     if groups.rank == 0:

@@ -5,7 +5,6 @@ Each message says what was asked, what was found and what to do, with names and 
 
 from __future__ import annotations
 
-
 #: Exit codes; docs/launch.md lists them with what follows from each.
 FAILURE, USER_ERROR, DOES_NOT_FIT, NOT_FINITE, STALLED = 1, 2, 3, 4, 5
 #: A checkpoint was asked for and taken; start the same job again (EX_TEMPFAIL of sysexits.h).

@@ -10,6 +10,7 @@ from shardlab.cli.bench import bench
 from shardlab.cli.doctor import doctor
 from shardlab.cli.export import compact, export, import_
 from shardlab.cli.inspect import inspect
+from shardlab.cli.launch import launch
 from shardlab.cli.plan import plan
 from shardlab.cli.probe import probe
 from shardlab.cli.stats import stats
@@ -38,7 +39,7 @@ def app() -> None:
     """Train recommendation models whose embedding tables outgrow a device."""
 
 
-for _command in (train, plan, probe, stats, inspect, export, import_, compact, doctor, bench):
+for _command in (train, launch, plan, probe, stats, inspect, export, import_, compact, doctor, bench):
     app.add_command(_command)
 
 

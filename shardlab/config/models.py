@@ -320,6 +320,22 @@ class TrainConfig(Section):
         default="auto",
         description="auto: continue from the newest checkpoint of the run folder, if any; never: "
         "start anew; else the path of a checkpoint to continue from")
+    elastic: bool = Field(
+        default=False,
+        description="go on with another number of ranks than topology or plan name, planned anew "
+        "for those that are there")
+    on_nan: Literal["stop", "skip_batch"] = Field(
+        default="stop",
+        description="a loss or gradient that is NaN or infinite: stop and name where it is first, "
+        "or leave the batch out on all ranks")
+    stall_timeout_s: Positive | None = Field(
+        default=600.0,
+        description="seconds without a finished step, validation or checkpoint after which a run "
+        "ends and names the rank and phase that it waits for; null: never")
+    check_memory: bool = Field(
+        default=True,
+        description="before the first step, refuse a job that is predicted not to fit the memory "
+        "that is free")
     deterministic: bool = Field(
         default=True,
         description="use torch's deterministic algorithms, so that a run repeats bit by bit")

@@ -115,7 +115,8 @@ class Trainer:
         """Trains to the end, or until a stop signal; returns what it came to.
 
         SIGTERM, SIGINT and SIGUSR1 end the run at the next log interval, or `STOP_WITHIN_S`
-        later where intervals are longer, with a checkpoint; the process should then exit with `Summary.exit_code`.
+        later where intervals are longer, with a checkpoint; the process should then exit with
+        `Summary.exit_code`.
 
         Raises:
             ShardLabError: the loss is not finite; names the step.
