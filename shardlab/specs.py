@@ -169,8 +169,8 @@ def _parse_ranks(value: Any, where: str) -> tuple[int, ...]:
 def _in_chunks(storage: StorageRequest, columns: int, where: str) -> StorageRequest:
     """The same storage with the width of its chunks, where it has chunks."""
     if isinstance(storage, Choice):
-        return replace(storage, options=tuple(
-            _in_chunks(option, columns, where) for option in storage.options))
+        options = tuple(_in_chunks(option, columns, where) for option in storage.options)
+        return replace(storage, options=options)  # type: ignore[arg-type]  # no choice in a choice
     if not isinstance(storage, PrunedSpec):
         return storage
     chunks = storage.chunks or usual_chunks(columns)

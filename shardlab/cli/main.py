@@ -39,7 +39,8 @@ def app() -> None:
     """Train recommendation models whose embedding tables outgrow a device."""
 
 
-for _command in (train, launch, plan, probe, stats, inspect, export, import_, compact, doctor, bench):
+for _command in (train, launch, plan, probe, stats, inspect, export, import_, compact, doctor,
+                 bench):
     app.add_command(_command)
 
 

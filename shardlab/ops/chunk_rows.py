@@ -1,9 +1,9 @@
 """Rows whose chunks lie in a pool: read as whole rows, stepped chunk by chunk.
 
 A pool is a block of an arena whose rows are chunks; every shard has a `Blocks` entry of its own
-that points at its store's pool. The native face finds, reads and steps in one pass. The other faces look
-places up on the host, and read and step them with the ops of whole rows (`pool_blocks`, `sum_rows`,
-`update_rows`: plain torch, or Triton on CUDA).
+that points at its store's pool. The native face finds, reads and steps in one pass. The other faces
+look places up on the host, and read and step them with the ops of whole rows (`pool_blocks`,
+`sum_rows`, `update_rows`: plain torch, or Triton on CUDA).
 
 Source: arXiv 2401.04408; exact fused optimisers as in arXiv 2104.05158.
 """

@@ -104,5 +104,5 @@ def test_what_cannot_be_read_is_named(tmp_path: Path, name: str, features: tuple
 
 def test_data_without_rows(tmp_path: Path) -> None:
     path = write_tsv(tmp_path / "a.tsv", [])
-    with pytest.raises(DataError, match="no row was read|empty"):
+    with pytest.raises(DataError, match=r"no row was read|empty"):
         read(file_work(str(path), (), "label", None))

@@ -23,7 +23,7 @@ def test_a_small_file_is_measured_and_deleted(tmp_path: Path, monkeypatch) -> No
 
 
 def test_no_directory_and_no_space(tmp_path: Path, monkeypatch) -> None:
-    with pytest.raises(LaunchError, match="--ssd .*none: no such directory; name one on the disk"):
+    with pytest.raises(LaunchError, match=r"--ssd .*none: no such directory; name one on the disk"):
         disk.disk_speed(str(tmp_path / "none"), 1 << 20, 0.0)
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(10, 5, 5))

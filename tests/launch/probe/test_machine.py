@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ def test_numbers_are_means_with_their_comments(tmp_path: Path) -> None:
     assert "rough figures" not in text
     assert "busy" not in text
     lines = text.splitlines()
-    bare = [line for above, line in zip(lines, lines[1:], strict=False)
+    bare = [line for above, line in pairwise(lines)
             if ": " in line and not line.lstrip().startswith("#") and "_s:" in line
             and not above.lstrip().startswith("#") and not line.startswith("  ")]
     assert bare == []  # every speed of the machine says where it comes from

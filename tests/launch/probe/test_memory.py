@@ -19,7 +19,8 @@ def test_rows_do_not_come_again_before_a_cache_has_forgotten_them(monkeypatch) -
         ids = found.ids
         assert len(ids) == 50
         assert bool((ids[1:] > ids[:-1]).all())
-        assert int(ids[0]) >= 0 and int(ids[-1]) < 10_000
+        assert int(ids[0]) >= 0
+        assert int(ids[-1]) < 10_000
     assert len({tuple(found.ids.tolist()) for found in sets}) > 9
 
 

@@ -241,7 +241,8 @@ def test_a_million_operations_against_a_dictionary(seed):
             if norm > 0 and ((row, chunk) in worth or norm >= threshold):
                 worth[row, chunk] = worth.get((row, chunk), 0.0) + norm
         if number % 13 == 12:
-            index.decide(0, 1.0, torch.tensor([3.0]), number, candidates)  # sums are exact where it matters
+            # Sums are exact where it matters.
+            index.decide(0, 1.0, torch.tensor([3.0]), number, candidates)
             worth = {at: u for at, u in worth.items() if u >= 3.0}
             index.compact(0)
         if number % 13 == 11:
