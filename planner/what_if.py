@@ -111,7 +111,8 @@ def _wire(wire: WireDtypes, key: str, value: str) -> WireDtypes:
     if direction not in ("forward", "backward"):
         raise ConfigError(f"--what-if {key}: a wire has forward and backward"
                           f"{nearest_name(direction, ['forward', 'backward'])}")
-    return replace(wire, **{direction: value})
+    return replace(wire, forward=value) if direction == "forward" else \
+        replace(wire, backward=value)
 
 
 def _is_field(key: str) -> bool:

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
-from shardlab.errors import ConfigError, PlanError
+from shardlab.errors import ConfigError, PlanError, nearest_name
 from shardlab.specs import EmbeddingBagConfig, ExchangeKind, ShardingType
 from shardlab.storage_bytes import TierBytes
 from shardlab.storage_specs import (
+    DTYPES,
+    ROUNDINGS,
     Choice,
     LevelSpec,
     RowsSpec,
@@ -61,10 +63,20 @@ class Shard:
 
 @dataclass(frozen=True)
 class WireDtypes:
-    """Dtypes that a table's rows and gradients travel in."""
+    """How a table's rows and gradients travel.
+
+    Attributes:
+        forward: codec of rows, a key of `storage_specs.DTYPES`.
+        backward: codec of gradients.
+        rounding: of gradients, ``stochastic`` or ``nearest``; rows are rounded to nearest.
+        error_feedback: every rank keeps what rounding took from its gradients, 4 bytes an element
+            of the table, and adds it to the row's next gradient; for unique rows only.
+    """
 
     forward: str = "fp32"
     backward: str = "fp32"
+    rounding: str = "stochastic"
+    error_feedback: bool = False
 
 
 @dataclass(frozen=True)
@@ -131,6 +143,28 @@ class ShardingPlan:
         except (KeyError, TypeError, ValueError, ConfigError) as error:
             raise PlanError(f"plan is malformed: {type(error).__name__}: {error}") from None
 
+    def with_wire(self, wire: WireDtypes,
+                  tables: Mapping[str, WireDtypes] | None = None) -> ShardingPlan:
+        """The same placement with other codecs on the wire.
+
+        Args:
+            wire: of every table that ``tables`` does not name.
+            tables: by table.
+
+        Raises:
+            PlanError: an unknown codec or table, or error feedback for a table whose bags are
+                pooled by their owner: a bag has no next gradient to add it to.
+        """
+        given = dict(tables or {})
+        unknown = sorted(given.keys() - {entry.table for entry in self.tables})
+        if unknown:
+            raise PlanError(f"wire: the plan has no tables {unknown}")
+        entries = [replace(entry, wire=given.get(entry.table, wire)) for entry in self.tables]
+        problems = [problem for entry in entries for problem in wire_problems(entry)]
+        if problems:
+            raise PlanError("\n".join(problems))
+        return replace(self, tables=tuple(entries))
+
     def check(self, tables: Sequence[EmbeddingBagConfig], world_size: int) -> None:
         """Refuses a plan that does not cover exactly these tables on this world size.
 
@@ -150,6 +184,7 @@ class ShardingPlan:
                      for name in planned if name not in wanted]
         for name in planned.keys() & wanted.keys():
             problems += _cover_problems(planned[name], wanted[name], self.world_size)
+            problems += wire_problems(planned[name])
         if problems:
             raise PlanError("\n".join(sorted(problems)))
 
@@ -210,6 +245,22 @@ def _cut_problems(plan: TablePlan, table: EmbeddingBagConfig) -> list[str]:
                     f"of {row_unit} rows and {column_unit} columns, found a shard from row "
                     f"{shard.row_start} and column {shard.col_start} on"]
     return []
+
+
+def wire_problems(plan: TablePlan) -> list[str]:
+    """What a table cannot have on the wire."""
+    wire, where = plan.wire, f"table {plan.table!r}: wire"
+    problems = [f"{where}.{name}: unknown codec {codec!r}{nearest_name(codec, list(DTYPES))}; "
+                f"known: {', '.join(DTYPES)}"
+                for name, codec in (("forward", wire.forward), ("backward", wire.backward))
+                if codec not in DTYPES]
+    if wire.rounding not in ROUNDINGS:
+        problems.append(f"{where}.rounding: unknown {wire.rounding!r}; known: "
+                        f"{', '.join(ROUNDINGS)}")
+    if wire.error_feedback and plan.exchange is ExchangeKind.POOLED:
+        problems.append(f"{where}.error_feedback: needs exchange rows; a pooled bag's gradient "
+                        "belongs to no row that could carry what rounding took")
+    return problems
 
 
 def _tiles(spans: list[tuple[int, int]], size: int) -> bool:

@@ -7,25 +7,33 @@ first part and the source reads the other two; gradients go the other way round.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from shardlab.sharded.layout import Layout, column
+from shardlab.codecs import table_key
+from shardlab.comm.wire import CellKind, WireCodec, scale_limit
+from shardlab.sharded.layout import Layout, Slot, column
 from shardlab.sharded.messages import Incoming
 from shardlab.sharded.routes import Outgoing
+from shardlab.wire_bytes import SCALE_BYTES
 
 
 @dataclass(frozen=True)
 class Buffer:
-    """Element offsets of one direction's buffer.
+    """Byte offsets of one direction's buffer.
 
     Attributes:
-        total: elements.
-        travels, arrives: elements sent to and received from other ranks.
+        total: bytes.
+        travels, arrives: bytes sent to and received from other ranks.
         slot_offsets: int64 [slots] on CPU: this rank as the source.
         cell_offsets: int64 [ranks * own slots] on CPU: this rank as the owner.
-        slot_splits, cell_splits: elements by rank, for the collective.
+        slot_splits, cell_splits: bytes by rank, for the collective.
+        slot_vectors: int64 [slots] on CPU: rows of every slot; 0 where none come.
+        cell_vectors: int64 [ranks * own slots] on CPU: rows of every cell.
+        slot_heads, cell_heads: first byte of every rank's message, ranks in slot order; empty
+            where messages have no head.
     """
 
     total: int
@@ -35,6 +43,10 @@ class Buffer:
     cell_offsets: Tensor
     slot_splits: list[int]
     cell_splits: list[int]
+    slot_vectors: Tensor
+    cell_vectors: Tensor
+    slot_heads: list[int]
+    cell_heads: list[int]
 
 
 class CellIndex:
@@ -59,7 +71,19 @@ class CellIndex:
         self.my_read = torch.ones(len(self.peers), len(self.mine), dtype=torch.int64)
         self.my_read[:-1, column(replicated).bool()] = 0
 
+        self._set_up_codecs()
         self._set_up_merge()
+
+    def _set_up_codecs(self) -> None:
+        """Codecs of slots (this rank as the source) and of cells (as the owner)."""
+        layout, ranks = self.layout, len(self.peers)
+        slots, mine = layout.slots, self.mine
+        self.forward_slots = WireCodec([_forward(layout, slot) for slot in slots])
+        self.forward_cells = WireCodec([_forward(layout, slot) for slot in mine] * ranks)
+        self.backward_slots = WireCodec([_backward(layout, slot) for slot in slots])
+        self.backward_cells = WireCodec([_backward(layout, slot) for slot in mine] * ranks)
+        # All ranks must agree whether messages of gradients have a head.
+        self.scale_limit = scale_limit([wire.backward for wire in layout.wires])
 
     def _set_up_merge(self) -> None:
         """Order in which an owner merges its cells, and the static columns of their chunks."""
@@ -75,38 +99,73 @@ class CellIndex:
 
     def forward(self, outgoing: Outgoing, incoming: Incoming) -> Buffer:
         """Rows: owners send, sources receive."""
-        slots, cells = self._elements(outgoing, incoming)
+        slots, cells = self._vectors(outgoing, incoming)
         return self._place(slots * self.read, cells * self.my_read.view(-1), owner_sends=True)
 
     def backward(self, outgoing: Outgoing, incoming: Incoming) -> Buffer:
         """Gradients: sources send, owners receive."""
-        return self._place(*self._elements(outgoing, incoming), owner_sends=False)
+        return self._place(*self._vectors(outgoing, incoming), owner_sends=False)
 
-    def _elements(self, outgoing: Outgoing, incoming: Incoming) -> tuple[Tensor, Tensor]:
+    def _vectors(self, outgoing: Outgoing, incoming: Incoming) -> tuple[Tensor, Tensor]:
+        """Rows or bags of every slot and of every cell."""
         size = torch.tensor(outgoing.batch.size)
-        slots = torch.where(self.pooled, size, outgoing.counts) * self.columns
+        slots = torch.where(self.pooled, size, outgoing.counts)
         sizes = column(incoming.sizes)[:, None]
-        cells = torch.where(self.my_pooled, sizes, incoming.counts) * self.my_columns
-        return slots, cells.view(-1)
+        return slots, torch.where(self.my_pooled, sizes, incoming.counts).view(-1)
 
-    def _place(self, slots: Tensor, cells: Tensor, *, owner_sends: bool) -> Buffer:
-        slot_parts = [int(part.sum()) for part in slots.split(self._per_peer)]
-        cell_parts = cells.view(len(self.peers), -1).sum(1).tolist()
+    def _place(self, slot_vectors: Tensor, cell_vectors: Tensor, *, owner_sends: bool) -> Buffer:
+        if owner_sends:
+            slots, cells, head = (self.forward_slots.sizes(slot_vectors),
+                                  self.forward_cells.sizes(cell_vectors), 0)
+        else:
+            slots, cells, head = (self.backward_slots.sizes(slot_vectors),
+                                  self.backward_cells.sizes(cell_vectors),
+                                  SCALE_BYTES if self.scale_limit is not None else 0)
+        slot_parts = [int(part.sum()) + head for part in slots.split(self._per_peer)]
+        cell_parts = (cells.view(len(self.peers), -1).sum(1) + head).tolist()
         sent, received = (cell_parts, slot_parts) if owner_sends else (slot_parts, cell_parts)
         assert sent[-1] == received[-1], "source and owner see different cells at home"
         travels, arrives = sum(sent[:-1]), sum(received[:-1])
-        sending, receiving = (cells, slots) if owner_sends else (slots, cells)
-        receiving_at = travels + receiving.cumsum(0) - receiving
-        sending_at = sending.cumsum(0) - sending
-        home = len(self.mine) if owner_sends else self._per_peer[-1]
-        if home:
-            sending_at[-home:] += arrives
-        slot_at, cell_at = (receiving_at, sending_at) if owner_sends else (sending_at, receiving_at)
+        slot_heads = _starts(slot_parts, home=travels + arrives, before=travels * owner_sends)
+        cell_heads = _starts(cell_parts, home=travels + arrives,
+                             before=travels * (not owner_sends))
+        slot_at = slots.cumsum(0) - slots
+        cell_at = cells.cumsum(0) - cells
+        # Offsets inside the parts become offsets in the buffer.
+        slot_at += _shifts(slots, self._per_peer, slot_heads, head)
+        cell_at += _shifts(cells, [len(self.mine)] * len(self.peers), cell_heads, head)
         return Buffer(travels + arrives + sent[-1], travels, arrives, slot_at, cell_at,
-                      self._by_rank(slot_parts), self._by_rank(cell_parts))
+                      self._by_rank(slot_parts), self._by_rank(cell_parts), slot_vectors,
+                      cell_vectors, slot_heads if head else [], cell_heads if head else [])
 
     def _by_rank(self, parts: list[int]) -> list[int]:
         sizes = [0] * len(self.peers)
         for peer, size in zip(self.peers[:-1], parts, strict=False):
             sizes[peer] = size
         return sizes
+
+
+def _starts(parts: list[int], home: int, before: int) -> list[int]:
+    """Where every rank's part begins: one behind the other from ``before``, the last at home."""
+    edges = [0, *accumulate(parts)]
+    return [*(before + edge for edge in edges[:len(parts) - 1]), home]
+
+
+def _shifts(sizes: Tensor, per_part: list[int], starts: list[int], head: int) -> Tensor:
+    """What turns sums of ``sizes`` over all parts into places in parts that begin at ``starts``."""
+    summed = [int(part.sum()) for part in sizes.split(per_part)]
+    before = [0, *accumulate(summed)][:len(summed)]
+    shift = column([start + head - first for start, first in zip(starts, before, strict=True)])
+    return shift.repeat_interleave(column(per_part))
+
+
+def _forward(layout: Layout, slot: Slot) -> CellKind:
+    return CellKind(layout.wires[slot.table].forward, slot.shard.columns)
+
+
+def _backward(layout: Layout, slot: Slot) -> CellKind:
+    """Random bits of pooled gradients follow from the feature and the sample, not from a row."""
+    name = layout.tables[slot.table].name if slot.feature < 0 else layout.features[slot.feature]
+    wire = layout.wires[slot.table]
+    return CellKind(wire.backward, slot.shard.columns, table_key(name), slot.shard.col_start,
+                    wire.rounding == "stochastic")

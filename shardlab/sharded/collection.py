@@ -96,7 +96,8 @@ class ShardedEmbeddingBagCollection(nn.Module):
             optimizer, seed, groups.device, _folder_of(ssd_dir, groups)))
         self._reader = InputReader(layout, groups.device)
         self.clock = clock or PhaseClock(groups.device)
-        self._exchange = Exchange(layout, self.storage, groups, self._reader, self.clock)
+        self._exchange = Exchange(layout, self.storage, groups, self._reader, self.clock,
+                                  seed)
         self.updater = RowUpdater(layout, self.storage, groups, self._exchange.wire)
         self.council = PruningCouncil(self.tables, plan, optimizer, self.storage, groups)
         self.pending: list[PendingGradients] = []
@@ -172,10 +173,15 @@ class ShardedEmbeddingBagCollection(nn.Module):
         """Bytes that this rank has sent to others."""
         return self._exchange.wire
 
-    def update(self, rows: MergedRows, number: int, step: StepParameters) -> None:
-        """One optimiser step, the ``number``-th, on rows with gradients."""
+    def begin_step(self, step: int) -> None:
+        """Tells how many optimiser steps were taken: random bits follow from it."""
         with self._exchange.storage_lock:
-            self.storage.begin_step(number)
+            self.storage.begin_step(step)
+        self._exchange.sender.begin_step(step)
+
+    def update(self, rows: MergedRows, step: StepParameters) -> None:
+        """One optimiser step on rows with gradients."""
+        with self._exchange.storage_lock:
             self.updater.update(rows, step)
         self.pending.clear()
 

@@ -48,14 +48,16 @@ class EarlyRows:
 
     Attributes:
         halves: None: all rows are early.
-        early, late: places; those of late rows count from behind the early ones.
-        rows: fp32, flat: early rows, then room for the late ones.
+        early, late: places; those of late rows count from ``late_from`` on.
+        rows: uint8, flat: early rows in their codecs, then room for the late ones.
+        late_from: first byte of the late rows.
     """
 
     halves: Halves | None
     early: Buffer
     late: Buffer | None
     rows: Tensor
+    late_from: int = 0
 
 
 class Splitter:
@@ -138,16 +140,22 @@ class Splitter:
         return sizes
 
 
-def row_addresses(outgoing: Outgoing, early: EarlyRows, columns: Tensor) -> Tensor:
-    """int64: where the row of every asked id begins in ``early.rows``, slot by slot."""
+def row_addresses(outgoing: Outgoing, early: EarlyRows, sizes: Tensor) -> Tensor:
+    """int64: byte of ``early.rows`` where the row of every asked id begins, slot by slot.
+
+    Args:
+        outgoing: what was asked.
+        early: what came, and comes.
+        sizes: int64 [slots]: bytes of a row.
+    """
     halves, device = early.halves, early.rows.device
     if halves is None or early.late is None:
-        return _affine(outgoing.counts, early.early.slot_offsets, columns, device)
+        return _affine(outgoing.counts, early.early.slot_offsets, sizes, device)
     places = torch.empty(halves.late.numel(), dtype=torch.int64, device=device)
-    places[~halves.late] = _affine(halves.early_out.counts, early.early.slot_offsets, columns,
+    places[~halves.late] = _affine(halves.early_out.counts, early.early.slot_offsets, sizes,
                                    device)
-    places[halves.late] = early.early.total + _affine(
-        halves.late_out.counts, early.late.slot_offsets, columns, device)
+    places[halves.late] = early.late_from + _affine(
+        halves.late_out.counts, early.late.slot_offsets, sizes, device)
     return places
 
 

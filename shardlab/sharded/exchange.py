@@ -2,7 +2,7 @@
 
 The steps carry the numbers of docs/architecture.md: 1 de-duplicate and 2 route (`routes`), 3 read,
 5 expand and pool, 6 sum gradients per unique id, 7 merge ranks' gradients and 8 update
-(`gradients`). Rows travel as fp32.
+(`gradients`). Rows and gradients travel in the codecs of the plan; sums are fp32 everywhere.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from threading import Lock
 import torch
 from torch import Tensor
 
+from shardlab.codecs import CODECS
 from shardlab.comm import Groups, WireBytes, Work, all_to_all
-from shardlab.ops.rows import pool_rows, sum_rows
+from shardlab.ops.rows import pool_blocks, pool_rows
 from shardlab.ops.unique import fill_affine
 from shardlab.sharded.cells import Buffer, CellIndex
 from shardlab.sharded.clock import PhaseClock
@@ -30,14 +31,17 @@ from shardlab.sharded.gradients import (
     owner_chunks,
 )
 from shardlab.sharded.inputs import Batch, InputReader
-from shardlab.sharded.layout import Layout, Slot, column
+from shardlab.sharded.layout import Layout, bag_slots, column
 from shardlab.sharded.messages import IdExchange, Incoming
 from shardlab.sharded.routes import Outgoing, Router
+from shardlab.sharded.wire_gradients import GradientSender
 from shardlab.specs import PoolingType
-from shardlab.storage import Storage
+from shardlab.storage import Storage, read_codes
 from shardlab.storage_specs import RowsSpec
 
 _FP32_BYTES = 4
+#: Late rows begin on a cache line of the buffer.
+_ALIGN_BYTES = 64
 
 
 @dataclass(frozen=True)
@@ -64,10 +68,11 @@ class Exchange:
         groups: the ranks.
         reader: names for errors.
         clock: is told when a phase ends.
+        seed: of the run, for the random bits of gradients.
     """
 
     def __init__(self, layout: Layout, storage: Storage, groups: Groups,
-                 reader: InputReader, clock: PhaseClock) -> None:
+                 reader: InputReader, clock: PhaseClock, seed: int = 0) -> None:
         self.layout, self.storage, self.groups = layout, storage, groups
         self._clock = clock
         self.wire = WireBytes()
@@ -82,6 +87,7 @@ class Exchange:
         #: Held while rows are read or stepped: two threads do it, and caches are for one. Rows of
         #: one level need none: early rows and rows that an update changes are never the same.
         self.storage_lock: AbstractContextManager[object] = nullcontext() if one_level else Lock()
+        self.sender = GradientSender(layout, self._cells, groups, seed)
         pooled = any(slot.feature >= 0 for slot in layout.slots)
         rows = any(slot.feature < 0 for slot in layout.slots)
         # Everything at home and pooled: bags go from the rows to the output, nothing between.
@@ -110,12 +116,8 @@ class Exchange:
         self._bag_jobs = column(jobs).reshape(-1, 11)
         if self._direct:
             for job, (_, i) in zip(self._bag_jobs, bags, strict=True):
-                job[8], job[9] = self._first_column(mine[i]), self.layout.total_columns
+                job[8], job[9] = self.layout.first_column(mine[i]), self.layout.total_columns
                 job[10] = self.layout.groups[mine[i].group].row_start > 0
-
-    def _first_column(self, slot: Slot) -> int:
-        """First output column of a pooled slot."""
-        return self.layout.feature_columns[slot.feature] + slot.shard.col_start
 
     def _set_up_rows_output(self) -> None:
         """Per column piece c of the ``rows`` tables: its slots, and the pooling jobs."""
@@ -130,17 +132,14 @@ class Exchange:
                      layout.feature_columns[f] + shards[t].col_start, layout.total_columns, 0]
                     for t in shards for f in layout.features_of(t)]
             self._passes.append((column([i for i, _ in found]), column(jobs)))
-        every = [i for i, slot in enumerate(layout.slots) if slot.feature < 0]
-        self._rows_slots = column(every)
-        self._rows_shift = column([layout.slots[i].shard.col_start for i in every])
+        self._feature_table = column(layout.feature_table)
+        self._table_codecs = column([CODECS[wire.forward] for wire in layout.wires])
 
     def _set_up_bags_output(self) -> None:
         """Pooled slots in the order of their rows, so that the first block of a bag overwrites."""
-        slots = [(i, slot) for i, slot in enumerate(self.layout.slots) if slot.feature >= 0]
-        slots.sort(key=lambda pair: (pair[1].feature, pair[1].shard.col_start,
-                                     self.layout.groups[pair[1].group].row_start))
+        slots = bag_slots(self.layout)
         self._bag_slots = column([i for i, _ in slots])
-        self._bag_columns = column([self._first_column(slot) for _, slot in slots])
+        self._bag_columns = column([self.layout.first_column(slot) for _, slot in slots])
         self._bag_adds = column([self.layout.groups[slot.group].row_start > 0 for _, slot in slots])
 
     # ------------------------------------------------------------------ forward
@@ -204,13 +203,15 @@ class Exchange:
             late = self._cells.forward(halves.late_out, halves.late_in)
             lap("ids")
         place = self._cells.forward(asked, asking)
-        rows = torch.empty(place.total + (late.total if late else 0), device=self.groups.device)
+        late_from = -(-place.total // _ALIGN_BYTES) * _ALIGN_BYTES
+        rows = torch.empty(late_from + (late.total if late else 0), dtype=torch.uint8,
+                           device=self.groups.device)
         with self.storage_lock:
             self._read(asking, place, rows[:place.total], pooled=halves is None)
         lap("read")
         self._send(rows, place, owner_sends=True, ahead=sent).wait()
         lap("rows")
-        return Lookup(outgoing, incoming, EarlyRows(halves, place, late, rows), sent)
+        return Lookup(outgoing, incoming, EarlyRows(halves, place, late, rows, late_from), sent)
 
     def forward(self, batch: Batch, *, training: bool,
                 ahead: Lookup | None = None) -> tuple[Tensor, Lookup | DirectLookup]:
@@ -253,7 +254,7 @@ class Exchange:
             self._finish_early(outgoing, ahead.early, out)
             return Lookup(outgoing, incoming)
         place = self._cells.forward(outgoing, incoming)
-        rows = torch.empty(place.total, device=self.groups.device)
+        rows = torch.empty(place.total, dtype=torch.uint8, device=self.groups.device)
         with self.storage_lock:
             self._read(incoming, place, rows)
         self._clock.lap("read")
@@ -265,7 +266,7 @@ class Exchange:
     def _finish_early(self, outgoing: Outgoing, early: EarlyRows, out: Tensor) -> None:
         """Fetches what had to wait for the last update; then step 5."""
         if early.halves is not None and early.late is not None:
-            late = early.rows[early.early.total:]
+            late = early.rows[early.late_from:]
             with self.storage_lock:
                 self._read(early.halves.late_in, early.late, late)
             self._clock.lap("read")
@@ -280,34 +281,55 @@ class Exchange:
         splits = (place.slot_splits, place.cell_splits)
         if not owner_sends:
             splits = (place.cell_splits, place.slot_splits)
-            wire.gradients_bytes += place.travels * _FP32_BYTES
+            wire.gradients_bytes += place.travels
         else:
-            wire.rows_bytes += place.travels * _FP32_BYTES
+            wire.rows_bytes += place.travels
         return all_to_all(arrives, buffer[:place.travels], *splits,
                           self.groups if ahead is None else self._ahead,
                           "rows" if owner_sends else "grads")
 
     def _read(self, incoming: Incoming, place: Buffer, rows: Tensor, *,
               pooled: bool = True) -> None:
-        """Step 3: every asked row or bag, into the buffer."""
+        """Steps 3 and 4: every asked row or bag, encoded into the buffer."""
+        codec = self._cells.forward_cells
         if self._has_rows:
             counts = incoming.counts.view(-1)
-            starts = counts.cumsum(0) - counts
             cells = self._gather_cells
-            segments = torch.stack([self._gather_blocks, starts[cells], counts[cells],
-                                    place.cell_offsets[cells]], 1)
-            self.storage.read(segments, incoming.ids, rows)
-        if self._has_pooled and pooled:
-            self._read_bags(incoming, place, rows)
+            starts = (counts.cumsum(0) - counts)[cells]
+            if codec.is_plain:
+                segments = torch.stack([self._gather_blocks, starts, counts[cells],
+                                        place.cell_offsets[cells] // _FP32_BYTES], 1)
+                self.storage.read(segments, incoming.ids, rows.view(torch.float32))
+            else:
+                pieces = torch.stack([starts, counts[cells], torch.zeros_like(cells),
+                                      torch.ones_like(cells)], 1)
+                places = fill_affine(pieces, incoming.ids.numel(), rows.device)
+                end = codec.coded_end(rows, place.cell_offsets, place.cell_vectors, places)
+                segments = torch.stack([self._gather_blocks, cells, starts, counts[cells]], 1)
+                read_codes(self.storage, segments, incoming.ids, end)
+        if not self._has_pooled or not pooled:
+            return
+        if codec.is_plain:
+            self._read_bags(incoming, place.cell_offsets // _FP32_BYTES, rows.view(torch.float32))
+        else:
+            # Bags are summed in fp32 first: there are fewer of them than of rows.
+            some = torch.where(self._cells.my_pooled.repeat(len(incoming.sizes)),
+                               place.cell_vectors, 0)
+            start = some * codec.columns
+            start = start.cumsum(0) - start
+            bags = torch.empty(int((some * codec.columns).sum()), device=rows.device)
+            self._read_bags(incoming, start, bags)
+            codec.encode(bags, start, some, (rows, place.cell_offsets))
 
-    def _read_bags(self, incoming: Incoming, place: Buffer | None, out: Tensor) -> None:
+    def _read_bags(self, incoming: Incoming, cell_start: Tensor | None, out: Tensor) -> None:
+        """Pools every asked bag to its cell's first element in ``out``, or to the output."""
         counts = incoming.counts.view(-1)
         starts = (counts.cumsum(0) - counts)[self._bag_cells]
         jobs = self._bag_jobs.clone()
         sizes = column(incoming.sizes)[self._bag_ranks]
         jobs[:, 3], jobs[:, 4] = sizes, starts
-        if place is not None:
-            jobs[:, 8] = place.cell_offsets[self._bag_cells]
+        if cell_start is not None:
+            jobs[:, 8] = cell_start[self._bag_cells]
         offsets = None
         if all(isinstance(length, int) for length in incoming.bag_lengths):
             jobs[:, 6] = column(incoming.bag_lengths)[self._bag_ranks]  # type: ignore[arg-type]
@@ -320,60 +342,74 @@ class Exchange:
                                  out.view(-1))
 
     def _pool(self, outgoing: Outgoing, came: EarlyRows, out: Tensor) -> None:
-        """Step 5: what came back, into the output."""
+        """Step 5: what came back is decoded while it is pooled into the output."""
         batch, uniques, rows = outgoing.batch, outgoing.uniques, came.rows
+        codec = self._cells.forward_slots
+        # The kernels count in elements where all is fp32, else in bytes.
+        unit = _FP32_BYTES if codec.is_plain else 1
+        source = rows.view(torch.float32) if codec.is_plain else rows
+        steps = codec.vector_bytes // unit
         if uniques is not None:
             assert uniques.inverse is not None
             for slots, jobs in self._passes:
-                at = self._places(outgoing, came, slots, uniques.ids.numel())
+                at = self._places(outgoing, came, slots, uniques.ids.numel()) // unit
+                # What the inverse -1 of a dropped id points at.
+                at[-1] = -1
                 jobs = jobs.clone()
                 jobs[:, 4] = batch.feature_starts[jobs[:, 5]]
                 jobs[:, 3], jobs[:, 6] = batch.size, batch.length
+                tables = self._feature_table[jobs[:, 5]]
                 jobs[:, 5] *= batch.size
-                pool_rows(rows, jobs, at[uniques.inverse], batch.offsets, batch.weights,
-                          out.view(-1))
+                self._pool_coded(source, jobs, self._table_codecs[tables], at[uniques.inverse],
+                                 batch.offsets, batch.weights, out.view(-1))
         if self._has_pooled:
             slots = self._bag_slots
-            columns = self._cells.columns[slots]
             starts = came.early.slot_offsets if came.late is None else \
-                came.late.slot_offsets + came.early.total
-            jobs = self._copy_jobs(starts[slots], columns, columns, batch.size)
+                came.late.slot_offsets + came.late_from
+            jobs = self._copy_jobs(starts[slots] // unit, steps[slots],
+                                   self._cells.columns[slots], batch.size)
             jobs[:, 8], jobs[:, 9] = self._bag_columns, self.layout.total_columns
             jobs[:, 10] = self._bag_adds
-            self._copy_bags(rows, jobs, batch.size, out.view(-1))
+            self._pool_coded(source, jobs, codec.numbers[slots],
+                             torch.arange(batch.size, device=rows.device), None, None,
+                             out.view(-1))
+
+    def _pool_coded(self, source: Tensor, jobs: Tensor, codecs: Tensor, index: Tensor,
+                    offsets: Tensor | None, weights: Tensor | None, out: Tensor) -> None:
+        """Pooling jobs over fp32 elements, or over bytes of these codecs."""
+        if source.dtype == torch.float32:
+            pool_rows(source, jobs, index, offsets, weights, out)
+        else:
+            pool_blocks(source, torch.cat([jobs, codecs[:, None]], 1), index, offsets, weights,
+                        out)
 
     def _places(self, outgoing: Outgoing, came: EarlyRows, slots: Tensor, count: int) -> Tensor:
-        """int64 [count + 1]: where the row of every unique id is, through these slots.
+        """int64 [count + 1]: byte where the row of every unique id begins, through these slots.
 
-        The last element, -1, is what the inverse -1 of a dropped id points at.
+        The last element is nobody's.
         """
         starts, counts = outgoing.starts[slots], outgoing.counts[slots]
-        columns = self._cells.columns
+        sizes = self._cells.forward_slots.vector_bytes
         if came.halves is None:
             pieces = torch.stack([starts, counts, came.early.slot_offsets[slots],
-                                  columns[slots]], 1)
+                                  sizes[slots]], 1)
             at = fill_affine(pieces, count + 1, came.rows.device)
         else:
-            places = row_addresses(outgoing, came, columns)
+            places = row_addresses(outgoing, came, sizes)
             first = (outgoing.counts.cumsum(0) - outgoing.counts)[slots]
             pieces = torch.stack([starts, counts, first, torch.ones_like(first)], 1)
             asked = fill_affine(pieces, count + 1, came.rows.device)
             # Uniques that these slots leave out are undefined there, and read by no job.
             at = torch.zeros_like(asked) if not places.numel() else \
                 places[asked.clamp_(0, places.numel() - 1)]
-        at[-1] = -1
         return at
 
     @staticmethod
-    def _copy_jobs(start: Tensor, step: Tensor | int, columns: Tensor, size: int) -> Tensor:
+    def _copy_jobs(start: Tensor, step: Tensor, columns: Tensor, size: int) -> Tensor:
         """Pooling jobs that copy [size, columns] matrices: every bag is one row."""
         jobs = torch.zeros(start.numel(), 11, dtype=torch.int64)
         jobs[:, 0], jobs[:, 1], jobs[:, 2], jobs[:, 3], jobs[:, 6] = start, step, columns, size, 1
         return jobs
-
-    @staticmethod
-    def _copy_bags(source: Tensor, jobs: Tensor, size: int, out: Tensor) -> None:
-        pool_rows(source, jobs, torch.arange(size, device=source.device), None, None, out)
 
     def _divide_means(self, batch: Batch, out: Tensor, *, pooled_only: bool) -> None:
         for feature, first, end, divisor in batch.mean_divisors:
@@ -401,30 +437,14 @@ class Exchange:
         outgoing, incoming = lookup.outgoing, lookup.incoming
         bags, weights = entry_bags(incoming, self._cells), entry_weights(incoming, self._cells)
         if self._direct:
-            base = column([self._first_column(slot) for slot in self._cells.mine])
+            base = column([self.layout.first_column(slot) for slot in self._cells.mine])
             chunks = owner_chunks(self._cells, incoming, base, self.layout.total_columns)
             return PendingGradients(incoming.ids, chunks, bags, weights, grad.view(-1), Work())
         place = self._cells.backward(outgoing, incoming)
-        buffer = torch.empty(place.total, device=grad.device)
-        self._sum(outgoing, place, grad, buffer)
+        buffer = self.sender.encode(outgoing, place, grad)
         self._clock.lap("pool")
         work = self._send(buffer, place, owner_sends=False)
-        chunks = owner_chunks(self._cells, incoming, place.cell_offsets, None)
+        grads, start, work = self.sender.receive(buffer, place, work)
+        chunks = owner_chunks(self._cells, incoming, start, None)
         self._clock.lap("grads")
-        return PendingGradients(incoming.ids, chunks, bags, weights, buffer, work)
-
-    def _sum(self, outgoing: Outgoing, place: Buffer, grad: Tensor, buffer: Tensor) -> None:
-        batch, uniques = outgoing.batch, outgoing.uniques
-        if uniques is not None:
-            weights = None if batch.weights is None else batch.weights[uniques.positions]
-            slots = self._rows_slots
-            columns = self._cells.columns[slots]
-            pieces = torch.stack([outgoing.starts[slots], outgoing.counts[slots], columns,
-                                  self._rows_shift, place.slot_offsets[slots], columns], 1)
-            sum_rows(grad.view(-1), uniques, weights, pieces, 1.0, buffer)
-        if self._has_pooled:
-            slots = self._bag_slots
-            columns = self._cells.columns[slots]
-            jobs = self._copy_jobs(self._bag_columns, grad.shape[1], columns, batch.size)
-            jobs[:, 8], jobs[:, 9] = place.slot_offsets[slots], columns
-            self._copy_bags(grad.view(-1), jobs, batch.size, buffer)
+        return PendingGradients(incoming.ids, chunks, bags, weights, grads, work)

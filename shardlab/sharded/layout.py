@@ -19,13 +19,11 @@ import torch
 from torch import Tensor
 
 from shardlab.errors import PlanError
-from shardlab.plan import Shard, ShardingPlan, TablePlan
+from shardlab.plan import Shard, ShardingPlan, TablePlan, WireDtypes
 from shardlab.specs import EmbeddingBagConfig, ExchangeKind
 from shardlab.storage import LocalShard
 from shardlab.storage_specs import Choice, StorageSpec, resolve_storage
-
-#: Local ids below this travel as int32.
-_INT32_ROWS = 1 << 31
+from shardlab.wire_bytes import id_bytes
 
 
 @dataclass(frozen=True)
@@ -51,6 +49,11 @@ class Slot:
     group: int
     chunk: int
     read: bool
+
+    @property
+    def id_bytes(self) -> int:
+        """Bytes of an id on the wire."""
+        return id_bytes(self.shard.rows)
 
 
 @dataclass(frozen=True)
@@ -78,8 +81,8 @@ class Layout:
     local_shards: tuple[LocalShard, ...]
     groups: tuple[Group, ...]  # first all of the rows exchange, then all of the pooled
     slots: tuple[Slot, ...]  # over all ranks, this one last
-    wire_dtype: torch.dtype
     plans: tuple[TablePlan, ...]  # in the order of the tables
+    wires: tuple[WireDtypes, ...]  # per table
 
     @property
     def peers(self) -> list[int]:
@@ -93,6 +96,10 @@ class Layout:
     def tables_of(self, kind: ExchangeKind) -> list[int]:
         """Numbers of the tables exchanged this way."""
         return [t for t, found in enumerate(self.kinds) if found is kind]
+
+    def first_column(self, slot: Slot) -> int:
+        """First output column of a pooled slot."""
+        return self.feature_columns[slot.feature] + slot.shard.col_start
 
     def features_of(self, table: int) -> list[int]:
         """Numbers of the features that read a table; they are consecutive."""
@@ -117,9 +124,8 @@ def compile_layout(tables: tuple[EmbeddingBagConfig, ...], plan: ShardingPlan,
     owned = {r: _owned(plans, r) for r in range(plan.world_size)}
     order = [r for r in range(plan.world_size) if r != rank] + [rank]
     slots = [slot for r in order for slot in _slots(r, rank, owned[r], groups, plans)]
-    rows = max((shard.rows for found in owned.values() for _, shard in found), default=0)
-    # In a world of one nothing travels: ids keep the width that the kernels read.
-    narrow = plan.world_size > 1 and rows < _INT32_ROWS
+    # In a world of one nothing travels, so nothing is encoded.
+    wires = [entry.wire if plan.world_size > 1 else WireDtypes() for entry in plans]
     return Layout(
         rank=rank, world_size=plan.world_size, tables=tables,
         features=tuple(name for name, _ in features),
@@ -127,8 +133,7 @@ def compile_layout(tables: tuple[EmbeddingBagConfig, ...], plan: ShardingPlan,
         total_columns=columns[-1], kinds=kinds,
         local_shards=tuple(LocalShard(tables[t], shard, _storage(plans[t], tables[t]),
                                       plans[t].replicated) for t, shard in owned[rank]),
-        groups=groups, slots=tuple(slots),
-        wire_dtype=torch.int32 if narrow else torch.int64, plans=tuple(plans))
+        groups=groups, slots=tuple(slots), plans=tuple(plans), wires=tuple(wires))
 
 
 def _storage(plan: TablePlan, table: EmbeddingBagConfig) -> StorageSpec:
@@ -196,6 +201,13 @@ def _slots(rank: int, me: int, owned: list[tuple[int, Shard]], groups: tuple[Gro
                                   lefts.index(shard.col_start),
                                   read=not plan.replicated or rank == me))
     return slots
+
+
+def bag_slots(layout: Layout) -> list[tuple[int, Slot]]:
+    """(number, slot) of the pooled slots by feature and columns, within these by row."""
+    slots = [(i, slot) for i, slot in enumerate(layout.slots) if slot.feature >= 0]
+    return sorted(slots, key=lambda pair: (pair[1].feature, pair[1].shard.col_start,
+                                           layout.groups[pair[1].group].row_start))
 
 
 def column(values: Sequence[Any]) -> Tensor:

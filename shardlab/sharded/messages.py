@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from shardlab.comm import Groups, WireBytes, all_to_all
-from shardlab.sharded.layout import Layout
+from shardlab.ops.id_bytes import pack_bytes, unpack_bytes
+from shardlab.sharded.layout import Layout, column
 from shardlab.sharded.routes import Outgoing
+from shardlab.wire_bytes import HEAD_NUMBER_BYTES, HEAD_NUMBERS, id_bytes
 
-#: Words in front of the counts: batch size, bag length (-1: lengths follow), weighted.
-_HEAD = 3
+_FP32_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class IdExchange:
         self.layout, self.groups, self.wire = layout, groups, wire
         self._peers = layout.peers
         self._slots = [layout.slots_of(rank) for rank in self._peers]
+        self._id_bytes = [column([slot.id_bytes for slot in slots]) for slots in self._slots]
         self._pooled = [[i for i, slot in enumerate(slots) if slot.feature >= 0]
                         for slots in self._slots]
 
@@ -57,21 +60,15 @@ class IdExchange:
         counts = outgoing.counts.split([len(slots) for slots in self._slots])
         if self.layout.world_size == 1:
             return self._at_home(outgoing, counts[-1])
-        heads = self._exchange_heads(outgoing, counts)
-        sent = self._messages(outgoing, counts)
-        mine, pooled = self._slots[-1], self._pooled[-1]
-        sizes = [self._message_size(head, len(mine), pooled) for head in heads]
-        received = torch.empty(sum(sizes[:-1]), dtype=self.layout.wire_dtype,
-                               device=self.groups.device)
+        lengths = self._length_bytes(outgoing)
+        heads = self._exchange_heads(outgoing, counts, lengths)
+        sent = self._messages(outgoing, counts, lengths)
+        sizes = [self._message_size(head) for head in heads]
+        received = torch.empty(sum(sizes[:-1]), dtype=torch.uint8, device=self.groups.device)
         out_splits, in_splits = self._by_rank(sizes), self._by_rank([len(m) for m in sent])
         all_to_all(received, torch.cat(sent[:-1]), out_splits, in_splits, self.groups, "ids").wait()
-        self.wire.ids_bytes += sum(in_splits) * received.element_size()
-        parts = [*received.split(sizes[:-1]), sent[-1]]
-        read = [self._read(part, head) for part, head in zip(parts, heads, strict=True)]
-        return Incoming(
-            torch.cat([ids for ids, _, _ in read]).long(), torch.stack([h[_HEAD:] for h in heads]),
-            [int(head[0]) for head in heads], [lengths for _, lengths, _ in read],
-            [weights for _, _, weights in read])
+        self.wire.ids_bytes += sum(in_splits)
+        return self._read(torch.cat([received, sent[-1]]), sizes, heads)
 
     def _at_home(self, outgoing: Outgoing, counts: Tensor) -> Incoming:
         batch = outgoing.batch
@@ -85,55 +82,78 @@ class IdExchange:
             sizes[peer] = size
         return sizes
 
-    def _exchange_heads(self, outgoing: Outgoing, counts: tuple[Tensor, ...]) -> list[Tensor]:
+    @staticmethod
+    def _length_bytes(outgoing: Outgoing) -> int:
+        """Bytes that the lengths of this rank's bags need; 0 where all have one length."""
+        lengths = outgoing.lengths
+        if lengths is None:
+            return 0
+        return id_bytes(int(lengths.max()) + 1 if lengths.numel() else 1)
+
+    def _exchange_heads(self, outgoing: Outgoing, counts: tuple[Tensor, ...],
+                        length_bytes: int) -> list[Tensor]:
         """int64 heads of all asking ranks, on CPU, in slot order."""
         batch, device = outgoing.batch, self.groups.device
         length = batch.length if outgoing.lengths is None else -1
-        head = torch.tensor([batch.size, length, batch.weights is not None])
-        sent = [torch.cat([head, count]) for count in counts]
-        width = _HEAD + len(self._slots[-1])
-        received = torch.empty((len(self._peers) - 1) * width, dtype=torch.int64, device=device)
+        head = torch.tensor([batch.size, length, length_bytes, batch.weights is not None])
+        sent = [torch.cat([head, count]).to(torch.int32) for count in counts]
+        width = HEAD_NUMBERS + len(self._slots[-1])
+        received = torch.empty((len(self._peers) - 1) * width, dtype=torch.int32, device=device)
         splits = self._by_rank([len(part) for part in sent])
         all_to_all(received, torch.cat(sent[:-1]).to(device),
                    self._by_rank([width] * (len(self._peers) - 1)), splits, self.groups,
                    "ids").wait()
-        self.wire.ids_bytes += sum(splits) * received.element_size()
-        return [*received.cpu().view(-1, width), sent[-1]]
+        self.wire.ids_bytes += sum(splits) * HEAD_NUMBER_BYTES
+        return [*received.cpu().view(-1, width).long(), sent[-1].long()]
 
-    def _messages(self, outgoing: Outgoing, counts: tuple[Tensor, ...]) -> list[Tensor]:
-        """ids | lengths | weights for every rank, in slot order, in the wire dtype."""
-        totals = [int(count.sum()) for count in counts]
-        ids = outgoing.ids.split(totals)
-        if outgoing.lengths is None and outgoing.weights is None:
-            return list(ids)
+    def _messages(self, outgoing: Outgoing, counts: tuple[Tensor, ...],
+                  length_bytes: int) -> list[Tensor]:
+        """uint8 ids | lengths | weights for every rank, in slot order."""
+        totals = [int((count * widths).sum())
+                  for count, widths in zip(counts, self._id_bytes, strict=True)]
+        messages: list[list[Tensor]] = [[part] for part in outgoing.ids.split(totals)]
         pooled = [len(slots) for slots in self._pooled]
-        dtype = self.layout.wire_dtype
-        messages: list[list[Tensor]] = [[part] for part in ids]
         if outgoing.lengths is not None:
             for message, part in zip(messages, outgoing.lengths.split(pooled), strict=True):
-                message.append(part.reshape(-1).to(dtype))
+                piece = torch.tensor([[0, part.numel(), 0, 0, length_bytes]])
+                message.append(pack_bytes(part.reshape(-1), piece, part.numel() * length_bytes))
         if outgoing.weights is not None:
             entries = [int(count[slots].sum())
                        for count, slots in zip(counts, self._pooled, strict=True)]
             for message, part in zip(messages, outgoing.weights.split(entries), strict=True):
-                message.append(part.view(torch.int32).to(dtype))
+                message.append(part.contiguous().view(torch.uint8))
         return [torch.cat(message) for message in messages]
 
-    def _message_size(self, head: Tensor, slots: int, pooled: list[int]) -> int:
-        size, length, weighted = head[:_HEAD].tolist()
-        counts = head[_HEAD:_HEAD + slots]
-        return int(counts.sum()) + (len(pooled) * size if length < 0 and pooled else 0) \
-            + (int(counts[pooled].sum()) if weighted else 0)
+    def _message_size(self, head: Tensor) -> int:
+        """Bytes of the message that a head announces."""
+        size, _, length_bytes, weighted = head[:HEAD_NUMBERS].tolist()
+        counts, pooled = head[HEAD_NUMBERS:], self._pooled[-1]
+        return int((counts * self._id_bytes[-1]).sum()) + len(pooled) * size * length_bytes \
+            + (_FP32_BYTES * int(counts[pooled].sum()) if weighted else 0)
 
-    def _read(self, message: Tensor, head: Tensor) -> tuple[Tensor, int | Tensor, Tensor | None]:
-        """(ids, bag lengths, weights) of one rank's message."""
-        size, length, weighted = head[:_HEAD].tolist()
-        pooled = self._pooled[-1]
-        counts = head[_HEAD:]
-        end = int(counts.sum())
-        ids, lengths = message[:end], length
-        if length < 0 and pooled:
-            lengths = message[end:end + len(pooled) * size].long().view(len(pooled), size)
-            end += len(pooled) * size
-        weights = message[end:].to(torch.int32).view(torch.float32) if weighted and pooled else None
-        return ids, lengths, weights
+    def _read(self, messages: Tensor, sizes: list[int], heads: list[Tensor]) -> Incoming:
+        """What all ranks' messages, one behind the other, ask of this one."""
+        counts = torch.stack([head[HEAD_NUMBERS:] for head in heads])
+        widths, pooled = self._id_bytes[-1], self._pooled[-1]
+        first = column([0, *accumulate(sizes)][:-1])
+        bytes_of = counts * widths
+        at = first[:, None] + bytes_of.cumsum(1) - bytes_of
+        flat = counts.view(-1)
+        pieces = torch.stack([at.view(-1), flat, widths.repeat(len(heads)),
+                              flat.cumsum(0) - flat], 1)
+        ids = unpack_bytes(messages, pieces, int(flat.sum()))
+        lengths: list[int | Tensor] = []
+        weights: list[Tensor | None] = []
+        for head, end in zip(heads, (first + bytes_of.sum(1)).tolist(), strict=True):
+            samples, length, length_bytes, weighted = head[:HEAD_NUMBERS].tolist()
+            many = len(pooled) * samples
+            lengths.append(length)
+            if length < 0 and pooled:
+                piece = torch.tensor([[end, many, length_bytes, 0]])
+                lengths[-1] = unpack_bytes(messages, piece, many).view(len(pooled), samples)
+                end += many * length_bytes
+            tail = _FP32_BYTES * int(head[HEAD_NUMBERS:][pooled].sum())
+            # A copy begins at a whole word, whatever lies in front of the weights.
+            weights.append(messages[end:end + tail].clone().view(torch.float32)
+                           if weighted and pooled else None)
+        return Incoming(ids, counts, [int(head[0]) for head in heads], lengths, weights)

@@ -79,8 +79,10 @@ class ShardedOptimizer(torch.optim.Optimizer):
             squares = [c.updater.squared_norm(rows, scale) for c, rows in merged]
             norm = float(torch.stack(squares).sum().sqrt())
             step = replace(step, scale=scale * min(1.0, group["clip_norm"] / (norm + _NORM_EPS)))
+        for collection in self._collections:
+            collection.begin_step(self.steps_taken)
         for collection, rows in merged:
-            collection.update(rows, self.steps_taken, step)
+            collection.update(rows, step)
         for collection in self._collections:
             collection.council.after_step(self.steps_taken)
         self._clock.lap("update")
@@ -112,7 +114,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self.param_groups[0].update(state_dict["rows"])
         self.steps_taken = state_dict["steps_taken"]
         for collection in self._collections:
-            collection.storage.begin_step(self.steps_taken)
+            collection.begin_step(self.steps_taken)
         if self.dense is not None:
             self.dense.load_state_dict(state_dict["dense"])
         self._link_dense_groups()

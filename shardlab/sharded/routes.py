@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from shardlab.ops.id_bytes import pack_bytes
 from shardlab.ops.route import RoutedBags, RouteTables, route_bags
 from shardlab.ops.unique import (
     BOUNDS_CODE,
@@ -28,7 +29,8 @@ class Outgoing:
 
     Attributes:
         batch: where the ids come from.
-        ids: wire dtype [sum of counts], slot by slot; rows count from the shard's first row.
+        ids: uint8, slot by slot, in the fewest bytes that hold a shard's rows, which count from its
+            first; in a world of one int64 [sum of counts].
         counts: int64 [slots] on CPU.
         starts: int64 [slots] on CPU: first unique of the slot's group (``rows`` slots).
         uniques: unique ids of the ``rows`` tables; None without such tables.
@@ -65,6 +67,8 @@ class Router:
         self._subtract = column([
             slot.shard.row_start - (layout.groups[slot.group].row_start if slot.feature >= 0 else 0)
             for slot in layout.slots])
+        self._widths = column([1 if layout.world_size == 1 else slot.id_bytes
+                               for slot in layout.slots])
         self._pooled_slots = [i for i, slot in enumerate(layout.slots) if slot.feature >= 0]
 
     def _set_up_rows(self) -> None:
@@ -131,10 +135,15 @@ class Router:
             sources.append(routed.ids)
         slot_counts = torch.cat(counts)[self._slot_group]
         slot_starts = torch.cat(starts)[self._slot_group]
-        targets = slot_counts.cumsum(0) - slot_counts
+        sizes = slot_counts * self._widths
+        targets = sizes.cumsum(0) - sizes
         pieces = torch.stack([slot_starts, slot_counts, self._subtract, targets], 1)
         source = sources[0] if len(sources) == 1 else torch.cat(sources)
-        ids = pack_ids(source, pieces, self.layout.wire_dtype)
+        if self.layout.world_size == 1:  # nothing travels: as the kernels read them
+            ids = pack_ids(source, pieces, torch.int64)
+        else:
+            ids = pack_bytes(source, torch.cat([pieces, self._widths[:, None]], 1),
+                             int(sizes.sum()))
         return Outgoing(batch, ids, slot_counts, slot_starts, uniques,
                         *self._bag_extras(batch, routed, pieces, source.numel()))
 

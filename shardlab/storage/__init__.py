@@ -7,8 +7,9 @@ from shardlab.storage.base import (
     Storage,
     StorageOptions,
     TableChunk,
+    read_codes,
 )
 from shardlab.storage.registry import build_storage
 
 __all__ = ["LocalShard", "PlacedJobs", "RowReads", "Storage", "StorageOptions", "TableChunk",
-           "build_storage"]
+           "build_storage", "read_codes"]

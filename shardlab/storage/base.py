@@ -9,13 +9,17 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from shardlab.ops.blocks import Blocks, Encoding
+from shardlab.ops.moves import MoveEnd, move_rows
 from shardlab.ops.rows import StepParameters
 from shardlab.ops.tensor_train import materialise, train_of
-from shardlab.ops.unique import Uniques
+from shardlab.ops.unique import Uniques, fill_affine
 from shardlab.plan import Shard
 from shardlab.specs import EmbeddingBagConfig
 from shardlab.storage_bytes import TierBytes
 from shardlab.storage_specs import RowsSpec, StorageSpec
+
+_FP32_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -129,6 +133,44 @@ class TableChunk:
             weights = parts.pop("")
             yield TableChunk(self.table, self.row_start + first, self.col_start, weights, parts,
                              self.replicated)
+
+
+@runtime_checkable
+class EncodesReads(Protocol):
+    """A storage that encodes rows while it reads them, without an fp32 copy."""
+
+    def read_codes(self, segments: Tensor, ids: Tensor, out: MoveEnd) -> None:
+        """Arguments as those of the function `read_codes`."""
+
+
+def read_codes(storage: Storage, segments: Tensor, ids: Tensor, out: MoveEnd) -> None:
+    """Reads rows in the codecs of ``out``: in one pass where the storage can, else through fp32.
+
+    Args:
+        storage: of the blocks.
+        segments: int64 [K, 4] on CPU: (block, block of ``out``, start, count): rows
+            ids[start:start + count] go to the places of the same range.
+        ids: int64.
+        out: where encoded rows go, `shardlab.ops.moves.MoveEnd`.
+    """
+    if isinstance(storage, EncodesReads):
+        storage.read_codes(segments, ids, out)
+        return
+    columns, counts = out.blocks.table[segments[:, 1], 4], segments[:, 3]
+    sizes = columns * counts
+    start = sizes.cumsum(0) - sizes
+    rows = torch.empty(int(sizes.sum()), device=ids.device)
+    storage.read(torch.stack([segments[:, 0], segments[:, 2], counts, start], 1), ids, rows)
+    zeros = torch.zeros_like(start)
+    # A row's number in its range becomes its place: ranges begin at their first row.
+    table = torch.stack([_FP32_BYTES * start, _FP32_BYTES * columns, zeros, zeros, columns,
+                         counts], 1)
+    source = Blocks.build(table, [Encoding()] * len(segments))
+    moves = segments.clone()
+    moves[:, 0] = torch.arange(len(segments))
+    pieces = torch.stack([segments[:, 2], counts, zeros, torch.ones_like(start)], 1)
+    places = fill_affine(pieces, ids.numel(), ids.device)
+    move_rows(MoveEnd(rows.view(torch.uint8), source, places), out, moves)
 
 
 class Storage(Protocol):

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from shardlab.errors import CheckpointError
-from shardlab.ops.blocks import Blocks
+from shardlab.ops.blocks import Blocks, Encoding
 from shardlab.ops.cache import COUNTERS
 from shardlab.ops.init import init_uniform
+from shardlab.ops.moves import MoveEnd, move_rows
 from shardlab.ops.records import Records
 from shardlab.ops.rows import (
     StepParameters,
@@ -77,6 +78,7 @@ class RowsStorage:
         self._base, self._step = near.blocks.table[:, 0] // unit, near.blocks.table[:, 1] // unit
         self._codecs = None if plain or near.blocks.encodings is None else \
             near.blocks.encodings[:, 0]
+        self._payloads = _payloads_of(self.blocks)
         for block, local in enumerate(shards):
             self._initialise(block, local, options.seed)
 
@@ -140,6 +142,12 @@ class RowsStorage:
         places = self._places([(b, s, n) for b, s, n, _ in segments.tolist()], ids) \
             if self._owner else ids
         gather_rows(self.arena, self.blocks, segments, places, out)
+
+    def read_codes(self, segments: Tensor, ids: Tensor, out: MoveEnd) -> None:
+        """Encodes rows while they are read (`storage.base.read_codes`); equal codecs are copied."""
+        places = self._places([(b, s, n) for b, _, s, n in segments.tolist()], ids) \
+            if self._owner else ids
+        move_rows(MoveEnd(self.arena, self._payloads, places), out, segments)
 
     def read_pooled(self, jobs: PlacedJobs, index: Tensor, offsets: Tensor | None,
                     weights: Tensor | None, out: Tensor) -> None:
@@ -350,6 +358,17 @@ class RowsStorage:
         """Gives back what is not memory: files on disk."""
         for home in self.chains.disk_homes:
             home.close()
+
+
+def _payloads_of(blocks: Blocks) -> Blocks:
+    """The same blocks without their states, for moves of rows alone."""
+    table, encodings = blocks.table.clone(), blocks.encodings
+    table[:, 2], table[:, 3] = table[:, 0], 0
+    if encodings is None:
+        return Blocks.build(table, [Encoding()] * len(table))
+    encodings = encodings.clone()
+    encodings[:, 1:4] = 0  # fp32 states of no elements
+    return Blocks(table, encodings)
 
 
 def _job_spans(jobs: Tensor, offsets: Tensor | None) -> list[tuple[int, int, int]]:

@@ -81,17 +81,16 @@ def test_outputs_lie_side_by_side_in_the_order_of_the_tables():
     assert (layout.feature_columns, layout.total_columns) == ((0, 3, 6), 11)
 
 
-@pytest.mark.parametrize(("world", "rows", "dtype"), [
-    (2, 2 ** 31 - 1, torch.int32), (2, 2 ** 32 - 2, torch.int32), (2, 2 ** 32 + 2, torch.int64),
-    (1, 10, torch.int64)], ids=str)
-def test_ids_travel_as_int32_where_a_shards_rows_fit(world, rows, dtype):
-    """Ids count from a shard's first row: a table beyond 2^31 rows may still send int32."""
+@pytest.mark.parametrize(("rows", "width"), [
+    (2, 1), (512, 1), (514, 2), (2 ** 17, 2), (2 ** 17 + 2, 3), (2 ** 25, 3), (2 ** 32, 4),
+    (2 ** 33 + 2, 5)], ids=str)
+def test_ids_take_the_bytes_that_their_shard_needs(rows, width):
+    """Ids count from a shard's first row."""
     table = EmbeddingBagConfig(num_embeddings=rows, embedding_dim=4, name="t")
-    plan = ShardingPlan(world, (table_plan(table, ShardingType.ROW_WISE, world),))
-    found = compile_layout((table,), plan, 0).wire_dtype
-    largest = max(shard.rows for shard in plan.tables[0].shards) - 1
-    assert found is dtype
-    assert largest <= torch.iinfo(found).max
+    plan = ShardingPlan(2, (table_plan(table, ShardingType.ROW_WISE, 2),))
+    layout = compile_layout((table,), plan, 0)
+    assert {slot.id_bytes for slot in layout.slots} == {width}
+    assert max(slot.shard.rows for slot in layout.slots) <= 256 ** width
 
 
 @pytest.mark.parametrize(("kind", "world", "found"), [

@@ -1,0 +1,30 @@
+"""Bytes of the exchange: the arithmetic that planner and runtime share.
+
+Ids travel as rows of their shard, in the fewest bytes that its last row needs. Rows and gradients
+travel in cells, one per (asking rank, shard): encoded rows one behind the other, filled up to whole
+words so that the next cell's fp32 rows are aligned.
+"""
+
+from __future__ import annotations
+
+#: Cells begin at whole words.
+WORD_BYTES = 4
+#: A number of a message's head: batch size, bag length, bytes of a length, weighted; then counts.
+HEAD_NUMBER_BYTES = 4
+HEAD_NUMBERS = 4
+#: Gradient codecs that cannot hold every fp32 exponent -> log2 of the largest magnitude that the
+#: scaled gradients of a message may reach. fp16 saturates at 65504; the scales of the others at 56
+#: (fp8: 32), which times 448, 57344, 127 and 7 is 2^13.8, 2^20.8, 2^12.8 and 2^8.6.
+SCALED_GRADIENTS = {"fp16": 15, "fp8": 13, "fp8_e5m2": 20, "int8": 12, "int4": 8}
+#: In front of a message of gradients with such a codec: the scale, fp32.
+SCALE_BYTES = 4
+
+
+def id_bytes(rows: int) -> int:
+    """Bytes of an id of a shard with so many rows: 1 up to 256 rows, 2 up to 65536, ..."""
+    return max(1, ((rows - 1).bit_length() + 7) // 8)
+
+
+def cell_bytes(vectors: int, vector_bytes: int) -> int:
+    """Bytes of a cell of ``vectors`` encoded rows of ``vector_bytes`` each."""
+    return -(-vectors * vector_bytes // WORD_BYTES) * WORD_BYTES
