@@ -91,17 +91,29 @@ def all_reduce_(tensor: Tensor, groups: Groups, op: str = "sum") -> Tensor:
 
 
 def start_all_reduce(tensor: Tensor, groups: Groups) -> Work:
-    """Starts adding up ``tensor`` over all ranks, in place; uses `process_group`."""
+    """Starts adding up ``tensor`` over all ranks, in place; uses `process_group`.
+
+    Raises:
+        ExchangeError: (here or in the wait) a rank ended, stalled or cannot be reached.
+    """
     if groups.process_group is None:
-        return Work(None)
-    return Work(dist.all_reduce(tensor, group=groups.process_group, async_op=True))
+        return Work()
+    with naming(groups, "dense", "all_reduce"):
+        work = dist.all_reduce(tensor, group=groups.process_group, async_op=True)
+
+    def finish() -> None:
+        with naming(groups, "dense", "all_reduce"):
+            work.wait()
+
+    return Work(finish)
 
 
 def broadcast_(tensor: Tensor, groups: Groups) -> Tensor:
     """Rank 0's tensor on every rank, in place."""
     if groups.process_group is not None:
         sent = tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor
-        dist.broadcast(sent, 0, group=groups.process_group)
+        with naming(groups, "overhead", "broadcast"):
+            dist.broadcast(sent, 0, group=groups.process_group)
     return tensor
 
 
