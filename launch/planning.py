@@ -18,6 +18,7 @@ from shardlab.planner import PlanSettings, Topology, local_cpu, plan, read_topol
 if TYPE_CHECKING:
     from shardlab.comm import Groups
     from shardlab.config import JobConfig
+    from shardlab.config.models import TableWireConfig, WireConfig
     from shardlab.planner.request import Request
     from shardlab.planner.result import PlanResult
 
@@ -53,9 +54,28 @@ def job_request(job: JobConfig, topology: Topology, time_limit: float | None = N
 
     statistics = None if job.statistics is None else read_statistics(job.statistics)
     settings = PlanSettings(dense=dense_model(job), statistics=statistics, time_limit=time_limit,
-                            wire=WireDtypes(job.wire.forward, job.wire.backward))
+                            wire=_wire(job.wire))
     return build_request(job.table_configs(), topology, job.batch_size, job.optimizer.sparse.kind,
                          settings)
+
+
+def _wire(section: WireConfig | TableWireConfig, every: WireDtypes | None = None) -> WireDtypes:
+    """A section as the plan has it; ``auto`` begins as fp32, what is absent is as in ``every``."""
+    given = {name: value for name in ("forward", "backward", "rounding", "error_feedback")
+             if (value := getattr(section, name)) is not None}
+    given |= {name: "fp32" for name in ("forward", "backward") if given.get(name) == "auto"}
+    return replace(every or WireDtypes(), **given)
+
+
+def wired(plan: ShardingPlan, job: JobConfig) -> ShardingPlan:
+    """The plan with the codecs that the job asks for.
+
+    Raises:
+        PlanError: error feedback for a table whose bags are pooled by their owner.
+    """
+    every = _wire(job.wire)
+    return plan.with_wire(every, {name: _wire(section, every)
+                                  for name, section in job.wire.tables.items()})
 
 
 def plan_request(request: Request) -> PlanResult:
@@ -127,7 +147,8 @@ def _decide(job: JobConfig, groups: Groups, previous: Path | None) -> str:
                         "(--set topology=)")
     from shardlab.planner.plan_file import plan_to_json
 
-    return plan_to_json(plan_request(job_request(job, topology)))
+    result = plan_request(job_request(job, topology))
+    return plan_to_json(replace(result, plan=wired(result.plan, job)))
 
 
 def _outgrown(job: JobConfig, groups: Groups) -> bool:

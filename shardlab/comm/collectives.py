@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,15 +19,32 @@ _REDUCE = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.Reduc
 
 @dataclass
 class WireBytes:
-    """Payload bytes that this rank sent to other ranks, since the start."""
+    """Payload bytes that this rank sent to other ranks, since the start.
+
+    Attributes:
+        ids_bytes, rows_bytes, gradients_bytes: by direction. Gradients include the sums of squares
+            that column shards of a row-wise optimiser tell each other.
+        tables: by table [ids, rows, gradients]; what is common to all tables, the heads of messages
+            and the sums of squares, is in no table's.
+    """
 
     ids_bytes: int = 0
     rows_bytes: int = 0
     gradients_bytes: int = 0
+    tables: dict[str, list[int]] = field(default_factory=dict)
+
+    def add(self, direction: int, names: Sequence[str], sizes: Sequence[int]) -> None:
+        """Counts bytes of tables; ``direction``: 0 ids, 1 rows, 2 gradients."""
+        for name, size in zip(names, sizes, strict=True):
+            self.tables.setdefault(name, [0, 0, 0])[direction] += size
 
     def __iadd__(self, other: WireBytes) -> WireBytes:
-        for field in fields(self):
-            setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
+        self.ids_bytes += other.ids_bytes
+        self.rows_bytes += other.rows_bytes
+        self.gradients_bytes += other.gradients_bytes
+        for name, sizes in other.tables.items():
+            for direction, size in enumerate(sizes):
+                self.add(direction, [name], [size])
         return self
 
     @property

@@ -6,10 +6,10 @@ Precedence: ``--set key=value`` overrides the file, the file overrides the defau
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from shardlab.config.checks import run_checks, table_specs
@@ -25,6 +25,7 @@ from shardlab.config.models import (
     Tables,
     TrainConfig,
     WireConfig,
+    one_wire,
 )
 from shardlab.config.parts import valid_parts, valid_parts_of
 from shardlab.config.source import apply_overrides, read_source
@@ -56,7 +57,9 @@ class JobConfig(Section):
         default="fp32", description="compute dtype of the dense layers; bf16: by autocast")
     exchange: ExchangeConfig = Field(
         default=ExchangeConfig(), description="how ranks talk, and how far ahead of the step")
-    wire: WireConfig = Field(default=WireConfig(), description="dtypes of what ranks exchange")
+    wire: Annotated[WireConfig, BeforeValidator(one_wire)] = Field(
+        default=WireConfig(), description="codecs of what ranks exchange; a codec's name stands "
+        "for both directions")
     topology: Name | None = Field(
         default=None, description="machine to plan for: a name or a file; absent: this one")
     statistics: Name | None = Field(

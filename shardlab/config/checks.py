@@ -211,6 +211,14 @@ def _schedule_problems(kind: str, warmup_steps: int, steps: int | None) -> Probl
                f"{warmup_steps} warmup_steps")
 
 
+def _wire_problems(wires: dict[str, Any],
+                   tables: tuple[TableConfig, ...] | TablesPreset) -> Problems:
+    names = [spec.name for spec in table_specs(tables)]
+    for name in wires:
+        if name not in names:
+            yield f"wire.tables.{name}: no table has this name{nearest_name(name, names)}"
+
+
 def _resume_problems(resume: str) -> Problems:
     if resume not in ("auto", "never") and not os.path.exists(resume):
         yield (f"train.resume: no checkpoint at {resume!r}"
@@ -236,6 +244,7 @@ CHECKS: tuple[Check, ...] = (
     Check(("data.kind", "data.columns.sparse", "tables"), _columns_problems),
     Check(("optimizer.schedule.kind", "optimizer.schedule.warmup_steps",
            "optimizer.schedule.steps"), _schedule_problems),
+    Check(("wire.tables", "tables"), _wire_problems),
     Check(("train.resume",), _resume_problems),
     Check(("plan",), _plan_problems),
 )

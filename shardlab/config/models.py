@@ -36,6 +36,11 @@ def _one_or_many(value: Any) -> Any:
     return (value,) if isinstance(value, str) else value
 
 
+def one_wire(value: Any) -> Any:
+    """``wire: int8`` means both directions."""
+    return {"forward": value, "backward": value} if isinstance(value, str) else value
+
+
 def _check_storage(value: Any) -> Any:
     """Keeps what the user wrote; the specs alone know what it means."""
     try:
@@ -257,11 +262,36 @@ class OptimizerConfig(Section):
     schedule: ScheduleConfig = Field(default=ScheduleConfig(), description="learning-rate schedule")
 
 
-class WireConfig(Section):
-    """Dtypes of what ranks exchange."""
+WireCodec = Literal["fp32", "fp16", "bf16", "fp8", "fp8_e5m2", "int8", "int4", "auto"]
 
-    forward: Literal["fp32"] = Field(default="fp32", description="dtype of rows on the wire")
-    backward: Literal["fp32"] = Field(default="fp32", description="dtype of gradients on the wire")
+
+class TableWireConfig(Section):
+    """Codecs of one table; what is absent is that of all."""
+
+    forward: WireCodec | None = Field(default=None, description="codec of rows")
+    backward: WireCodec | None = Field(default=None, description="codec of gradients")
+    rounding: Literal["stochastic", "nearest"] | None = Field(
+        default=None, description="how gradients are rounded")
+    error_feedback: bool | None = Field(default=None, description="as for all tables")
+
+
+class WireConfig(Section):
+    """Codecs of what ranks exchange; docs/wire.md."""
+
+    forward: WireCodec = Field(
+        default="fp32", description="codec of rows on the wire; auto: the cheapest whose error on "
+        "the first batches stays below bound")
+    backward: WireCodec = Field(
+        default="fp32", description="codec of gradients on the wire; auto: as for rows")
+    rounding: Literal["stochastic", "nearest"] = Field(
+        default="stochastic", description="how gradients are rounded; rows go to the nearest")
+    error_feedback: bool = Field(
+        default=False, description="add what rounding took from a row's gradient to its next one; "
+        "4 bytes per element of the tables on every rank, tables of exchange rows only")
+    bound: Positive = Field(
+        default=0.02, description="auto: largest relative error (L2) that any sampled row may have")
+    tables: dict[Name, TableWireConfig] = Field(
+        default_factory=dict, description="by table: what differs from the above")
 
 
 class ExchangeConfig(Section):

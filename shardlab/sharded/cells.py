@@ -78,10 +78,17 @@ class CellIndex:
         """Codecs of slots (this rank as the source) and of cells (as the owner)."""
         layout, ranks = self.layout, len(self.peers)
         slots, mine = layout.slots, self.mine
+        #: (table, kind) of every owner's cell forward, of every slot backward.
+        self.sent_rows = [(layout.tables[slot.table].name, _forward(layout, slot))
+                          for _ in range(ranks) for slot in mine]
+        self.sent_gradients = [(layout.tables[slot.table].name, _backward(layout, slot))
+                               for slot in slots]
         self.forward_slots = WireCodec([_forward(layout, slot) for slot in slots])
         self.forward_cells = WireCodec([_forward(layout, slot) for slot in mine] * ranks)
         self.backward_slots = WireCodec([_backward(layout, slot) for slot in slots])
         self.backward_cells = WireCodec([_backward(layout, slot) for slot in mine] * ranks)
+        self._slot_tables = column([slot.table for slot in slots])
+        self._cell_tables = column([slot.table for slot in mine] * ranks)
         # All ranks must agree whether messages of gradients have a head.
         self.scale_limit = scale_limit([wire.backward for wire in layout.wires])
 
@@ -105,6 +112,19 @@ class CellIndex:
     def backward(self, outgoing: Outgoing, incoming: Incoming) -> Buffer:
         """Gradients: sources send, owners receive."""
         return self._place(*self._vectors(outgoing, incoming), owner_sends=False)
+
+    def table_bytes(self, sizes: Tensor, *, cells: bool) -> list[int]:
+        """Bytes by table of what leaves this rank.
+
+        Args:
+            sizes: int64 bytes of every slot, or of every cell.
+            cells: they are of cells.
+        """
+        tables = self._cell_tables if cells else self._slot_tables
+        away = sizes.numel() - (len(self.mine) if cells else self._per_peer[-1])
+        total = torch.zeros(len(self.layout.tables), dtype=torch.int64)
+        found: list[int] = total.index_add_(0, tables[:away], sizes[:away]).tolist()
+        return found
 
     def _vectors(self, outgoing: Outgoing, incoming: Incoming) -> tuple[Tensor, Tensor]:
         """Rows or bags of every slot and of every cell."""

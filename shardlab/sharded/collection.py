@@ -26,6 +26,7 @@ from shardlab.sharded.inputs import Batch, InputReader
 from shardlab.sharded.layout import compile_layout
 from shardlab.sharded.pruning import PruningCouncil
 from shardlab.sharded.row_watch import ChangedRows, Snapshot
+from shardlab.sharded.wire_watch import BACKWARD, FORWARD, WireWatch
 from shardlab.specs import EmbeddingBagConfig, check_tables
 from shardlab.storage import RowReads, StorageOptions, TableChunk, build_storage
 from shardlab.storage_bytes import TierBytes
@@ -96,8 +97,8 @@ class ShardedEmbeddingBagCollection(nn.Module):
             optimizer, seed, groups.device, _folder_of(ssd_dir, groups)))
         self._reader = InputReader(layout, groups.device)
         self.clock = clock or PhaseClock(groups.device)
-        self._exchange = Exchange(layout, self.storage, groups, self._reader, self.clock,
-                                  seed)
+        self._seed = seed
+        self._exchange = Exchange(layout, self.storage, groups, self._reader, self.clock, seed)
         self.updater = RowUpdater(layout, self.storage, groups, self._exchange.wire)
         self.council = PruningCouncil(self.tables, plan, optimizer, self.storage, groups)
         self.pending: list[PendingGradients] = []
@@ -185,6 +186,11 @@ class ShardedEmbeddingBagCollection(nn.Module):
             self.updater.update(rows, step)
         self.pending.clear()
 
+    def after_step(self, step: int) -> None:
+        """What pruned tables decide from time to time; every rank calls it after every step."""
+        with self._exchange.storage_lock:
+            self.council.after_step(step)
+
     def forget_gradients(self) -> None:
         """Drops all gradients, of this rank and on their way."""
         for pending in self.pending:
@@ -196,6 +202,32 @@ class ShardedEmbeddingBagCollection(nn.Module):
         """Drops announced batches that will not be looked up."""
         self._ahead.clear()
         self.announcements.forget()
+    def wire_errors(self, table: str) -> tuple[float, float]:
+        """Largest relative error of sampled rows and gradients that this rank sent."""
+        entry = next(entry for entry in self.plan.tables if entry.table == table)
+        return (self._exchange.wire_error((FORWARD, table, entry.wire.forward)),
+                self._exchange.wire_error((BACKWARD, table, entry.wire.backward)))
+
+    def change_wire(self, plan: ShardingPlan, watch: WireWatch | None = None) -> None:
+        """Takes the codecs of another plan of the same placement; nothing may be pending.
+
+        Args:
+            plan: as this collection's, but for the codecs.
+            watch: measures errors; None: a new one.
+        """
+        names = {table.name for table in self.tables}
+        self.plan = ShardingPlan(plan.world_size, tuple(entry for entry in plan.tables
+                                                        if entry.table in names))
+        layout = compile_layout(self.tables, self.plan, self.groups.rank)
+        self.announcements.rows_changed()  # those that are here travelled in the old codecs
+        self._exchange = Exchange(layout, self.storage, self.groups, self._reader, self.clock,
+                                  self._seed)
+        self.announcements.exchange = self._exchange
+        if watch is not None:
+            self._exchange.watch_by(watch)
+        watches = self.updater.watches
+        self.updater = RowUpdater(layout, self.storage, self.groups, self._exchange.wire)
+        self.updater.watches = watches
 
     def tier_bytes(self) -> TierBytes:
         """Bytes of this rank's shards, by tier."""

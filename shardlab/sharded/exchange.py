@@ -35,6 +35,7 @@ from shardlab.sharded.layout import Layout, bag_slots, column
 from shardlab.sharded.messages import IdExchange, Incoming
 from shardlab.sharded.routes import Outgoing, Router
 from shardlab.sharded.wire_gradients import GradientSender
+from shardlab.sharded.wire_watch import FORWARD, SAMPLE_ROWS, WireWatch
 from shardlab.specs import PoolingType
 from shardlab.storage import Storage, read_codes
 from shardlab.storage_specs import RowsSpec
@@ -76,18 +77,23 @@ class Exchange:
         self.layout, self.storage, self.groups = layout, storage, groups
         self._clock = clock
         self.wire = WireBytes()
+        self._tables = [table.name for table in layout.tables]
+        self.wire.add(0, self._tables, [0] * len(self._tables))
         self._ahead = groups.ahead()
         self._router = Router(layout, reader)
+        self._cells = CellIndex(layout)
         self._ids = IdExchange(layout, groups, self.wire)
         self._ids_ahead = IdExchange(layout, self._ahead, WireBytes())
-        self._cells = CellIndex(layout)
         self._splitter = Splitter(layout, self._cells, self._ahead)
         one_level = all(isinstance(local.storage, RowsSpec) and len(local.storage.levels) == 1
                         for local in layout.local_shards)
         #: Held while rows are read or stepped: two threads do it, and caches are for one. Rows of
         #: one level need none: early rows and rows that an update changes are never the same.
         self.storage_lock: AbstractContextManager[object] = nullcontext() if one_level else Lock()
-        self.sender = GradientSender(layout, self._cells, groups, seed)
+        self.watch = WireWatch()
+        #: Of batches that come: two threads must not count in one.
+        self._watch_ahead = WireWatch()
+        self.sender = GradientSender(layout, self._cells, groups, seed, self.watch)
         pooled = any(slot.feature >= 0 for slot in layout.slots)
         rows = any(slot.feature < 0 for slot in layout.slots)
         # Everything at home and pooled: bags go from the rows to the output, nothing between.
@@ -99,6 +105,14 @@ class Exchange:
         self._set_up_reads()
         self._set_up_rows_output()
         self._set_up_bags_output()
+
+    def watch_by(self, watch: WireWatch) -> None:
+        """Errors are measured by this from now on; announced batches are not sampled for it."""
+        self.watch = self.sender.watch = watch
+
+    def wire_error(self, key: tuple[str, str, str]) -> float:
+        """Largest error by (direction, table, codec), of all batches."""
+        return max(watch.errors.get(key, 0.0) for watch in (self.watch, self._watch_ahead))
 
     # ------------------------------------------------------------------ set-up
     def _set_up_reads(self) -> None:
@@ -190,6 +204,7 @@ class Exchange:
         self._ids_ahead.wire = sent
         incoming = self._ids_ahead.exchange(outgoing)
         lap("ids")
+        self._watch_ahead.next_batch()
         with self.storage_lock:
             self._prefetch(incoming)
         lap("prefetch")
@@ -207,7 +222,8 @@ class Exchange:
         rows = torch.empty(late_from + (late.total if late else 0), dtype=torch.uint8,
                            device=self.groups.device)
         with self.storage_lock:
-            self._read(asking, place, rows[:place.total], pooled=halves is None)
+            self._read(asking, place, rows[:place.total], self._watch_ahead,
+                       pooled=halves is None)
         lap("read")
         self._send(rows, place, owner_sends=True, ahead=sent).wait()
         lap("rows")
@@ -229,6 +245,7 @@ class Exchange:
             BoundsError: an id outside its table.
         """
         self._clock.lap("dense")
+        self.watch.next_batch()
         out = torch.empty(batch.size, self.layout.total_columns, device=self.groups.device)
         lookup = self._forward(batch, out, training, ahead)
         if self._has_pooled:
@@ -256,7 +273,7 @@ class Exchange:
         place = self._cells.forward(outgoing, incoming)
         rows = torch.empty(place.total, dtype=torch.uint8, device=self.groups.device)
         with self.storage_lock:
-            self._read(incoming, place, rows)
+            self._read(incoming, place, rows, self.watch)
         self._clock.lap("read")
         self._send(rows, place, owner_sends=True).wait()
         self._clock.lap("rows")
@@ -268,7 +285,7 @@ class Exchange:
         if early.halves is not None and early.late is not None:
             late = early.rows[early.late_from:]
             with self.storage_lock:
-                self._read(early.halves.late_in, early.late, late)
+                self._read(early.halves.late_in, early.late, late, self.watch)
             self._clock.lap("read")
             self._send(late, early.late, owner_sends=True).wait()
             self._clock.lap("rows")
@@ -282,13 +299,17 @@ class Exchange:
         if not owner_sends:
             splits = (place.cell_splits, place.slot_splits)
             wire.gradients_bytes += place.travels
+            sizes = self._cells.backward_slots.sizes(place.slot_vectors)
         else:
             wire.rows_bytes += place.travels
+            sizes = self._cells.forward_cells.sizes(place.cell_vectors)
+        wire.add(1 if owner_sends else 2, self._tables,
+                 self._cells.table_bytes(sizes, cells=owner_sends))
         return all_to_all(arrives, buffer[:place.travels], *splits,
                           self.groups if ahead is None else self._ahead,
                           "rows" if owner_sends else "grads")
 
-    def _read(self, incoming: Incoming, place: Buffer, rows: Tensor, *,
+    def _read(self, incoming: Incoming, place: Buffer, rows: Tensor, watch: WireWatch, *,
               pooled: bool = True) -> None:
         """Steps 3 and 4: every asked row or bag, encoded into the buffer."""
         codec = self._cells.forward_cells
@@ -307,11 +328,14 @@ class Exchange:
                 end = codec.coded_end(rows, place.cell_offsets, place.cell_vectors, places)
                 segments = torch.stack([self._gather_blocks, cells, starts, counts[cells]], 1)
                 read_codes(self.storage, segments, incoming.ids, end)
-        if not self._has_pooled or not pooled:
-            return
-        if codec.is_plain:
+                self._watch_read(watch, incoming, segments)
+        bags_too = self._has_pooled and pooled
+        if codec.is_plain and bags_too:
             self._read_bags(incoming, place.cell_offsets // _FP32_BYTES, rows.view(torch.float32))
-        else:
+        if codec.is_plain:
+            self._watch_cells(watch, rows.view(torch.float32), place.cell_offsets // _FP32_BYTES,
+                              place.cell_vectors)
+        elif bags_too:
             # Bags are summed in fp32 first: there are fewer of them than of rows.
             some = torch.where(self._cells.my_pooled.repeat(len(incoming.sizes)),
                                place.cell_vectors, 0)
@@ -320,6 +344,26 @@ class Exchange:
             bags = torch.empty(int((some * codec.columns).sum()), device=rows.device)
             self._read_bags(incoming, start, bags)
             codec.encode(bags, start, some, (rows, place.cell_offsets))
+            self._watch_cells(watch, bags, start, some)
+
+    def _watch_cells(self, watch: WireWatch, values: Tensor, start: Tensor,
+                     counts: Tensor) -> None:
+        if watch.due:
+            watch.look(FORWARD, self._cells.sent_rows, values, start, counts)
+
+    def _watch_read(self, watch: WireWatch, incoming: Incoming, segments: Tensor) -> None:
+        """Some of the rows once more, as fp32."""
+        if not watch.due:
+            return
+        counts = torch.zeros(len(self._cells.sent_rows), dtype=torch.int64)
+        counts[segments[:, 1]] = segments[:, 3].clamp(max=SAMPLE_ROWS)
+        elements = counts * self._cells.forward_cells.columns
+        start = elements.cumsum(0) - elements
+        rows = torch.empty(int(elements.sum()), device=self.groups.device)
+        some = segments[:, [0, 2, 3, 3]].clone()
+        some[:, 2], some[:, 3] = counts[segments[:, 1]], start[segments[:, 1]]
+        self.storage.read(some, incoming.ids, rows)
+        watch.look(FORWARD, self._cells.sent_rows, rows, start, counts)
 
     def _read_bags(self, incoming: Incoming, cell_start: Tensor | None, out: Tensor) -> None:
         """Pools every asked bag to its cell's first element in ``out``, or to the output."""

@@ -49,6 +49,9 @@ class IdExchange:
 
     def __init__(self, layout: Layout, groups: Groups, wire: WireBytes) -> None:
         self.layout, self.groups, self.wire = layout, groups, wire
+        self._widths = column([slot.id_bytes for slot in layout.slots])
+        self._is_pooled = column([int(slot.feature >= 0) for slot in layout.slots])
+        self._away = [slot.table for slot in layout.slots if slot.rank != layout.rank]
         self._peers = layout.peers
         self._slots = [layout.slots_of(rank) for rank in self._peers]
         self._id_bytes = [column([slot.id_bytes for slot in slots]) for slots in self._slots]
@@ -68,6 +71,7 @@ class IdExchange:
         out_splits, in_splits = self._by_rank(sizes), self._by_rank([len(m) for m in sent])
         all_to_all(received, torch.cat(sent[:-1]), out_splits, in_splits, self.groups, "ids").wait()
         self.wire.ids_bytes += sum(in_splits)
+        self._count(outgoing, lengths)
         return self._read(torch.cat([received, sent[-1]]), sizes, heads)
 
     def _at_home(self, outgoing: Outgoing, counts: Tensor) -> Incoming:
@@ -81,6 +85,15 @@ class IdExchange:
         for peer, size in zip(self._peers[:-1], per_peer, strict=False):
             sizes[peer] = size
         return sizes
+
+    def _count(self, outgoing: Outgoing, length_bytes: int) -> None:
+        """Counts ids, their number and lengths of bags by table."""
+        sizes = outgoing.counts * self._widths + HEAD_NUMBER_BYTES
+        sizes = sizes + self._is_pooled * (outgoing.batch.size * length_bytes)
+        if outgoing.weights is not None:
+            sizes = sizes + self._is_pooled * outgoing.counts * _FP32_BYTES
+        names = [self.layout.tables[table].name for table in self._away]
+        self.wire.add(0, names, sizes.tolist()[:len(names)])
 
     @staticmethod
     def _length_bytes(outgoing: Outgoing) -> int:

@@ -84,7 +84,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         for collection, rows in merged:
             collection.update(rows, step)
         for collection in self._collections:
-            collection.council.after_step(self.steps_taken)
+            collection.after_step(self.steps_taken)
         self._clock.lap("update")
         return loss
 

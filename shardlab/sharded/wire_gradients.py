@@ -12,6 +12,7 @@ from shardlab.ops.unique import pack_ids
 from shardlab.sharded.cells import Buffer, CellIndex
 from shardlab.sharded.layout import Layout, bag_slots, column
 from shardlab.sharded.routes import Outgoing
+from shardlab.sharded.wire_watch import BACKWARD, WireWatch
 
 _FP32_BYTES = 4
 
@@ -24,10 +25,13 @@ class GradientSender:
         cells: where cells lie.
         groups: the ranks.
         seed: of the run, for random bits.
+        watch: samples errors.
     """
 
-    def __init__(self, layout: Layout, cells: CellIndex, groups: Groups, seed: int) -> None:
+    def __init__(self, layout: Layout, cells: CellIndex, groups: Groups, seed: int,
+                 watch: WireWatch) -> None:
         self.layout, self._cells, self._rank, self._seed = layout, cells, groups.rank, seed
+        self.watch = watch
         #: Optimiser steps taken, and backwards since: they address random bits.
         self.step, self._backwards = 0, 0
         every = [i for i, slot in enumerate(layout.slots) if slot.feature < 0]
@@ -53,8 +57,9 @@ class GradientSender:
         buffer = torch.empty(place.total, dtype=torch.uint8, device=grad.device)
         codec = self._cells.backward_slots
         if codec.is_plain:
-            self._sum(outgoing, place.slot_offsets // _FP32_BYTES, grad, 1.0,
-                      buffer.view(torch.float32))
+            start, sums = place.slot_offsets // _FP32_BYTES, buffer.view(torch.float32)
+            self._sum(outgoing, start, grad, 1.0, sums)
+            self._look(sums, start, place)
             return buffer
         scale = 1.0
         if place.slot_heads:
@@ -66,11 +71,17 @@ class GradientSender:
         start = elements.cumsum(0) - elements
         sums = torch.empty(int(elements.sum()), device=grad.device)
         self._sum(outgoing, start, grad, scale, sums)
+        self._look(sums, start, place)
         key = gradient_key(self._seed, self.step, self._rank, self._backwards)
         self._backwards += 1
         codec.encode(sums, start, place.slot_vectors, (buffer, place.slot_offsets),
                      (key, self._table_rows(outgoing, place)))
         return buffer
+
+    def _look(self, sums: Tensor, start: Tensor, place: Buffer) -> None:
+        if self.watch.due:
+            self.watch.look(BACKWARD, self._cells.sent_gradients, sums, start,
+                             place.slot_vectors)
 
     def receive(self, buffer: Tensor, place: Buffer,
                 work: Work) -> tuple[Tensor, Tensor, Work]:

@@ -18,6 +18,7 @@ from shardlab.train.cache_meter import CacheCounts, CacheMeter
 from shardlab.train.meters import Pace, SentBytes, StepTimer, WireMeter
 from shardlab.train.metrics import BinaryMetrics, WindowMetrics
 from shardlab.train.stop_signal import STOP_SIGNALS, StopSignal
+from shardlab.train.wire_meter import TableWire, TableWireMeter
 
 if TYPE_CHECKING:
     from shardlab.sharded import ShardedModel
@@ -39,6 +40,7 @@ class Interval:
         stop: the signal that some rank received; None: none did.
         phase_ms: milliseconds of a step by phase, mean over steps and ranks; empty: not timed.
         caches: counts of all ranks, of every table that has a cache.
+        wires: bytes and errors of all ranks, of every table.
     """
 
     metrics: BinaryMetrics
@@ -47,6 +49,7 @@ class Interval:
     stop: int | None
     phase_ms: dict[str, float]
     caches: dict[str, CacheCounts]
+    wires: dict[str, TableWire]
 
 
 class IntervalLog:
@@ -65,6 +68,7 @@ class IntervalLog:
         self._clock = model.clock
         self._caches = CacheMeter(model)
         self._opened, self._check_every, self._unchecked = time.perf_counter(), 1, 0
+        self._tables = TableWireMeter(model)
         self.timer = StepTimer()
         self.window = WindowMetrics(groups.device, lambda tensor: all_reduce_(tensor, groups))
 
@@ -74,6 +78,7 @@ class IntervalLog:
         self._clock.restart()
         self._caches.restart()
         self._wire.restart()
+        self._tables.restart()
         self._opened = time.perf_counter()
 
     def stop_wanted(self) -> bool:
@@ -119,10 +124,14 @@ class IntervalLog:
         wire = self._wire.take(len(finite))
         stops = [float(number in self._signal.received) for number in STOP_SIGNALS]
         phases, caches = self._clock.take_interval(), self._caches.take()
+        tables = self._tables.take()
         took = time.perf_counter() - self._opened
         sums = torch.tensor([finite.count(False), took, *stops, *astuple(wire), *phases.values(),
-                             *caches], dtype=torch.float64, device=self._groups.device)
+                             *tables, *caches], dtype=torch.float64, device=self._groups.device)
         all_reduce_(sums, self._groups)
+        worst = torch.tensor(self._tables.errors(), dtype=torch.float64,
+                             device=self._groups.device)
+        all_reduce_(worst, self._groups, op="max")
         bad, took, *counts = sums.tolist()
         self._check_every = max(1, int(STOP_WITHIN_S * self._groups.world_size * len(finite)
                                        / took))
@@ -130,13 +139,15 @@ class IntervalLog:
             self._refuse(step, finite)
         stops, counts = counts[:len(STOP_SIGNALS)], counts[len(STOP_SIGNALS):]
         sent, counts = counts[:len(astuple(wire))], counts[len(astuple(wire)):]
-        times, cached = counts[:len(phases)], counts[len(phases):]
+        times, counts = counts[:len(phases)], counts[len(phases):]
+        by_table, cached = counts[:len(tables)], counts[len(tables):]
         mean = {phase: ms / self._groups.world_size
                 for phase, ms in zip(phases, times, strict=True)}
         stop = next((int(number) for number, count in zip(STOP_SIGNALS, stops, strict=True)
                      if count), None)
         return Interval(self.window.flush(), self.timer.take_interval(), SentBytes(*sent), stop,
-                        mean, self._caches.named(cached))
+                        mean, self._caches.named(cached),
+                        self._tables.named(by_table, worst.tolist()))
 
     def _refuse(self, step: int, finite: Sequence[bool]) -> None:
         """Names the first step of any rank whose loss is not finite."""

@@ -16,6 +16,7 @@ from shardlab.train.cache_meter import CacheCounts, total_of
 from shardlab.train.meters import Pace, SentBytes
 from shardlab.train.metrics import BinaryMetrics
 from shardlab.train.units import format_bytes, format_count, format_metric, format_seconds
+from shardlab.train.wire_meter import TableWire
 
 _SHOWN_MS = 0.005  # shorter phases would show as 0.00
 
@@ -44,6 +45,7 @@ class Summary:
         hidden_share: of the exchange, by rank, what went on behind the training; None: nothing
             ran ahead.
         caches: counts of all ranks since this start, of every table that has a cache.
+        wires: mean bytes of a step and worst relative errors of all ranks, of every table.
     """
 
     run: str
@@ -63,6 +65,7 @@ class Summary:
     transport: str = ""
     hidden_share: Sequence[float | None] = ()
     caches: Mapping[str, CacheCounts] = field(default_factory=dict)
+    wires: Mapping[str, TableWire] = field(default_factory=dict)
 
     @property
     def exit_code(self) -> int:
@@ -129,7 +132,27 @@ class Summary:
                 **self._phase_rows(),
                 **self._hidden_rows(),
                 "waiting for data": f"{pace.wait_share:.1%} of the time",
-                "wire per step": f"{format_bytes(wire.total)}, all ranks: {kinds}"}
+                "wire per step": f"{format_bytes(wire.total)}, all ranks: {kinds}",
+                **self._wire_rows()}
+
+    def _wire_rows(self) -> Mapping[str, str]:
+        """The tables that send most, and the worst errors of what is sent."""
+        sent = {name: wire for name, wire in self.wires.items() if wire.total}
+        if not sent:
+            return {}
+        most = sorted(sent, key=lambda name: -sent[name].total)[:_SHOWN_TABLES]
+        rows = {"wire by table": "; ".join(
+            f"{name} {format_bytes(sent[name].total)} (ids {format_bytes(sent[name].ids)}, rows "
+            f"{format_bytes(sent[name].rows)}, gradients {format_bytes(sent[name].gradients)})"
+            for name in most) + ("" if len(most) == len(sent) else f"; {len(sent) - len(most)} "
+                                 "more in summary.json")}
+        worst = {"rows": max(sent, key=lambda name: sent[name].rows_error),
+                 "gradients": max(sent, key=lambda name: sent[name].gradients_error)}
+        errors = [f"{kind} {getattr(sent[name], kind + '_error'):.2g} ({name})"
+                  for kind, name in worst.items() if getattr(sent[name], kind + "_error")]
+        if errors:
+            rows["wire, worst error of a row"] = ", ".join(errors)
+        return rows
 
     def _phase_rows(self) -> Mapping[str, str]:
         """Mean over ranks of every phase that takes a visible time."""
@@ -162,6 +185,7 @@ class Summary:
         return rows
 
 
+_SHOWN_TABLES = 3  # those that send most
 _SHOWN_RANKS = 8  # ranks listed one by one; with more, the range says enough
 
 

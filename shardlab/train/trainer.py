@@ -39,6 +39,7 @@ from shardlab.train.step import StepRunner
 from shardlab.train.stop_signal import StopSignal
 from shardlab.train.summary import Summary
 from shardlab.train.units import format_metric
+from shardlab.train.wire_meter import TableWire, wire_record
 
 if TYPE_CHECKING:
     from shardlab.data.batch import Batch
@@ -105,6 +106,7 @@ class Trainer:
         self._caches: dict[str, CacheCounts] = {}
         if self.options.trace is not None:
             self.model.clock.trace = Trace(self.options.trace)
+        self._wires: dict[str, TableWire] = {}
         if self.options.time_phases:
             self.model.clock.time_device()
         self._validation: BinaryMetrics | None = None
@@ -228,7 +230,10 @@ class Trainer:
             "samples_per_s": pace.samples_per_s_mean, "step_ms": pace.step_ms_p50,
             "wait_share": pace.wait_share, "wire_bytes_per_step": wire.total,
             "skipped_rows": skipped, "phase_ms": interval.phase_ms,
-            **as_record(interval.caches, pace.steps)})
+            **as_record(interval.caches, pace.steps),
+            **wire_record(interval.wires, pace.steps)})
+        for table, sent in interval.wires.items():
+            self._wires[table] = self._wires.get(table, TableWire()) + sent
         for table, counts in interval.caches.items():
             self._caches[table] = self._caches.get(table, CacheCounts()) + counts
         rate = total_of(interval.caches).hit_rate if interval.caches else None
@@ -298,6 +303,7 @@ class Trainer:
             tables=[TierBytes(**rank["tables"]) for rank in ranks],
             peak_rss_bytes=[rank["rss"] for rank in ranks],
             phase_ms=[rank["phase_ms"] for rank in ranks], caches=self._caches,
+            wires={table: sent.per_step(max(1, steps)) for table, sent in self._wires.items()},
             checkpoint=None if self._checkpoint is None else str(self._checkpoint),
             transport=self.groups.transport, hidden_share=[rank["hidden"] for rank in ranks])
         if self._first and self.options.trace is not None:
