@@ -6,6 +6,7 @@ Rank 0 decides; the other ranks receive the plan as text. Nothing here needs tor
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,10 +31,16 @@ class ChosenPlan:
     Attributes:
         plan: where tables go.
         text: the plan as the run folder keeps it, its predictions beside it.
+        wire_is_open: the job leaves codecs open, and no former run has chosen them.
     """
 
     plan: ShardingPlan
     text: str
+    wire_is_open: bool = False
+
+    def with_plan(self, plan: ShardingPlan) -> ChosenPlan:
+        """The same predictions beside another plan."""
+        return ChosenPlan(plan, plan.to_json(json.loads(self.text).get("predicted")))
 
 
 def job_request(job: JobConfig, topology: Topology, time_limit: float | None = None) -> Request:
@@ -65,6 +72,12 @@ def _wire(section: WireConfig | TableWireConfig, every: WireDtypes | None = None
              if (value := getattr(section, name)) is not None}
     given |= {name: "fp32" for name in ("forward", "backward") if given.get(name) == "auto"}
     return replace(every or WireDtypes(), **given)
+
+
+def asks_for_choice(job: JobConfig) -> bool:
+    """Whether a job leaves a codec open."""
+    sections = [job.wire, *job.wire.tables.values()]
+    return any("auto" in (section.forward, section.backward) for section in sections)
 
 
 def wired(plan: ShardingPlan, job: JobConfig) -> ShardingPlan:
@@ -127,7 +140,9 @@ def choose_plan(job: JobConfig, groups: Groups, previous: Path | None) -> Chosen
     if not text:  # whichever rank is heard first, its message says what is wrong
         reason = broadcast_text("" if failure is None else str(failure), groups)
         raise failure or LaunchError(f"rank 0 found no plan: {reason}")
-    return ChosenPlan(ShardingPlan.from_json(text), text)
+    kept = previous is not None and _world_size(previous) == groups.world_size
+    return ChosenPlan(ShardingPlan.from_json(text), text,
+                      asks_for_choice(job) and job.plan is None and not kept)
 
 
 def _decide(job: JobConfig, groups: Groups, previous: Path | None) -> str:

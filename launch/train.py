@@ -23,16 +23,16 @@ from shardlab.launch.building import (
     build_train_options,
     dense_optimizer,
 )
-from shardlab.launch.planning import choose_plan
+from shardlab.launch.planning import ChosenPlan, choose_plan
 from shardlab.launch.preflight import check_versions
-from shardlab.launch.readers import build_readers
+from shardlab.launch.readers import JobReader, build_readers
+from shardlab.launch.wire_autopilot import choose_wire
 from shardlab.ops.allocator import keep_freed_memory
-from shardlab.sharded import shard
+from shardlab.sharded import ShardedModel, shard
 from shardlab.train import RunFolder, Summary, Trainer, build_schedule, open_run_folder
 
 if TYPE_CHECKING:
     from shardlab.config import JobConfig
-    from shardlab.plan import ShardingPlan
 
 
 def run_job(job: JobConfig) -> int:
@@ -59,32 +59,44 @@ def run_job(job: JobConfig) -> int:
     if groups.rank == 0:
         run.write_job(job.resolved_yaml())
         run.write_plan(chosen.text)
-    summary = train(job, chosen.plan, run, groups)
+    summary = train(job, chosen, run, groups)
     if groups.rank == 0:
         Console().print(summary.table())
     comm.shutdown()
     return summary.exit_code
 
 
-def train(job: JobConfig, plan: ShardingPlan, run: RunFolder, groups: comm.Groups) -> Summary:
+def train(job: JobConfig, chosen: ChosenPlan, run: RunFolder, groups: comm.Groups) -> Summary:
     """Builds what the job describes, and trains it as planned.
 
     Args:
         job: the job.
-        plan: where its tables go.
+        chosen: where its tables go.
         run: the run's folder, and the checkpoint to continue from.
         groups: the ranks.
     """
     train_reader, validation_reader = build_readers(job, groups)
     model, optimizer = shard(
-        build_job_model(job), plan, optimizer=build_row_optimizer(job.optimizer.sparse),
+        build_job_model(job), chosen.plan, optimizer=build_row_optimizer(job.optimizer.sparse),
         dense_optimizer=dense_optimizer(job.optimizer.dense), groups=groups, seed=job.train.seed,
         ssd_dir=job.train.ssd_dir)
+    if chosen.wire_is_open:
+        _choose_wire(job, chosen, model, train_reader, run)
     schedule = job.optimizer.schedule
     scheduler = build_schedule(optimizer, schedule.kind, schedule.warmup_steps, schedule.steps,
                                schedule.final_factor)
     return Trainer(model, optimizer, groups, train_reader, validation_reader, run,
                    build_train_options(job), scheduler).run()
+
+
+def _choose_wire(job: JobConfig, chosen: ChosenPlan, model: ShardedModel, reader: JobReader,
+                 run: RunFolder) -> None:
+    """Fills in the codecs that the job leaves open; rank 0 says and writes down which."""
+    choice = choose_wire(job, chosen.plan, model, reader, model.groups)
+    if model.groups.rank == 0:
+        Console().print("\n".join(choice.lines), highlight=False)
+        run.write_wire(choice.to_json(job.wire.bound))
+        run.write_plan(chosen.with_plan(choice.plan).text)
 
 
 def _leave_triton_out() -> None:

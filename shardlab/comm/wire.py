@@ -149,7 +149,8 @@ def scale_limit(codecs: Sequence[str]) -> int | None:
     return min(limits, default=None)
 
 
-def gradient_scale(grad: Tensor, most: Tensor | float, limit: int) -> float:
+def gradient_scale(grad: Tensor, most: Tensor | float, limit: int,
+                   beside: Sequence[Tensor] = ()) -> float:
     """Power of two that gradients are multiplied by before they are encoded.
 
     All codecs but fp32 and bf16 hold a part of fp32's exponents only, and gradients of a mean over
@@ -160,12 +161,14 @@ def gradient_scale(grad: Tensor, most: Tensor | float, limit: int) -> float:
         grad: fp32, of the tables' output.
         most: bound of the weights' sum over the entries of any one row.
         limit: of `scale_limit`.
+        beside: fp32, added to the sums.
 
     Returns:
         The scale; NaN where ``grad`` holds an infinity or a NaN, so that no codec saturates it
         to something finite: the receiver's gradients are then all NaN.
     """
     largest = float(grad.abs().amax() * most) if grad.numel() else 0.0
+    largest += max((float(part.abs().max()) for part in beside if part.numel()), default=0.0)
     if largest != largest or largest == float("inf"):
         return float("nan")
     # An exponent of fp32; its own inverse must be one, too.

@@ -249,8 +249,13 @@ class ShardedEmbeddingBagCollection(nn.Module):
         return counts
 
     def chunks(self, max_bytes: int = _CHUNK_BYTES) -> Iterator[TableChunk]:
-        """Streams this rank's rows and their optimiser state."""
+        """Streams this rank's rows and their optimiser state.
+
+        What error feedback has kept is dropped, so that a run that resumes from these rows equals
+        the one that goes on.
+        """
         self.announcements.settle()
+        self._exchange.sender.feedback.forget()
         return self.storage.chunks(max_bytes)
 
     def snapshot(self, changed: ChangedRows | None, buffer_bytes: int) -> Snapshot | None:
@@ -266,6 +271,7 @@ class ShardedEmbeddingBagCollection(nn.Module):
         if not isinstance(self.storage, RowReads):
             return None
         self.announcements.settle()
+        self._exchange.sender.feedback.forget()  # as `chunks` does
         self.storage.flush()
         taken = Snapshot(self.storage, self.storage.shards, changed and changed.marks,
                          buffer_bytes)
@@ -288,6 +294,7 @@ class ShardedEmbeddingBagCollection(nn.Module):
     def begin_load(self) -> None:
         """Call once before the first `load_chunk` of a checkpoint."""
         self.announcements.rows_changed()
+        self._exchange.sender.feedback.forget()
         self.storage.begin_load()
 
     def load_chunk(self, chunk: TableChunk) -> None:

@@ -10,6 +10,7 @@ from shardlab.comm.wire import Then, gradient_key, gradient_scale
 from shardlab.ops.rows import pool_rows, sum_rows
 from shardlab.ops.unique import pack_ids
 from shardlab.sharded.cells import Buffer, CellIndex
+from shardlab.sharded.error_feedback import ErrorFeedback
 from shardlab.sharded.layout import Layout, bag_slots, column
 from shardlab.sharded.routes import Outgoing
 from shardlab.sharded.wire_watch import BACKWARD, WireWatch
@@ -32,6 +33,7 @@ class GradientSender:
                  watch: WireWatch) -> None:
         self.layout, self._cells, self._rank, self._seed = layout, cells, groups.rank, seed
         self.watch = watch
+        self.feedback = ErrorFeedback(layout, groups.device)
         #: Optimiser steps taken, and backwards since: they address random bits.
         self.step, self._backwards = 0, 0
         every = [i for i, slot in enumerate(layout.slots) if slot.feature < 0]
@@ -61,22 +63,39 @@ class GradientSender:
             self._sum(outgoing, start, grad, 1.0, sums)
             self._look(sums, start, place)
             return buffer
+        rows = self._table_rows(outgoing, place)
+        rests = self.feedback.take(rows, place.slot_vectors) if self.feedback.wanted else {}
         scale = 1.0
         if place.slot_heads:
             assert self._cells.scale_limit is not None
-            scale = gradient_scale(grad, _most(outgoing), self._cells.scale_limit)
+            scale = gradient_scale(grad, _most(outgoing), self._cells.scale_limit,
+                                   beside=[*rests.values()])
             heads = column(place.slot_heads) // _FP32_BYTES
             buffer.view(torch.float32)[heads.to(grad.device)] = 1.0 / scale
         elements = place.slot_vectors * codec.columns
         start = elements.cumsum(0) - elements
         sums = torch.empty(int(elements.sum()), device=grad.device)
         self._sum(outgoing, start, grad, scale, sums)
+        self._add(sums, rests, start, scale)
         self._look(sums, start, place)
         key = gradient_key(self._seed, self.step, self._rank, self._backwards)
         self._backwards += 1
         codec.encode(sums, start, place.slot_vectors, (buffer, place.slot_offsets),
-                     (key, self._table_rows(outgoing, place)))
+                     (key, rows))
+        if rests:
+            sent = torch.empty_like(sums)
+            codec.decode(buffer, place.slot_offsets, place.slot_vectors, sent, start)
+            left = (sums - sent) / scale
+            self.feedback.keep(rows, place.slot_vectors, {
+                i: left[first:first + rest.numel()].view_as(rest)
+                for (i, rest), first in zip(rests.items(), start[[*rests]].tolist(), strict=True)})
         return buffer
+
+    @staticmethod
+    def _add(sums: Tensor, rests: dict[int, Tensor], start: Tensor, scale: float) -> None:
+        for i, rest in rests.items():
+            first = int(start[i])
+            sums[first:first + rest.numel()] += (rest * scale).view(-1)
 
     def _look(self, sums: Tensor, start: Tensor, place: Buffer) -> None:
         if self.watch.due:

@@ -7,16 +7,20 @@ import dataclasses
 import pytest
 import torch
 
+import shardlab as sl
 from shardlab.errors import PlanError
 from shardlab.plan import ShardingPlan, WireDtypes
 from shardlab.specs import EmbeddingBagConfig, ExchangeKind, ShardingType
 from tests.harness import run_ranks
 from tests.oracle import PlainOptimizer
 from tests.sharded_runs import (
+    Bare,
     Job,
+    build_features,
     merged,
     random_steps,
     random_weights,
+    sharded_model,
     table_plan,
     train,
     train_oracle,
@@ -148,3 +152,73 @@ def test_impossible_wires_are_refused(wire, message):
         plan.with_wire(wire)
     with pytest.raises(PlanError, match=r"the plan has no tables \['nobody'\]"):
         plan.with_wire(WireDtypes(), {"nobody": WireDtypes()})
+
+
+def _pull(groups, wire, sharding):
+    """Rows are pulled to 1; beside that, ranks pull column 0 hard and in opposite directions."""
+    table = EmbeddingBagConfig(num_embeddings=6, embedding_dim=8, name="t", sharding=sharding)
+    plan = ShardingPlan(2, (table_plan(table, sharding, 2),)).with_wire(wire)
+    model, optimizer = sl.shard(Bare([table]), plan, groups=groups, optimizer=sl.optim.SGD(lr=0.05))
+    pull = torch.zeros(6, 8)
+    pull[:, 0] = 10.0 * (1 - 2 * groups.rank)
+    features = sl.KeyedJaggedTensor(["t"], torch.arange(6),
+                                    lengths=torch.ones(6, dtype=torch.int64))
+    for _ in range(400):
+        optimizer.zero_grad()
+        out = model(features).values()
+        (0.5 * (out - 1).square() + pull * out).sum().backward()
+        optimizer.step()
+    return (model(features).values() - 1).abs()[:, 1:].mean().item()
+
+
+@pytest.mark.parametrize("sharding", [ShardingType.ROW_WISE, ShardingType.DATA_PARALLEL],
+                         ids=lambda kind: kind.value)
+def test_error_feedback_converges_where_plain_int4_does_not(sharding):
+    """A step of int4 is 1/7 of 10: to the nearest, gradients below 0.7 are never sent."""
+    plain, fed, rows = (run_ranks(2, _pull, wire, sharding)[0] for wire in (
+        WireDtypes("fp32", "int4", "nearest"), WireDtypes("fp32", "int4", "nearest", True),
+        WireDtypes("fp32", "fp32")))
+    assert rows < 1e-3
+    assert plain > 0.5
+    assert fed < 0.1  # a code is 1.5, of which lr / 2 reaches a row
+
+
+def _backward_twice(groups, codec):
+    job = _job(2, lambda i: WireDtypes("fp32", codec), 3)
+    model, optimizer = sharded_model(groups, job)
+    step = job.steps[0]
+    features = build_features(step.parts[groups.rank], job.features)
+    grads = []
+    for _ in range(2):
+        optimizer.zero_grad()
+        for _ in range(2):
+            (model(features).values() * step.targets[groups.rank]).sum().backward()
+        collection = model.collections()["ebc"]
+        for pending in collection.pending:
+            pending.work.wait()
+            grads.append(pending.grads.clone())
+        optimizer.step()
+    return grads
+
+
+def test_every_backward_takes_random_bits_of_its_own():
+    first, second, third, _ = run_ranks(2, _backward_twice, "int4")[0]
+    assert not torch.equal(first, second)
+    assert not torch.equal(first, third)
+
+
+def _not_finite(groups, codec):
+    job = _job(2, lambda i: WireDtypes("fp32", codec), 3)
+    model, optimizer = sharded_model(groups, job)
+    features = build_features(job.steps[0].parts[groups.rank], job.features)
+    out = model(features).values()
+    scale = float("inf") if groups.rank else 1.0
+    (out * scale).sum().backward()
+    optimizer.step()
+    return model(features).values().isfinite().all().item()
+
+
+@pytest.mark.parametrize("codec", ["fp16", "int8", "bf16", "fp8_e5m2"])
+def test_gradients_that_are_not_finite_stay_visible(codec):
+    """Codecs saturate; a saturated infinity would train on in silence."""
+    assert not any(run_ranks(2, _not_finite, codec))
