@@ -76,8 +76,8 @@ def _wire(section: WireConfig | TableWireConfig, every: WireDtypes | None = None
 
 def asks_for_choice(job: JobConfig) -> bool:
     """Whether a job leaves a codec open."""
-    sections = [job.wire, *job.wire.tables.values()]
-    return any("auto" in (section.forward, section.backward) for section in sections)
+    return "auto" in (job.wire.forward, job.wire.backward) or any(
+        "auto" in (section.forward, section.backward) for section in job.wire.tables.values())
 
 
 def wired(plan: ShardingPlan, job: JobConfig) -> ShardingPlan:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING
 
+import torch
 from torch.nn import functional
 
 from shardlab.comm import Groups, gather_objects_json
@@ -96,7 +97,7 @@ def _measure(plan: ShardingPlan, model: ShardedModel, reader: JobReader,
         part = batch.to(groups.device)
         logits = model(part.dense, part.sparse).float()
         loss = functional.binary_cross_entropy_with_logits(logits, part.labels, reduction="sum")
-        (loss / reader.batch_size).backward()
+        torch.autograd.backward(loss / reader.batch_size)
         for collection in model.collections().values():
             for pending in collection.pending:
                 pending.work.wait()

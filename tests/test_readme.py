@@ -30,6 +30,7 @@ from shardlab.config.models import (
     SparseOptimizerConfig,
     TableConfig,
     TablesPreset,
+    TableWireConfig,
     TrainConfig,
     WireConfig,
 )
@@ -153,7 +154,8 @@ SECTIONS: tuple[tuple[str, type[Section]], ...] = (
     ("model", ModelConfig), ("data", DataConfig), ("data.columns", ColumnsConfig),
     ("optimizer", OptimizerConfig), ("optimizer.sparse", SparseOptimizerConfig),
     ("optimizer.dense", DenseOptimizerConfig), ("optimizer.schedule", ScheduleConfig),
-    ("exchange", ExchangeConfig), ("wire", WireConfig), ("train", TrainConfig))
+    ("exchange", ExchangeConfig), ("wire", WireConfig), ("wire.tables", TableWireConfig),
+    ("train", TrainConfig))
 
 
 def words_of(annotation: object) -> list[str]:

@@ -291,7 +291,7 @@ class WireConfig(Section):
     bound: Positive = Field(
         default=0.02, description="auto: largest relative error (L2) that any sampled row may have")
     tables: dict[Name, TableWireConfig] = Field(
-        default_factory=dict, description="by table: what differs from the above")
+        default={}, description="by table: what differs from the above")
 
 
 class ExchangeConfig(Section):

@@ -167,7 +167,7 @@ data: {kind: criteo_tsv, path: [job.yaml, absent.tsv], train_rows: [5, 2], colum
 optimizer:
   sparse: {kind: sgd, lr: -1, eps: 0.1}
   schedule: {kind: cosine}
-wire: {forward: fp16}
+wire: {forward: fp17}
 trian: {}
 train: {resume: atuo}
 batch_size: 4
@@ -194,7 +194,8 @@ batch_size: 4
         "optimizer.sparse.lr: must be greater than or equal to 0, found -1",
         "optimizer.sparse.eps: kind sgd does not take it; it takes weight_decay",
         "optimizer.schedule.steps: kind cosine needs the step at which it ends",
-        "wire.forward: must be 'fp32', found 'fp16'",
+        "wire.forward: must be 'fp32', 'fp16', 'bf16', 'fp8', 'fp8_e5m2', 'int8', 'int4' or "
+        "'auto', found 'fp17' (did you mean 'fp16'?)",
         "trian: unknown key (did you mean 'train'?); known: batch_size, ",
         "train.resume: no checkpoint at 'atuo' (did you mean 'auto'?)",
     ]
