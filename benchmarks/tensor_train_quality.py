@@ -39,20 +39,20 @@ FACTORS = {10131227: [200, 220, 250], 8351593: [200, 200, 209], 7046547: [200, 2
 LARGEST = sorted(FACTORS, reverse=True)
 
 
-def storage_of(rows: int, rank: int, init: str) -> dict:
+def storage_of(rows: int, rank: int, init: str, lr_scale: float = 1.0) -> dict:
     """Tensor train of one of the seven tables."""
     return {"kind": "tensor_train", "rank": rank, "row_factors": FACTORS[rows],
-            "column_factors": [2, 2, 4], "init": init}
+            "column_factors": [2, 2, 4], "init": init, "lr_scale": lr_scale}
 
 
-def tables_of(kind: str, count: int, rank: int, init: str) -> list[dict]:
+def tables_of(kind: str, count: int, rank: int, init: str, lr_scale: float) -> list[dict]:
     """The 26 tables of a run as entries of a job file."""
     tables = []
     for feature, rows in zip(CRITEO_SPARSE_NAMES, CRITEO_KAGGLE_CARDINALITIES, strict=True):
         entry = {"name": f"t_{feature}", "num_embeddings": rows, "embedding_dim": DIM,
                  "feature_names": [feature]}
         if kind != "fp32" and rows in LARGEST[:count]:
-            storage = storage_of(rows, rank, init)
+            storage = storage_of(rows, rank, init, lr_scale)
             if kind == "tensor_train":
                 entry["storage"] = storage
             else:
@@ -81,7 +81,7 @@ def load(args: argparse.Namespace, tables: list[dict], seed: int):
 
 def run(args: argparse.Namespace, case: tuple[str, int, int, str], seed: int) -> dict:
     """Trains one configuration; its metrics on the validation rows."""
-    job = load(args, tables_of(*case), seed)
+    job = load(args, tables_of(*case, args.lr_scale), seed)
     torch.manual_seed(seed)
     train, validation = build_readers(job, Groups())
     model, optimizer = sl.shard(build_job_model(job), seed=seed,
@@ -171,6 +171,7 @@ def main() -> None:
     parser.add_argument("--inits", nargs="+", default=["sampled_gaussian", "gaussian", "uniform"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--lr-scale", type=float, default=1.0, help="of the cores")
     parser.add_argument("--out", default="tensor_train_quality.jsonl", help="runs; read first")
     parser.add_argument("--plot", default="")
     args = parser.parse_args()

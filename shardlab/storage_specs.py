@@ -89,6 +89,7 @@ class TensorTrainSpec:
         column_factors: columns of every core; empty: chosen.
         dtype: of the cores, ``fp32`` or ``bf16``.
         init: initial distribution, a member of `TENSOR_TRAIN_INITS`.
+        lr_scale: the cores' learning rate as a multiple of the rows'.
         cache_fraction: share of the rows that a cache of plain fp32 rows holds; 0 for none.
         cache_warmup_steps: optimiser steps that only count uses; then the hottest rows are cached.
         cache_refresh_steps: steps between later choices of the cached rows; 0: the first one stays.
@@ -101,6 +102,7 @@ class TensorTrainSpec:
     column_factors: tuple[int, ...] = ()
     dtype: str = "fp32"
     init: str = "sampled_gaussian"
+    lr_scale: float = 1.0
     cache_fraction: float = 0.0
     cache_warmup_steps: int = 1000
     cache_refresh_steps: int = 0

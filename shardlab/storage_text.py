@@ -150,6 +150,10 @@ def _parse_tensor_train(value: Mapping[str, Any], where: str) -> TensorTrainSpec
     check_word(spec.init, TENSOR_TRAIN_INITS, f"{where}.init")
     if spec.cache_fraction:
         check_share(spec.cache_fraction, f"{where}.cache_fraction")
+    if isinstance(spec.lr_scale, bool) or not isinstance(spec.lr_scale, int | float) \
+            or not spec.lr_scale > 0:
+        raise ConfigError(f"{where}.lr_scale: expected a positive number, found "
+                          f"{spec.lr_scale!r}")
     for key in ("cache_warmup_steps", "cache_refresh_steps"):
         steps = getattr(spec, key)
         if type(steps) is not int or steps < 0:

@@ -153,10 +153,11 @@ def _kind(plan: TablePlan, world_size: int) -> ExchangeKind:
 
 
 def _owned(plans: list[TablePlan], rank: int) -> list[tuple[int, Shard]]:
-    """(table, shard) on a rank, in the order of its blocks."""
+    """(table, shard) on a rank, in the order of its blocks: one kind of storage after another."""
     found = [(t, shard) for t, plan in enumerate(plans) for shard in plan.shards
              if shard.rank == rank]
-    return sorted(found, key=lambda pair: (pair[0], pair[1].row_start, pair[1].col_start))
+    return sorted(found, key=lambda pair: (type(plans[pair[0]].storage).__name__, pair[0],
+                                           pair[1].row_start, pair[1].col_start))
 
 
 def _row_blocks(plan: TablePlan) -> list[tuple[int, int]]:

@@ -226,7 +226,8 @@ class TensorTrainStorage:
         if step.kind in ROW_WISE and at < shared.numel():
             width = cores.place.whole.column_factors[0] * shape.ranks[1]
             squares = {0: shared[at + cores.place.first_slice + first.touched[0]] / width}
-        cores.step(CoreGradients(tuple(touched), tuple(grads)), step, range(len(grads)), squares)
+        cores.step(CoreGradients(tuple(touched), tuple(grads)), train.core_step(step),
+                   range(len(grads)), squares)
         train.waiting = None
         train.forget_products()
         train.choose_hot_rows(self.clock.step)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -160,8 +162,13 @@ class TensorTrainShard:
         """One step on cores that no other rank has a part of."""
         if moves_every_slice(step):
             grads = self.cores.all_slices(grads)
-        self.cores.step(grads, step, range(len(grads.grads)))
+        self.cores.step(grads, self.core_step(step), range(len(grads.grads)))
         self.forget_products()
+
+    def core_step(self, step: StepParameters) -> StepParameters:
+        """The same step at the cores' learning rate."""
+        scale = self.spec.lr_scale
+        return step if scale == 1.0 else replace(step, lr=step.lr * scale)
 
 
 def moves_every_slice(step: StepParameters) -> bool:
