@@ -1,0 +1,198 @@
+"""DLRM over slow links: samples/s with and without looking ahead, TorchRec beside it.
+
+    sudo python benchmarks/many_hosts.py [--hosts 2] [--ranks-per-host 1] [--mbit 1000 200]
+
+Hosts are network namespaces of this machine (tests/hosts.py). All modes run in turns in one job, on
+the same batches. A free link comes first: its time is what cannot be hidden behind anything, the
+compute. On a slow link, `hidden` is how much of min(compute, exchange) looking ahead saved:
+
+    hidden = (T_plain - T_ahead) / min(C, T_plain - C),   C = T_plain on the free link
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve()
+sys.path[:0] = [str(HERE.parent), str(HERE.parent.parent)]
+#: Mode: (depth, staleness) of ours, or TorchRec's pipeline.
+MODES = {"plain": (0, 0), "ahead": (1, 0), "stale": (1, 1)}
+TORCHREC = {"torchrec": "none", "torchrec sparse_dist": "sparse_dist"}
+FREE_MBIT = 40_000
+WARM_UP = 2
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--hosts", type=int, default=2)
+    parser.add_argument("--ranks-per-host", type=int, default=1)
+    parser.add_argument("--mbit", type=float, nargs="+", default=[1000, 200])
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--batch", type=int, default=1024, help="samples per rank")
+    parser.add_argument("--dim", type=int, default=64)
+    parser.add_argument("--max-rows", type=int, default=200_000)
+    parser.add_argument("--no-torchrec", action="store_true")
+    parser.add_argument("--folder", help="set by this program for the ranks")
+    options = parser.parse_args()
+    options.mbit = [FREE_MBIT, *options.mbit]
+    if options.folder:
+        run_rank(options)
+        return 0
+    return start(options)
+
+
+def start(options: argparse.Namespace) -> int:
+    """Builds hosts, runs this file on them, and changes the links' rate when the ranks ask."""
+    from tests.hosts import Hosts, refusal
+
+    reason = refusal()
+    if reason:
+        print(f"no hosts: {reason}", file=sys.stderr)
+        return 1
+    with tempfile.TemporaryDirectory() as folder, Hosts(options.hosts, FREE_MBIT) as hosts:
+        processes = hosts.start_torchrun([str(HERE), *sys.argv[1:], "--folder", folder],
+                                         options.ranks_per_host)
+        for line in processes[0].stdout or ():
+            if line.startswith("rate "):
+                rate = line.split()[1]
+                hosts.set_rate(float(rate))
+                Path(folder, f"rate-{rate}").touch()
+            else:
+                print(line, end="", flush=True)
+        return max(process.wait() for process in processes)
+
+
+def run_rank(options: argparse.Namespace) -> None:
+    import torch
+    from benchlib import emit
+    from dlrm_data import DlrmConfig
+
+    from shardlab import comm
+
+    torch.set_num_threads(1)
+    groups = comm.init()
+    config = DlrmConfig(dim=options.dim, rank_batch=options.batch, world=groups.world_size,
+                        max_rows=options.max_rows)
+    runs = build_runs(options, config, groups)
+    compute: dict[str, float] = {}
+    for rate in options.mbit:
+        set_rate(options, groups, rate)
+        seconds = {name: run(options.steps) for name, run in runs.items()}
+        if rate == FREE_MBIT:
+            compute = seconds
+        if groups.rank == 0:
+            exchange = seconds["plain"] - compute["plain"]
+            can = min(compute["plain"], exchange)
+            emit(hosts=options.hosts, ranks=groups.world_size, mbit_per_s=rate,
+                 step_ms={name: 1e3 * taken for name, taken in seconds.items()},
+                 samples_per_s={name: config.global_batch / taken
+                                for name, taken in seconds.items()},
+                 hidden={name: (seconds["plain"] - seconds[name]) / can
+                         for name in ("ahead", "stale")} if rate != FREE_MBIT else None,
+                 mb_per_step=runs["plain"].sent / 1e6)
+    comm.shutdown()
+    sys.stdout.flush()
+    os._exit(0)  # TorchRec's pipeline threads would wait for each other
+
+
+def set_rate(options: argparse.Namespace, groups, rate: float) -> None:
+    """Asks the parent for a rate of all links, and waits until it is set."""
+    from shardlab import comm
+
+    comm.barrier(groups)
+    if groups.rank == 0:
+        print(f"rate {rate}", flush=True)
+    while not Path(options.folder, f"rate-{rate}").exists():
+        time.sleep(0.05)
+    comm.barrier(groups)
+
+
+def build_runs(options: argparse.Namespace, config, groups) -> dict:
+    """Mode -> run(steps) -> median seconds of a step."""
+    from torchrec_dlrm import build_torchrec, torchrec_batch
+
+    runs = {name: Ours(config, groups, depth, staleness, options.steps)
+            for name, (depth, staleness) in MODES.items()}
+    if not options.no_torchrec:
+        case = {"framework": "torchrec", "sharding": "row_wise", "qcomm": "fp32", "dim": config.dim,
+                "optimizer": "rowwise_adagrad", "weights": "fp32", "plan": "manual",
+                "dense_dtype": "fp32"}
+        batches = [torchrec_batch(config, step, groups.rank)
+                   for step in range(options.steps + WARM_UP)]
+        for name, pipeline in TORCHREC.items():
+            step = build_torchrec({**case, "pipeline": pipeline}, config, groups.rank)
+            runs[name] = Theirs(step, batches, pipeline != "none")
+    return runs
+
+
+class Ours:
+    """Row-wise tables under one depth and staleness."""
+
+    def __init__(self, config, groups, depth: int, staleness: int, steps: int) -> None:
+        import torch
+        from dlrm_data import rank_batch
+        from dlrm_shardlab import make_batch, make_plan
+
+        import shardlab as sl
+
+        torch.manual_seed(config.seed)
+        tables = [sl.EmbeddingBagConfig(rows, config.dim, f"t{i}", (f"f{i}",))
+                  for i, rows in enumerate(config.rows)]
+        dlrm = sl.models.DLRM(sl.EmbeddingBagCollection(tables), config.dense_features,
+                              config.bottom, config.top[:-1])
+        self.model, self.optimizer = sl.shard(
+            dlrm, make_plan(tables, "row_wise", groups), groups=groups, seed=config.seed,
+            optimizer=sl.optim.RowWiseAdagrad(lr=config.learning_rate),
+            dense_optimizer=lambda p: torch.optim.SGD(p, lr=config.learning_rate))
+        self.depth, self.staleness, self.sent = depth, staleness, 0.0
+        self._batches = [make_batch(*rank_batch(config, step, groups.rank))
+                         for step in range(steps + WARM_UP)]
+
+    def __call__(self, steps: int) -> float:
+        import torch
+
+        import shardlab as sl
+
+        loss_of, taken = torch.nn.BCEWithLogitsLoss(), []
+        wire = next(iter(self.model.collections().values())).wire
+        before, mark = wire.total, time.perf_counter()
+        for dense, features, labels in sl.prefetching(
+                iter(self._batches), self.model, lambda batch: batch[1], depth=self.depth,
+                staleness=self.staleness):
+            self.optimizer.zero_grad()
+            loss_of(self.model(dense, features), labels).backward()
+            self.optimizer.step()
+            now = time.perf_counter()
+            taken.append(now - mark)
+            mark = now
+        self.sent = (wire.total - before) / len(taken)
+        return statistics.median(taken[WARM_UP:])
+
+
+class Theirs:
+    """A step of TorchRec, or its pipeline."""
+
+    def __init__(self, step, batches, pipelined: bool) -> None:
+        self._step, self._batches, self._pipelined = step, batches, pipelined
+
+    def __call__(self, steps: int) -> float:
+        taken = []
+        iterator = iter(self._batches)
+        for batch in self._batches[:steps + WARM_UP]:
+            start = time.perf_counter()
+            try:
+                self._step(iterator if self._pipelined else batch)
+            except StopIteration:
+                break
+            taken.append(time.perf_counter() - start)
+        return statistics.median(taken[WARM_UP:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
