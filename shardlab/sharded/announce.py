@@ -58,9 +58,37 @@ class Announcements:
     _open: dict[int, Lookup] = field(default_factory=dict)
     _due: set[int] = field(default_factory=set)
     _serial: int = 0
+    _stale: bool = False
+    _update: Future[None] | None = None
+
+    @property
+    def behind(self) -> bool:
+        """Whether gradients travel, and rows are stepped, behind the next batch's training.
+
+        So it is with stale rows: nobody reads them before the batch after the next is looked up,
+        and the other thread does both, in this order.
+        """
+        return self._stale and self.groups.worker is not None
+
+    def update_behind(self, update: Callable[[], None]) -> None:
+        """Changes rows in the other thread, behind what was announced and sent before."""
+        self._wait_for_update()  # at most one is under way, and its error is seen
+
+        def run() -> None:
+            lap = self.clock.other_thread().lap
+            update()
+            lap("update")
+
+        self._update = self._run(run)
+
+    def _wait_for_update(self) -> None:
+        update, self._update = self._update, None
+        if update is not None:
+            update.result()
 
     def announce(self, features: Any, stale: bool) -> None:
         """Starts to exchange a batch's ids and early rows; every rank calls it."""
+        self._stale = stale
         earlier = list(self._coming)
         opened = dict(self._open)
         knows = frozenset(opened) | {one.serial for one in earlier}
@@ -86,6 +114,7 @@ class Announcements:
         """A batch's number, the batch, and what is known of its lookup; waits for that."""
         known = next((one for one in self._coming if one.features is features), None)
         if known is None:
+            self.settle()
             self._serial += 1
             return self._serial, self.reader.read(features), None
         self._coming.remove(known)
@@ -108,6 +137,8 @@ class Announcements:
     def before_update(self) -> None:
         """The rows of all due batches are about to change."""
         for one in self._coming:
+            if one.stale and self.behind:
+                continue  # read by the other thread, before the update that follows there
             if one.stale:
                 one.found.result()  # its rows are those before this update, on every rank
             elif not self._due <= one.knows:
@@ -129,6 +160,7 @@ class Announcements:
         """Waits until the other thread has done all that was announced."""
         for one in self._coming:
             one.found.exception()
+        self._wait_for_update()
 
     def forget(self) -> None:
         """Drops announced batches that will not be looked up."""

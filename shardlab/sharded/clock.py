@@ -70,10 +70,10 @@ class PhaseClock:
     def hidden_share(self) -> float | None:
         """Share of the time that ranks exchanged in which this rank's training went on.
 
-        Exchange is what the thread that looks ahead spends on ids and rows, and what the thread
+        Exchange is what the thread that looks ahead spends on it, and what the thread
         that trains waits for others; None: nothing was exchanged ahead.
         """
-        ahead = self.ahead_s["ids"] + self.ahead_s["rows"]
+        ahead = sum(self.ahead_s[phase] for phase in EXCHANGE_PHASES)
         if not ahead:
             return None
         exposed = self.exposed_s

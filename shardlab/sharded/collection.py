@@ -30,7 +30,7 @@ from shardlab.sharded.wire_watch import BACKWARD, FORWARD, WireWatch
 from shardlab.specs import EmbeddingBagConfig, check_tables
 from shardlab.storage import RowReads, StorageOptions, TableChunk, build_storage
 from shardlab.storage_bytes import TierBytes
-from shardlab.storage_specs import Tier, has_cache, home_tier
+from shardlab.storage_specs import RowsSpec, Tier, has_cache, home_tier
 
 _CHUNK_BYTES = 64 << 20
 
@@ -180,11 +180,37 @@ class ShardedEmbeddingBagCollection(nn.Module):
             self.storage.begin_step(step)
         self._exchange.sender.begin_step(step)
 
+    @property
+    def updates_behind(self) -> bool:
+        """Whether rows may be stepped in the thread that looks ahead.
+
+        Shared cores and pruned tables talk to other ranks when they are stepped, as the dense
+        layers do; two threads must not do that at once.
+        """
+        return self.announcements.behind and all(
+            isinstance(entry.storage, RowsSpec) for entry in self.plan.tables)
+
+    def update_behind(self, number: int, step: StepParameters) -> None:
+        """As `update`, on the rows of all pending gradients, in the thread that looks ahead."""
+        pending = [*self.pending]
+        self.pending.clear()
+        self._exchange.sender.begin_step(number)
+
+        def update() -> None:
+            for one in pending:
+                one.work.wait()
+            merged = self.updater.merge_rows(pending)
+            with self._exchange.storage_lock:
+                self.storage.begin_step(number)
+                self.updater.update(merged, step)
+
+        if pending:
+            self.announcements.update_behind(update)
+
     def update(self, rows: MergedRows, step: StepParameters) -> None:
         """One optimiser step on rows with gradients."""
         with self._exchange.storage_lock:
             self.updater.update(rows, step)
-        self.pending.clear()
 
     def after_step(self, step: int) -> None:
         """What pruned tables decide from time to time; every rank calls it after every step."""
@@ -333,6 +359,7 @@ class _Lookup(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None]:  # type: ignore[override]
         collection: ShardedEmbeddingBagCollection = ctx.collection
-        collection.pending.append(collection._exchange.backward(ctx.lookup, grad))
+        behind = collection.announcements.behind and isinstance(ctx.lookup, Lookup)
+        collection.pending.append(collection._exchange.backward(ctx.lookup, grad, behind=behind))
         collection.announcements.due(ctx.serial)
         return None, None, None

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from shardlab.codecs import CODECS
 from shardlab.comm import Groups, WireBytes, Work, all_to_all
-from shardlab.ops.rows import pool_blocks, pool_rows
 from shardlab.ops.unique import fill_affine
 from shardlab.sharded.cells import Buffer, CellIndex
 from shardlab.sharded.clock import PhaseClock
@@ -33,6 +32,7 @@ from shardlab.sharded.gradients import (
 from shardlab.sharded.inputs import Batch, InputReader
 from shardlab.sharded.layout import Layout, bag_slots, column
 from shardlab.sharded.messages import IdExchange, Incoming
+from shardlab.sharded.pooling import copy_jobs, pool_coded
 from shardlab.sharded.routes import Outgoing, Router
 from shardlab.sharded.wire_gradients import GradientSender
 from shardlab.sharded.wire_watch import FORWARD, SAMPLE_ROWS, WireWatch
@@ -298,16 +298,20 @@ class Exchange:
         splits = (place.slot_splits, place.cell_splits)
         if not owner_sends:
             splits = (place.cell_splits, place.slot_splits)
-            wire.gradients_bytes += place.travels
-            sizes = self._cells.backward_slots.sizes(place.slot_vectors)
-        else:
-            wire.rows_bytes += place.travels
-            sizes = self._cells.forward_cells.sizes(place.cell_vectors)
-        wire.add(1 if owner_sends else 2, self._tables,
-                 self._cells.table_bytes(sizes, cells=owner_sends))
+        self._count(wire, place, owner_sends=owner_sends)
         return all_to_all(arrives, buffer[:place.travels], *splits,
                           self.groups if ahead is None else self._ahead,
                           "rows" if owner_sends else "grads")
+
+    def _count(self, wire: WireBytes, place: Buffer, *, owner_sends: bool) -> None:
+        if owner_sends:
+            wire.rows_bytes += place.travels
+            sizes = self._cells.forward_cells.sizes(place.cell_vectors)
+        else:
+            wire.gradients_bytes += place.travels
+            sizes = self._cells.backward_slots.sizes(place.slot_vectors)
+        wire.add(1 if owner_sends else 2, self._tables,
+                 self._cells.table_bytes(sizes, cells=owner_sends))
 
     def _read(self, incoming: Incoming, place: Buffer, rows: Tensor, watch: WireWatch, *,
               pooled: bool = True) -> None:
@@ -404,28 +408,19 @@ class Exchange:
                 jobs[:, 3], jobs[:, 6] = batch.size, batch.length
                 tables = self._feature_table[jobs[:, 5]]
                 jobs[:, 5] *= batch.size
-                self._pool_coded(source, jobs, self._table_codecs[tables], at[uniques.inverse],
+                pool_coded(source, jobs, self._table_codecs[tables], at[uniques.inverse],
                                  batch.offsets, batch.weights, out.view(-1))
         if self._has_pooled:
             slots = self._bag_slots
             starts = came.early.slot_offsets if came.late is None else \
                 came.late.slot_offsets + came.late_from
-            jobs = self._copy_jobs(starts[slots] // unit, steps[slots],
-                                   self._cells.columns[slots], batch.size)
+            jobs = copy_jobs(starts[slots] // unit, steps[slots],
+                             self._cells.columns[slots], batch.size)
             jobs[:, 8], jobs[:, 9] = self._bag_columns, self.layout.total_columns
             jobs[:, 10] = self._bag_adds
-            self._pool_coded(source, jobs, codec.numbers[slots],
+            pool_coded(source, jobs, codec.numbers[slots],
                              torch.arange(batch.size, device=rows.device), None, None,
                              out.view(-1))
-
-    def _pool_coded(self, source: Tensor, jobs: Tensor, codecs: Tensor, index: Tensor,
-                    offsets: Tensor | None, weights: Tensor | None, out: Tensor) -> None:
-        """Pooling jobs over fp32 elements, or over bytes of these codecs."""
-        if source.dtype == torch.float32:
-            pool_rows(source, jobs, index, offsets, weights, out)
-        else:
-            pool_blocks(source, torch.cat([jobs, codecs[:, None]], 1), index, offsets, weights,
-                        out)
 
     def _places(self, outgoing: Outgoing, came: EarlyRows, slots: Tensor, count: int) -> Tensor:
         """int64 [count + 1]: byte where the row of every unique id begins, through these slots.
@@ -448,13 +443,6 @@ class Exchange:
                 places[asked.clamp_(0, places.numel() - 1)]
         return at
 
-    @staticmethod
-    def _copy_jobs(start: Tensor, step: Tensor, columns: Tensor, size: int) -> Tensor:
-        """Pooling jobs that copy [size, columns] matrices: every bag is one row."""
-        jobs = torch.zeros(start.numel(), 11, dtype=torch.int64)
-        jobs[:, 0], jobs[:, 1], jobs[:, 2], jobs[:, 3], jobs[:, 6] = start, step, columns, size, 1
-        return jobs
-
     def _divide_means(self, batch: Batch, out: Tensor, *, pooled_only: bool) -> None:
         for feature, first, end, divisor in batch.mean_divisors:
             pooled = self.layout.kinds[self.layout.feature_table[feature]].value == "pooled"
@@ -462,12 +450,14 @@ class Exchange:
                 out[:, first:end] /= divisor
 
     # ------------------------------------------------------------------ backward
-    def backward(self, lookup: Lookup | DirectLookup, grad: Tensor) -> PendingGradients:
+    def backward(self, lookup: Lookup | DirectLookup, grad: Tensor, *,
+                 behind: bool = False) -> PendingGradients:
         """Step 6: sums this rank's gradients per slot and starts sending them.
 
         Args:
             lookup: of the forward.
             grad: fp32 [size, total columns], gradient of the output.
+            behind: the thread that looks ahead sends them, in its turn.
         """
         self._clock.lap("dense")
         batch = lookup.batch
@@ -487,8 +477,20 @@ class Exchange:
         place = self._cells.backward(outgoing, incoming)
         buffer = self.sender.encode(outgoing, place, grad)
         self._clock.lap("pool")
-        work = self._send(buffer, place, owner_sends=False)
+        work = self._send_behind(buffer, place) if behind else \
+            self._send(buffer, place, owner_sends=False)
         grads, start, work = self.sender.receive(buffer, place, work)
         chunks = owner_chunks(self._cells, incoming, start, None)
         self._clock.lap("grads")
         return PendingGradients(incoming.ids, chunks, bags, weights, grads, work)
+
+    def _send_behind(self, buffer: Tensor, place: Buffer) -> Work:
+        self._count(self.wire, place, owner_sends=False)
+
+        def send() -> None:
+            lap = self._clock.other_thread().lap
+            self._send(buffer, place, owner_sends=False, ahead=WireBytes()).wait()
+            lap("grads")
+
+        assert self.groups.worker is not None
+        return Work(self.groups.worker.submit(send).result)

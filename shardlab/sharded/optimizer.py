@@ -70,11 +70,18 @@ class ShardedOptimizer(torch.optim.Optimizer):
             self.dense.step()
         self.steps_taken += 1
         group, scale = self.param_groups[0], 1.0 / self._groups.world_size
-        self._wait_for_gradients()
+        step = step_parameters(group, self.steps_taken, scale)
         for collection in self._collections:
             collection.announcements.before_update()
+        # A norm needs all gradients, on the thread that also reduces the dense ones.
+        if group["clip_norm"] is None and all(c.updates_behind for c in self._collections):
+            self._clock.lap("dense")
+            for collection in self._collections:
+                collection.update_behind(self.steps_taken, step)
+            self._clock.lap("update")
+            return loss
+        self._wait_for_gradients()
         merged = [(c, c.updater.merge_rows(c.pending)) for c in self._collections if c.pending]
-        step = step_parameters(group, self.steps_taken, scale)
         if group["clip_norm"] is not None and merged:
             squares = [c.updater.squared_norm(rows, scale) for c, rows in merged]
             norm = float(torch.stack(squares).sum().sqrt())
@@ -83,6 +90,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             collection.begin_step(self.steps_taken)
         for collection, rows in merged:
             collection.update(rows, step)
+            collection.pending.clear()
         for collection in self._collections:
             collection.after_step(self.steps_taken)
         self._clock.lap("update")
