@@ -23,7 +23,7 @@ from tests.harness import run_ranks
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 SCRIPTS = sorted(path.stem for path in EXAMPLES.glob("*.py"))
 #: Scripts with a test on two ranks below.
-ON_TWO_RANKS = {"checkpoint_resharding", "row_wise_torchrun", "torchrec_user"}
+ON_TWO_RANKS = {"checkpoint_resharding", "prefetching", "row_wise_torchrun", "torchrec_user"}
 
 
 def run_example(name: str) -> None:
@@ -78,6 +78,10 @@ def check_row_wise_torchrun(out: str) -> None:
     assert numbers(r"row_wise +rows +(\d+)", out) == [0]  # a world of one sends nothing
 
 
+def check_prefetching(out: str) -> None:
+    assert "ahead: logits differ by at most 0.00e+00, nothing travels" in out
+
+
 def check_torchrec_plan_to_json(out: str) -> None:
     tables = [EmbeddingBagConfig(1000, 16, "t_user"), EmbeddingBagConfig(4000, 16, "t_item")]
     plan = import_plan(json.loads(out), tables, 2)
@@ -120,6 +124,15 @@ def test_checkpoint_changes_its_plan_on_two_ranks():
     assert "loaded ['rank 0: 20000 x 8', 'rank 1: 20000 x 8']" in out
     # Squares are summed column block by column block: another order, the same within rounding.
     assert numbers(r"differ by at most ([\d.e+-]+)", out)[0] < 1e-5
+    assert not other
+
+
+def test_looking_ahead_changes_no_bit_on_two_ranks():
+    out, other = run_ranks(2, run_example_on_rank, "prefetching")
+    assert "ahead: logits differ by at most 0.00e+00, " in out
+    stale, = numbers(r"stale: logits differ by at most ([\d.e+-]+)", out)
+    assert 0 < stale < 1
+    assert "over shared memory: all ranks are on one host" in out
     assert not other
 
 

@@ -11,8 +11,9 @@ from shardlab.comm.collectives import (
     gather_objects_json,
     start_all_reduce,
 )
+from shardlab.comm.faults import naming
 from shardlab.comm.groups import Groups, build_groups, init, shutdown
 
 __all__ = ["Groups", "WireBytes", "Work", "all_reduce_", "all_to_all", "barrier", "broadcast_",
-           "broadcast_text", "build_groups", "gather_objects_json", "init", "shutdown",
+           "broadcast_text", "build_groups", "gather_objects_json", "init", "naming", "shutdown",
            "start_all_reduce"]

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from shardlab.comm.groups import Groups
 
 #: What gloo and torch say when a peer is gone or late; other RuntimeErrors are no faults of ranks.
-_SIGNS = ("gloo", "connection", "timed out", "timeout", "socket", "broken pipe", "store",
-          "process group", "nccl")
+_SIGNS = ("gloo", "connection closed", "connection reset", "timed out", "socket", "broken pipe",
+          "nccl")
 _COMPUTES = "computes"
 
 

@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.nn import functional
 from torch.optim.lr_scheduler import LRScheduler
 
+from shardlab.comm import naming
+
 if TYPE_CHECKING:
     from shardlab.data.batch import Batch
     from shardlab.sharded import ShardedModel
@@ -51,7 +53,8 @@ class StepRunner:
         logits = self._forward(batch)
         total = functional.binary_cross_entropy_with_logits(logits, batch.labels, reduction="sum")
         loss = total * (self.world_size / global_rows)
-        loss.backward()
+        with naming(self.model.groups, "dense", "all_reduce"):
+            loss.backward()
         self.optimizer.step()
         if self.scheduler is not None:
             self.scheduler.step()
