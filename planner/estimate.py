@@ -8,14 +8,14 @@ a piece; every rank also pays, as *source*, what its own samples cost. Between a
 one source travel
 
     phase       unique rows         pooled bags              data_parallel (to every other rank)
-    ids         4 u s + 8 B         F (4 n a + 4 B + 8)      4 u + 8
+    ids         i u s + 4 B         F (i n a + B + 4)        i u + 4
     rows        u s vectors         F B vectors              none
     grads       u s vectors         F B vectors              u vectors of D
 
 A vector of d elements takes what `storage_bytes.payload_bytes` says of the wire's dtype; it is
-encoded on one side and decoded on the other. Ids take 4 bytes, 8 if a shard has 2^31 rows or more;
-8 bytes count them. Lengths, 4 B, are not sent where all bags of all tables have one id and the
-table is not cut by rows.
+encoded on one side and decoded on the other. Ids take the i = 1 to 5 bytes that the shard's last
+row needs; 4 bytes count them. Lengths, a byte each, are not sent where all bags of all tables have
+one id and the table is not cut by rows.
 
 Times, with row(b) a random row of b bytes, stream(b) contiguous bytes, sort(i) the de-duplication
 of i ids; entries e = u s (unique rows) or F n a (pooled bags), answers r = u s or F (n a + B),
@@ -72,12 +72,11 @@ _IDS, _PREFETCH, _READ, _ROWS, _POOL, _GRADS, _UPDATE, _DENSE, _OVERHEAD = range
 PREFETCH = _PREFETCH
 
 _FP32_BYTES = 4
-_COUNT_BYTES = 8
-_LENGTH_BYTES = 4
+_COUNT_BYTES = 4
+_MEAN_ID_BYTES = 3
+_LENGTH_BYTES = 1  # bags of more than 255 ids take more
 # Ids and positions inside a rank.
 _INT64_BYTES = 8
-# The runtime sends ids as int32 where every shard has fewer rows than this.
-_INT32_ROWS = 1 << 31
 # Passes of touched rows that squares of whole rows take: sums written and read, squares likewise.
 _SQUARE_PASSES = 4
 # Options that are priced at once, so that intermediate arrays stay in the cache.
@@ -204,7 +203,8 @@ class Pricer:
                     share: tuple[Floats, Floats]) -> tuple[Floats, Floats]:
         """Between a piece's owner and one source: bytes of ids, and number of vectors."""
         pooled, (unique, most) = options.pooled[chosen], share
-        id_bytes = np.where(options.rows[chosen] < _INT32_ROWS, 4, 8)
+        rows = options.rows[chosen]
+        id_bytes = 1 + sum((rows > 256.0**width).astype(np.int64) for width in range(1, 8))
         ids = np.where(pooled, view.features * view.ids * most, view.unique * unique)
         lengths = np.where(pooled, view.features * view.length_bags * _LENGTH_BYTES, 0.0)
         counts = np.where(pooled, view.features, 1.0)
@@ -300,5 +300,5 @@ class Pricer:
         vectors = np.minimum(work.unique, work.features * work.bags)
         columns = work.columns.astype(np.int64)
         size = self._vector_bytes(columns)
-        return (float(4 * work.unique.sum() / world), float(vectors @ size[:, 0] / world),
-                float(vectors @ size[:, 1] / world))
+        return (float(_MEAN_ID_BYTES * work.unique.sum() / world),
+                float(vectors @ size[:, 0] / world), float(vectors @ size[:, 1] / world))

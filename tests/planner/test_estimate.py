@@ -63,7 +63,7 @@ def test_rows_exchange_between_two_ranks() -> None:
     link, memory = topology.intra_host.bytes_per_s, topology.hbm
     found = phases(costs, 0)
     vectors = 4 * unique * 32
-    assert found["ids"] == pytest.approx(1e3 * (4 * unique + 8) / link)
+    assert found["ids"] == pytest.approx(1e3 * (2 * unique + 4) / link)
     assert found["rows"] == found["grads"] == pytest.approx(1e3 * vectors / link)
     random = touched * float(memory.row_seconds(128))
     stream = 2 * vectors / memory.stream_bytes_per_s
@@ -71,7 +71,7 @@ def test_rows_exchange_between_two_ranks() -> None:
     assert found["update"] == pytest.approx(
         1e3 * (2 * unique / memory.ids_per_s + memory.rewrite_factor * random + stream))
     assert found["prefetch"] == found["dense"] == found["overhead"] == 0
-    assert costs.buffer_bytes[0] == int(2 * (4 * unique + 8 + 2 * vectors))
+    assert costs.buffer_bytes[0] == int(2 * (2 * unique + 4 + 2 * vectors))
     assert common(costs)["ids"] == pytest.approx(1e3 * 600 / memory.ids_per_s)
     assert common(costs)["pool"] == pytest.approx(
         1e3 * 128 * (2 * 600 + 200 + unique) / memory.stream_bytes_per_s)
@@ -82,7 +82,7 @@ def test_pooled_exchange_between_two_ranks() -> None:
     _, _, costs = priced(table_of("table_wise", "pooled"), topology)
     link, memory = topology.intra_host.bytes_per_s, topology.hbm
     found = phases(costs, 0)
-    assert found["ids"] == pytest.approx(1e3 * 2 * (4 * 300 + 4 * 100 + 8) / link)
+    assert found["ids"] == pytest.approx(1e3 * 2 * (2 * 300 + 100 + 4) / link)
     assert found["rows"] == found["grads"] == pytest.approx(1e3 * 2 * 4 * 100 * 32 / link)
     assert common(costs)["pool"] == pytest.approx(1e3 * 8 * 2 * 32 * 100
                                                   / memory.stream_bytes_per_s)
@@ -98,7 +98,7 @@ def test_pooled_exchange_of_row_blocks_sends_every_bag_from_each() -> None:
 def test_bags_of_one_id_need_no_lengths() -> None:
     topology = read_topology("2xcpu")
     _, _, costs = priced(table_of("table_wise", "pooled", pooling=1.0, features=("f",)), topology)
-    assert phases(costs, 0)["ids"] == pytest.approx(1e3 * (4 * 100 + 8) / 2.0e9)
+    assert phases(costs, 0)["ids"] == pytest.approx(1e3 * (2 * 100 + 4) / 2.0e9)
 
 
 @pytest.mark.parametrize("exchange", ["rows", "pooled"])
