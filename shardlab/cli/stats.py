@@ -88,17 +88,20 @@ def _measure(work: Work, most_ids: int, console: object) -> Statistics:
 
 
 def _table(found: Statistics) -> Table:
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    table = Table("feature", title=f"{found.data}: {found.samples:,} samples",
+    table = Table(title=f"{found.data}: {found.samples:,} samples", box=SIMPLE_HEAD,
+                  padding=(0, 1, 0, 0), pad_edge=False, show_edge=False,
                   title_justify="left", caption_justify="left", caption=(
                       "different ids in a batch, of all ids of it; hot: share of ids that take "
                       "one of the 1 % hottest rows in use; LRU: share that a cache of 1 % and "
                       f"10 % of the rows in use misses; x{_BLOCKS}: fullest of {_BLOCKS} row "
                       "blocks, 1.0 is even; ~ estimated from a sample of the ids"))
+    table.add_column("feature", overflow="fold")
     for heading in ("rows", "in use", "ids/bag", *(f"{size // 1024}k" for size in _BATCHES),
                     "hot", *(f"LRU {share:.0%}" for share in _CACHES), f"x{_BLOCKS}"):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     for record in found.records:
         table.add_row(*_cells(record))
     return table
@@ -116,11 +119,19 @@ def _cells(record: IdStatistics) -> list[str]:
     different = [float(record.unique_ids(size)) / (size * per_sample) for size in _BATCHES]
     blocks = min(_BLOCKS, record.rows)
     return [", ".join(record.features),
-            "-" if record.rows == UNKNOWN_ROWS else f"{record.rows:,}",
-            f"{mark}{used:,.0f}", bag, *(f"{share:.2g}" for share in different),
+            "-" if record.rows == UNKNOWN_ROWS else _count(record.rows),
+            mark + _count(used), bag, *(f"{share:.3f}" for share in different),
             f"{mark}{float(record.hot_share(max(used / 100, 1))):.0%}",
             *(f"{mark}{_miss(record, share):.0%}" for share in _CACHES),
             f"{float(record.fullest_block(blocks)) * blocks:.2g}"]
+
+
+def _count(number: float) -> str:
+    """Up to five digits as they are, larger numbers in thousands or millions."""
+    for size, unit in ((1e6, "M"), (1e3, "k")):
+        if number >= 100 * size or (unit == "M" and number >= size):
+            return f"{number / size:.3g} {unit}"
+    return f"{number:,.0f}"
 
 
 def _miss(record: IdStatistics, share: float) -> float:
