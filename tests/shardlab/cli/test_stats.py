@@ -28,9 +28,9 @@ def test_data_are_described_and_written(tmp_path: Path, capsys, monkeypatch) -> 
     path, target = write_tsv(tmp_path / "a.tsv", make_rows(60)), tmp_path / "ids.json"
     code, out, _ = run(capsys, str(path), "-o", str(target), "--samples", "50")
     assert code == 0
-    assert "50 samples" in out
+    assert "50 samples" in " ".join(out.split())
     assert "C26" in out
-    assert f"statistics written to {target}" in out
+    assert f"statistics written to {target}" in " ".join(out.split())
     found = read_statistics(target)
     assert (found.samples, len(found.records)) == (50, 26)
 
