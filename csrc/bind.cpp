@@ -11,14 +11,10 @@
 #include "unique.h"
 
 namespace nb = nanobind;
-using Address = uintptr_t;
+using shardlab::binding::Address;
+using shardlab::binding::at;
 
 namespace {
-
-template <class T>
-T* at(Address address) {
-  return reinterpret_cast<T*>(address);
-}
 
 void bind_init(nb::module_& m) {
   using namespace shardlab;

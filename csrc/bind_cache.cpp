@@ -10,7 +10,7 @@ namespace nb = nanobind;
 
 namespace {
 
-using Address = uintptr_t;
+using shardlab::binding::Address;
 
 struct Inputs {
   Address meta, blocks, segments;

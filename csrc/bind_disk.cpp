@@ -16,7 +16,7 @@ namespace {
 using shardlab::Disk;
 using shardlab::DiskFailure;
 using shardlab::Job;
-using Address = uintptr_t;
+using shardlab::binding::Address;
 
 // (file, address of int64 rows or 0, first row of a range, count, address of the records).
 using RequestTuple = std::tuple<int, Address, int64_t, int64_t, Address>;

@@ -7,14 +7,10 @@
 
 namespace nb = nanobind;
 using namespace shardlab;
-using Address = uintptr_t;
+using shardlab::binding::Address;
+using shardlab::binding::at;
 
 namespace {
-
-template <class T>
-T* at(Address address) {
-  return reinterpret_cast<T*>(address);
-}
 
 // (codec, rows, columns, elements between rows of values, bytes between records)
 RowCodes codes_from(const std::vector<int64_t>& v) {

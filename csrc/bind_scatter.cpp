@@ -5,16 +5,8 @@
 #include "dispatch.h"
 
 namespace nb = nanobind;
-using Address = uintptr_t;
-
-namespace {
-
-template <class T>
-T* at(Address address) {
-  return reinterpret_cast<T*>(address);
-}
-
-}  // namespace
+using shardlab::binding::Address;
+using shardlab::binding::at;
 
 void bind_scatter(nb::module_& m) {
   using namespace shardlab;
