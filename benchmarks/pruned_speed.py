@@ -103,7 +103,7 @@ def batch(options: argparse.Namespace, seed: int) -> sl.KeyedJaggedTensor:
         (uniform * options.rows).long()
     ids = (ranks * 2_654_435_761) % options.rows
     names = [f"t{i}" for i in range(options.tables)]
-    return sl.KeyedJaggedTensor(names, ids, lengths=torch.ones_like(ids))
+    return sl.KeyedJaggedTensor(names, ids, fixed_length=1)
 
 
 def cases(options: argparse.Namespace) -> list[Case]:

@@ -262,45 +262,79 @@ void chunk_touch(const ChunkCall& call, const ChunkOffers& in, int threads) {
           });
 }
 
-int64_t chunk_offer(const ChunkCall& call, const ChunkOffers& in, int64_t* admitted) {
-  int64_t count = 0;
-  for (int64_t g = 0; g < in.num_segments; ++g) {
-    const ChunkSegment& segment = in.segments[g];
-    const int64_t b = segment.block;
-    ChunkStore& store = call.stores[call.blocks[b].store];
-    const float threshold = in.thresholds[b] * in.weights[b];
-    int64_t* candidates = in.candidates + b * kUtilityBins;
-    for (int64_t i = segment.start; i < segment.start + segment.count; ++i) {
+namespace {
+
+// The rows of a tile that have absent chunks to offer.
+struct OfferTile {
+  int64_t count = 0, rows[kTile];
+  uint64_t keys[kTile];
+
+  void collect(const ChunkStore& store, int64_t block, const ChunkOffers& in, int64_t begin,
+               int64_t end) {
+    count = 0;
+    for (int64_t i = begin; i < end; ++i) {
       const float* norms = in.norms + i * in.stride;
       if (std::none_of(norms, norms + store.chunks, [](float x) { return x > 0; })) continue;
-      const uint64_t key = chunk_key(store, b, in.ids[i]);
-      uint8_t* line = line_of(store, key);
-      int64_t slot = find_slot(store, key);
-      for (int64_t k = 0; k < store.chunks; ++k) {
-        if (norms[k] <= 0 || (slot >= 0 && places_of(value_at(store, slot))[k] >= 0)) continue;
-        const uint64_t word = chunk_word(call.blocks[b], in.key, in.ids[i], k);
-        const Cells cells = store.sketch_lines ? cells_of(line, key, k) : Cells{nullptr, nullptr};
-        const float utility = (store.sketch_lines ? cells.value() : 0) + norms[k] * in.weights[b];
-        const bool wanted = utility >= threshold;
-        bool room = wanted && has_place(store);
-        if (room && slot < 0) {
-          if (has_slot(store)) slot = insert(store, key);
-          room = slot >= 0;
-        }
-        if (!room) {
-          store.refused += wanted;
-          if (store.sketch_lines)
-            cells.raise(cell_code(utility, (word >> 16) & ((1u << kCellShift) - 1)), candidates);
-          continue;
-        }
-        if (store.sketch_lines) Cells::leave(cells.code(), candidates);
-        char* value = value_at(store, slot);
-        const int32_t place = take_place(store);
-        places_of(value)[k] = place;
-        utilities_of(store, value)[k] = utility_code(utility, word);
-        int64_t* out = admitted + 3 * count++;
-        out[0] = i, out[1] = k, out[2] = place;
-      }
+      rows[count] = i;
+      const uint64_t key = keys[count++] = chunk_key(store, block, in.ids[i]);
+      __builtin_prefetch(keys_of(store) + scaled(key, store.slots));
+      if (store.sketch_lines) __builtin_prefetch(line_of(store, key), 1);
+    }
+  }
+};
+
+// Offers the absent chunks of a row; returns how many were admitted.
+int64_t offer_row(ChunkStore& store, const ChunkBlock& block, const ChunkOffers& in, int64_t b,
+                  int64_t i, uint64_t key, int64_t* admitted) {
+  const float* norms = in.norms + i * in.stride;
+  const float threshold = in.thresholds[b] * in.weights[b];
+  int64_t* candidates = in.candidates + b * kUtilityBins;
+  // A negative norm tells a chunk that is present, and so a row that is.
+  const bool known = std::any_of(norms, norms + store.chunks, [](float x) { return x < 0; });
+  int64_t slot = known ? find_slot(store, key) : -1, count = 0;
+  for (int64_t k = 0; k < store.chunks; ++k) {
+    if (norms[k] <= 0) continue;
+    const uint64_t word = chunk_word(block, in.key, in.ids[i], k);
+    const Cells cells =
+        store.sketch_lines ? cells_of(line_of(store, key), key, k) : Cells{nullptr, nullptr};
+    const float utility = (store.sketch_lines ? cells.value() : 0) + norms[k] * in.weights[b];
+    const bool wanted = utility >= threshold;
+    bool room = wanted && has_place(store);
+    if (room && slot < 0) {
+      if (has_slot(store)) slot = insert(store, key);
+      room = slot >= 0;
+    }
+    if (!room) {
+      store.refused += wanted;
+      if (store.sketch_lines)
+        cells.raise(cell_code(utility, (word >> 16) & ((1u << kCellShift) - 1)), candidates);
+      continue;
+    }
+    if (store.sketch_lines) Cells::leave(cells.code(), candidates);
+    char* value = value_at(store, slot);
+    const int32_t place = take_place(store);
+    places_of(value)[k] = place;
+    utilities_of(store, value)[k] = utility_code(utility, word);
+    int64_t* out = admitted + 3 * count++;
+    out[0] = i, out[1] = k, out[2] = place;
+  }
+  return count;
+}
+
+}  // namespace
+
+int64_t chunk_offer(const ChunkCall& call, const ChunkOffers& in, int64_t* admitted) {
+  int64_t count = 0;
+  OfferTile tile;
+  for (int64_t g = 0; g < in.num_segments; ++g) {
+    const ChunkSegment& segment = in.segments[g];
+    const int64_t end = segment.start + segment.count;
+    ChunkStore& store = call.stores[call.blocks[segment.block].store];
+    for (int64_t first = segment.start; first < end; first += kTile) {
+      tile.collect(store, segment.block, in, first, std::min(first + kTile, end));
+      for (int64_t i = 0; i < tile.count; ++i)
+        count += offer_row(store, call.blocks[segment.block], in, segment.block, tile.rows[i],
+                           tile.keys[i], admitted + 3 * count);
     }
   }
   return count;

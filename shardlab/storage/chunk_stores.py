@@ -150,7 +150,7 @@ def build_pools(shards: Sequence[LocalShard], plans: Sequence[StorePlan],
     addresses = [(arena.data_ptr() + payload, arena.data_ptr() + state) if reached else (0, 0)
                  for payload, state in pools]
     shapes = [plan.shape for plan in plans]
-    memory = allocate(index_span_bytes(shapes), torch.device("cpu"), [])
+    memory = allocate(index_span_bytes(shapes), torch.device("cpu"), None if used else [])
     index = build_chunk_index(shapes, blocks, memory, addresses)
     for number, plan in enumerate(plans):
         dense = plan.spec.is_full or plan.spec.start == "dense"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import hypothesis
 import hypothesis.strategies as st
@@ -77,7 +78,10 @@ class Pair:
 
     def step(self, ids, norms, **options):
         self.both(lambda face: face.touch(self.offers(face, ids, norms, **options)))
-        return self.both(lambda face: face.offer(self.offers(face, ids, norms, **options)))
+        flat = self.offers(self.faces[0], ids, norms)
+        here = self.faces[0].places(flat.segments, flat.ids).T >= 0
+        offered = torch.where(here, -1.0, norms).contiguous()
+        return self.both(lambda face: face.offer(self.offers(face, ids, offered, **options)))
 
     def decide(self, decay, threshold, key=9):
         limits = torch.full((self.num_blocks,), threshold)
@@ -234,7 +238,8 @@ def test_a_million_operations_against_a_dictionary(seed):
         offers = Offers(torch.tensor([[0, 0, ids.numel()]]), ids, norms, torch.ones(1),
                         torch.tensor([threshold]), 0, candidates)
         index.touch(offers)
-        index.offer(offers)
+        here = index.places(offers.segments, ids).T >= 0
+        index.offer(replace(offers, norms=torch.where(here, -1.0, norms).contiguous()))
         for (row, chunk), norm in zip(
                 [(row, k) for row in ids.tolist() for k in range(chunks)],
                 norms.view(-1).tolist(), strict=True):
