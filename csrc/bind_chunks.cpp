@@ -71,9 +71,9 @@ void bind_index(nb::module_& m) {
     chunk_decide(call_from(call), store, decay, at<float>(thresholds), (uint64_t)key,
                  at<int64_t>(evicted), at<int64_t>(candidates));
   });
-  m.def("chunk_compact", [](Address store, Address moves) {
+  m.def("chunk_compact", [](Address store, bool tight, Address moves) {
     nb::gil_scoped_release release;
-    return chunk_compact(*at<ChunkStore>(store), at<int64_t>(moves));
+    return chunk_compact(*at<ChunkStore>(store), tight, at<int64_t>(moves));
   });
   m.def("chunk_load", [](Address store, Address keys, Address values, int64_t n) {
     nb::gil_scoped_release release;

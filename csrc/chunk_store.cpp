@@ -428,7 +428,7 @@ void chunk_decide(const ChunkCall& call, int64_t number, float decay, const floa
   }
 }
 
-int64_t chunk_compact(ChunkStore& store, int64_t* moves) {
+int64_t chunk_compact(ChunkStore& store, bool tight, int64_t* moves) {
   int64_t moved = 0;
   int32_t *stack = stack_of(store), *end = stack + store.free;
   int32_t* holes = std::partition(stack, end, [&](int32_t place) { return place >= store.used; });
@@ -457,11 +457,15 @@ int64_t chunk_compact(ChunkStore& store, int64_t* moves) {
   store.top = store.used;
   store.committed = std::min((store.used + store.slab - 1) / store.slab * store.slab,
                              store.max_chunks);
+  resize(store, fitting_slots(store, store.rows));
+  for (int64_t more; !tight && store.committed < before; store.committed = more) {
+    more = std::min(store.committed + store.slab, before);
+    if (held_with(store, store.slots, more) > store.budget) break;
+  }
   if (store.payload) {
     release(store.payload, store.committed * store.payload_bytes, before * store.payload_bytes);
     release(store.state, store.committed * store.state_bytes, before * store.state_bytes);
   }
-  resize(store, fitting_slots(store, store.rows));
   return moved;
 }
 

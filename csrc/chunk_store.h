@@ -78,9 +78,10 @@ void chunk_count(const ChunkCall& call, int64_t store, float decay, int64_t* bin
 // Decays all utilities and evicts what is below its block's threshold. evicted: [blocks].
 void chunk_decide(const ChunkCall& call, int64_t store, float decay, const float* thresholds,
                   uint64_t key, int64_t* evicted, int64_t* candidates);
-// Moves chunks to the lowest places, gives slabs back, and the index the size of its rows. moves:
-// [store.free, 2] places (from, to), or null. Returns how many moved.
-int64_t chunk_compact(ChunkStore& store, int64_t* moves);
+// Moves chunks to the lowest places, gives the index the size of its rows, and slabs back: all that
+// are empty (tight), or those that the budget has no room for. moves: [store.free, 2] places
+// (from, to), or null. Returns how many moved.
+int64_t chunk_compact(ChunkStore& store, bool tight, int64_t* moves);
 // Replaces the index by n rows sorted by key; values as slots hold them.
 void chunk_load(ChunkStore& store, const uint64_t* keys, const char* values, int64_t n);
 // Takes rows in while there is room. places [n, chunks]: any number from 0 on where a chunk is

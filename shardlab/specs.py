@@ -15,7 +15,9 @@ from shardlab.storage_specs import Choice, PrunedSpec, RowsSpec, StorageRequest,
 from shardlab.storage_text import parse_storage
 from shardlab.words import parse_enum
 
-#: Rows of a table without a bound: the number of ids that `shardlab.ops.chunks.mixed` can give.
+#: Rows of a table without a bound. Any int64 id is one: it is hashed to 63 bits before anything
+#: else, so that rows are spread evenly however they are cut. Of n ids, two share a row with a
+#: probability of n^2 / 2^64.
 UNBOUNDED = (1 << 63) - 1
 
 
@@ -67,7 +69,7 @@ class EmbeddingBagConfig:
     """One table, with TorchRec's field names where it has them.
 
     Attributes:
-        num_embeddings: rows.
+        num_embeddings: rows; ``unbounded``: any int64 id, in a pruned table with a budget in bytes.
         embedding_dim: columns, fp32 elements as the model sees them.
         name: unique name of the table.
         feature_names: features that read this table, each pooled on its own.
@@ -100,6 +102,8 @@ class EmbeddingBagConfig:
 
     def __post_init__(self) -> None:
         where = f"table {self.name!r}"
+        if self.num_embeddings == "unbounded":
+            object.__setattr__(self, "num_embeddings", UNBOUNDED)
         for label, value in (("num_embeddings", self.num_embeddings),
                              ("embedding_dim", self.embedding_dim)):
             if not isinstance(value, int) or value < 1:
@@ -125,6 +129,10 @@ class EmbeddingBagConfig:
                               f"even embedding_dim, found {self.embedding_dim}; take "
                               f"{self.embedding_dim + 1} or int8")
 
+        if self.num_embeddings == UNBOUNDED and not _fits_unbounded(self.storage):
+            raise ConfigError(f"{where}: num_embeddings unbounded needs storage {{kind: pruned, "
+                              "budget: {bytes: 2GB}, start: empty}}, which says how much of it is "
+                              "held")
         splits = self.max_column_splits
         if splits is not None and (not isinstance(splits, int) or splits < 1):
             raise ConfigError(f"{where}: max_column_splits must be a positive integer, found "
@@ -180,6 +188,12 @@ def _in_chunks(storage: StorageRequest, columns: int, where: str) -> StorageRequ
         raise ConfigError(f"{where}: {columns} columns cannot be cut into {chunks} equal "
                           f"chunks; take chunks: one of {known}")
     return replace(storage, width=width, chunks=columns // width)
+
+
+def _fits_unbounded(storage: StorageRequest) -> bool:
+    options = storage.options if isinstance(storage, Choice) else (storage,)
+    return all(isinstance(spec, PrunedSpec) and spec.start == "empty"
+               and (spec.bytes is not None or (spec.ratio or 1.0) < 1e-3) for spec in options)
 
 
 def _holds_int4(storage: StorageRequest) -> bool:

@@ -190,7 +190,7 @@ class PrunedSpec:
     headroom: float = 0.03
     sketch: float = 4.0
     slack: float = 0.1
-    normalize: bool = True
+    normalize: bool = False
 
     def budget(self, rows: int, columns: int) -> int:
         """Bytes of a table of this size, everything counted; ratio 1 stands for no budget."""

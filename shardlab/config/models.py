@@ -74,7 +74,8 @@ class TableConfig(Section):
     """One embedding table; the fields are those of `shardlab.EmbeddingBagConfig`."""
 
     name: Name = Field(description="unique name of the table")
-    num_embeddings: Count = Field(description="rows of the table")
+    num_embeddings: Count | Literal["unbounded"] = Field(
+        description="rows of the table; unbounded: any int64 id, in a pruned table")
     embedding_dim: Count = Field(description="columns, fp32 elements as the model sees them")
     feature_names: Annotated[tuple[Name, ...], BeforeValidator(_one_or_many)] = Field(
         default=(), description="features that read this table; empty: one, named like the table")

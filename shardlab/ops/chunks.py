@@ -156,8 +156,12 @@ class ChunkIndex(Protocol):
             int64 [B]: evicted chunks.
         """
 
-    def compact(self, store: int) -> Tensor:
+    def compact(self, store: int, *, tight: bool) -> Tensor:
         """Moves chunks to the lowest places and gives slabs back.
+
+        Args:
+            store: number of the store.
+            tight: all empty slabs; else those that the budget has no room for.
 
         Returns:
             int64 [m, 2]: (from, to), for pools that the index does not reach.
@@ -289,10 +293,10 @@ class NativeChunkIndex:
         self._state[store, _COLUMN["refused"]] = 0
         return evicted
 
-    def compact(self, store: int) -> Tensor:
+    def compact(self, store: int, *, tight: bool) -> Tensor:
         moves = torch.empty(self.numbers(store).free, 2, dtype=torch.int64)
-        count = native().chunk_compact(address(self._state[store]),  # type: ignore[union-attr]
-                                       address(moves))
+        count = native().chunk_compact(  # type: ignore[union-attr]
+            address(self._state[store]), tight, address(moves))
         return moves[:count]
 
     def load(self, store: int, blocks: Tensor, rows: ChunkRows) -> None:
@@ -365,6 +369,12 @@ def sorted_keys(blocks: Tensor, rows: Tensor, *, wide: bool) -> tuple[Tensor, Te
     keys = mixed((rows if wide else (blocks << _TAG_SHIFT) | rows) + 1)
     order = torch.argsort(keys ^ torch.iinfo(torch.int64).min)
     return order, keys[order].contiguous()
+
+
+def spread_ids(ids: Tensor, rows: int) -> Tensor:
+    """Rows of an unbounded table, int64 in [0, rows), of any int64 ids; rows is 2^63 - 1."""
+    found = mixed(ids) & rows
+    return torch.where(found == rows, 0, found)
 
 
 def mixed(x: Tensor) -> Tensor:

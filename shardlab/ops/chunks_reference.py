@@ -264,7 +264,7 @@ class ReferenceChunkIndex:
             one.slots = one.fit()
         return evicted
 
-    def compact(self, store: int) -> Tensor:
+    def compact(self, store: int, *, tight: bool) -> Tensor:
         one, moves = self._stores[store], []
         holes = sorted(place for place in one.stack if place < one.used)
         for _, _, _, chunks in one.in_order():
@@ -272,7 +272,13 @@ class ReferenceChunkIndex:
                 if place >= one.used:
                     chunks.places[k] = holes[len(moves)]
                     moves.append((place, holes[len(moves)]))
+        before = one.committed
         self._settle(one)
+        while not tight and one.committed < before:
+            more = min(one.committed + one.shape.slab, before)
+            if one.held(committed=more) > one.budget:
+                break
+            one.committed = more
         return torch.tensor(moves, dtype=torch.int64).view(-1, 2)
 
     def _settle(self, one: _Store) -> None:

@@ -142,21 +142,21 @@ def unique_segments_reference(ids: Tensor, chunks: Tensor, segments: Segments,
         raise OutOfBoundsError(int(where[failed].min()))
     value = torch.where(bad, 0, value)
     kept = (~(bad & (mode == BOUNDS_CODE[BoundsMode.IGNORE]))).nonzero().squeeze(1)
-    first_key = segments.limits.cumsum(0) - segments.limits
-    key, order = torch.sort(first_key.to(device)[segment[kept]] + value[kept], stable=True)
-    order = kept[order]
-    unique_key, group, group_counts = torch.unique_consecutive(
-        key, return_inverse=True, return_counts=True)
-    starts = torch.zeros(unique_key.numel() + 1, dtype=torch.int64, device=device)
+    by_value = torch.argsort(value[kept], stable=True)
+    by_both = by_value[torch.argsort(segment[kept][by_value], stable=True)]
+    order = kept[by_both]
+    pairs = torch.stack([segment[order], value[order]])
+    unique, group, group_counts = torch.unique_consecutive(
+        pairs, dim=1, return_inverse=True, return_counts=True)
+    starts = torch.zeros(unique.shape[1] + 1, dtype=torch.int64, device=device)
     torch.cumsum(group_counts, 0, out=starts[1:])
-    ends = torch.cat([first_key, segments.limits.sum().view(1)]).to(device)
-    splits = torch.searchsorted(unique_key, ends)
-    owner = torch.searchsorted(ends, unique_key, right=True) - 1
+    splits = torch.searchsorted(unique[0].contiguous(),
+                                torch.arange(len(segments) + 1, device=device))
     back = None
     if inverse:
         back = torch.full((ids.numel(),), -1, dtype=torch.int64, device=device)
         back[where[order]] = group
-    return Uniques(unique_key - ends[owner], splits.cpu(), starts, source[order],
+    return Uniques(unique[1].contiguous(), splits.cpu(), starts, source[order],
                    where[order] if positions else None, back)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -11,8 +11,9 @@ from torch import Tensor
 
 from shardlab.errors import BoundsError, InputError, nearest_name
 from shardlab.jagged import KeyedJaggedTensor, as_kjt
+from shardlab.ops.chunks import spread_ids
 from shardlab.sharded.layout import Layout
-from shardlab.specs import PoolingType
+from shardlab.specs import UNBOUNDED, PoolingType
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,8 @@ class InputReader:
     def __init__(self, layout: Layout, device: torch.device) -> None:
         self.layout, self.device = layout, device
         self._expected = list(layout.features)
+        self._unbounded = [f for f, table in enumerate(layout.feature_table)
+                           if layout.tables[table].num_embeddings == UNBOUNDED]
         self._orders: dict[tuple[str, ...], list[int]] = {}
 
     def read(self, features: Any) -> Batch:
@@ -105,9 +108,18 @@ class InputReader:
             values, weights = kjt.values(), kjt.weights_or_none()
         length = -1 if kjt.fixed_length is None else kjt.fixed_length
         offsets = kjt.offsets().long() if length < 0 else None
-        return Batch(values.contiguous(), offsets, length,
-                     None if weights is None else weights.float().contiguous(), kjt.stride(),
-                     self.layout)
+        batch = Batch(values.contiguous(), offsets, length,
+                      None if weights is None else weights.float().contiguous(), kjt.stride(),
+                      self.layout)
+        return replace(batch, values=self._hashed(batch)) if self._unbounded else batch
+
+    def _hashed(self, batch: Batch) -> Tensor:
+        """The ids with those of unbounded tables spread over their rows."""
+        values, edges = batch.values.long().clone(), batch.feature_starts.tolist()
+        for feature in self._unbounded:
+            part = slice(edges[feature], edges[feature + 1])
+            values[part] = spread_ids(values[part], UNBOUNDED)
+        return values
 
     def _matched(self, features: Any) -> KeyedJaggedTensor:
         kjt = as_kjt(features, self._expected)

@@ -126,7 +126,7 @@ class ChunkFiles:
         for store in range(len(storage.stores)):
             none = torch.full((len(storage.shards),), float("inf"))
             storage.index.decide(store, 0.0, none, 0, storage.candidates)
-            storage.index.compact(store)
+            storage.index.compact(store, tight=True)
             storage.index.sketch(store).zero_()
         storage.candidates.zero_()
         self._loading = True

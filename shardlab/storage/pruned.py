@@ -216,12 +216,17 @@ class PrunedStorage:
         self.came[store] = 0
         self.since[store] = self.clock.step
         self.index.set_budget(store, budget)
-        if self.index.held_bytes(store) - in_pages(4 * self.index.numbers(store).free) > budget:
-            self.compact(store)
+        if self.index.held_bytes(store) > budget:
+            self.compact(store, tight=False)
 
-    def compact(self, store: int) -> None:
-        """Moves chunks together and gives what is behind them back to the system."""
-        moves = self.index.compact(store)
+    def compact(self, store: int, *, tight: bool = True) -> None:
+        """Moves chunks together and gives slabs behind them back to the system.
+
+        Args:
+            store: number of the store.
+            tight: all of them; else those that the budget has no room for.
+        """
+        moves = self.index.compact(store, tight=tight)
         if not self._reached and moves.shape[0]:
             move_places(self.pools, self.stores[store].blocks[0], moves)
 

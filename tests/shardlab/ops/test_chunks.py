@@ -104,7 +104,7 @@ ACTIONS = st.one_of(
               st.sampled_from([0.0, 0.1, 1.0, 50.0])),
     st.tuples(st.just("decide"), st.sampled_from([0.0, 0.5, 0.9, 1.0]),
               st.sampled_from([0.0, 1e-20, 0.3, 1.0, float("inf")])),
-    st.tuples(st.just("compact")), st.tuples(st.just("budget"), st.integers(0, 1 << 17)),
+    st.tuples(st.just("compact"), st.booleans()), st.tuples(st.just("budget"), st.integers(0, 1 << 17)),
     st.tuples(st.just("reload")))
 
 
@@ -122,12 +122,12 @@ def test_faces_agree_over_any_history(actions, budget, sketch):
         elif action == "decide":
             pair.decide(*rest)
         elif action == "compact":
-            pair.both(lambda face: face.compact(0))
+            pair.both(lambda face, tight=rest[0]: face.compact(0, tight=tight))
         elif action == "budget":
             for face in pair.faces:
                 face.set_budget(0, rest[0])
         else:
-            pair.both(lambda face: face.compact(0))
+            pair.both(lambda face: face.compact(0, tight=True))
             _reload(pair)
         pair.check()
 
@@ -249,7 +249,7 @@ def test_a_million_operations_against_a_dictionary(seed):
             # Sums are exact where it matters.
             index.decide(0, 1.0, torch.tensor([3.0]), number, candidates)
             worth = {at: u for at, u in worth.items() if u >= 3.0}
-            index.compact(0)
+            index.compact(0, tight=True)
         if number % 13 == 11:
             _compare(index, worth, chunks)
     assert fitting_slots(0) < index.numbers(0).slots

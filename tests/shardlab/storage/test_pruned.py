@@ -131,9 +131,8 @@ def test_bytes_follow_the_budget(start, ratio):
     assert (first > 16 * 4 * sum(SIZES)) is (start == "dense")
     train(parts, 120, size=256)
     held = parts[2].tier_bytes().total
-    assert 0.85 * budget < held <= budget + 4096
-    if ratio == 0.05:
-        assert held > 0.95 * budget
+    pages = 3 * 4096  # a small store's last pages and slabs
+    assert 0.95 * budget - pages < held <= budget
 
 
 def test_resident_memory_falls():
@@ -338,7 +337,46 @@ def test_ranks_share_one_budget(kind):
     budget = 0.2 * sum(SIZES) * 16 * 4
     held = [one[1] for one in results]
     assert sum(held) <= budget * 1.05
-    assert max(held) <= budget / 2 * 1.15
+    assert max(held) <= budget / 2 * 1.25
     if kind is ShardingType.COLUMN_WISE:  # nobody's limit binds: one threshold
         assert results[0][3] == results[1][3]
     assert all(one[2] > 0 for one in results)
+
+
+# ---------------------------------------------------------------- ids without a bound
+def _unbounded_rank(groups, exchange):
+    table = EmbeddingBagConfig("unbounded", 8, "t", exchange=exchange, storage={
+        "kind": "pruned", "budget": {"bytes": "1MB"}, "chunks": 1})
+    ranks = list(range(groups.world_size))
+    plan = ShardingPlan(groups.world_size, (build_table_plan(
+        table, ShardingType.ROW_WISE, ranks, exchange=exchange),))
+    model, optimizer, collection = build([table], OPTIMIZERS[2], plan, groups)
+    ids = torch.tensor([-(1 << 63), -1, 0, 5, (1 << 63) - 1, 123_456_789_012, 5, 77])
+    part = len(ids) // groups.world_size
+    mine = ids[groups.rank * part:(groups.rank + 1) * part]
+    features = sl.KeyedJaggedTensor(["t"], mine, fixed_length=1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        (model(features) - 1).square().mean().backward()
+        optimizer.step()
+    with torch.no_grad():
+        rows = collection(features).values().clone()
+    return rows, collection.storage.index.numbers(0).rows, collection.tier_bytes().total
+
+
+@pytest.mark.parametrize("exchange", [ExchangeKind.ROWS, ExchangeKind.POOLED],
+                         ids=lambda kind: kind.value)
+def test_unbounded_tables_take_any_id(exchange):
+    alone, = run_ranks(1, _unbounded_rank, exchange)
+    assert alone[1] == 7
+    assert (alone[0].abs().sum(1) > 0).all()
+    assert torch.equal(alone[0][3], alone[0][6])
+    two = run_ranks(2, _unbounded_rank, exchange)
+    torch.testing.assert_close(torch.cat([one[0] for one in two]), alone[0])
+    assert sum(one[1] for one in two) == 7
+    assert all(one[1] > 0 and one[2] < 1 << 19 for one in two)
+
+
+def test_unbounded_tables_need_a_budget_in_bytes():
+    with pytest.raises(ConfigError, match="num_embeddings unbounded needs storage"):
+        EmbeddingBagConfig("unbounded", 8, "t")
