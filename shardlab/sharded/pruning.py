@@ -140,8 +140,8 @@ class PruningCouncil:
 
     def _own(self, contest: Contest, counts: Tensor, units: Tensor) -> Tensor:
         """fp64 [BINS + 4]: bytes that would be kept at every threshold, absent chunks that are
-        likely to be admitted included; bytes of present chunks; of sketches; whether there was
-        no room for one."""
+        likely to be admitted included; bytes of present chunks; of sketches; stores that were full.
+        """
         own = torch.zeros(BINS + 4, dtype=torch.float64)
         for i, store in enumerate(self._stores(contest)):
             assert self._storage is not None

@@ -177,7 +177,7 @@ class PrunedStorage:
         return layout.record_bytes + layout.slot_bytes * numbers.rows / numbers.used
 
     def fixed_bytes(self, store: int) -> int:
-        """Bytes that do not depend on a store's chunks: the sketch, pages that are not full."""
+        """Bytes of a store whatever chunks it has: the sketch, pages that are not full."""
         return in_pages(64 * self.stores[store].shape.layout.sketch_lines) + _PART_PAGES
 
     def learn_returning(self, store: int) -> float:

@@ -33,6 +33,8 @@ from shardlab.train.meters import SentBytes, model_tier_bytes, peak_rss_bytes
 from shardlab.train.metrics import BinaryMetrics, ValidationMetrics
 from shardlab.train.options import TrainOptions
 from shardlab.train.progress import ProgressLine, ProgressView
+from shardlab.train.pruned_meter import PrunedMeter
+from shardlab.train.pruned_plot import write_pruned_plot
 from shardlab.train.reader import Reader, reader_from
 from shardlab.train.run_folder import RunFolder
 from shardlab.train.step import StepRunner
@@ -107,6 +109,7 @@ class Trainer:
         if self.options.trace is not None:
             self.model.clock.trace = Trace(self.options.trace)
         self._wires: dict[str, TableWire] = {}
+        self._pruned = PrunedMeter(self.model, self.groups)
         if self.options.time_phases:
             self.model.clock.time_device()
         self._validation: BinaryMetrics | None = None
@@ -232,6 +235,9 @@ class Trainer:
             "skipped_rows": skipped, "phase_ms": interval.phase_ms,
             **as_record(interval.caches, pace.steps),
             **wire_record(interval.wires, pace.steps)})
+        pruned = self._pruned.take()
+        if pruned:
+            self._record("pruned", pruned)
         for table, sent in interval.wires.items():
             self._wires[table] = self._wires.get(table, TableWire()) + sent
         for table, counts in interval.caches.items():
@@ -287,6 +293,8 @@ class Trainer:
             self._validate()
         self._save()
         self._saves.finish()
+        if self._first and self._pruned.tables:
+            write_pruned_plot(self.run_folder.metrics, self.run_folder.path / "pruned.svg")
 
     def _summarise(self, resumed_at: int) -> Summary:
         steps = self._at.step - resumed_at

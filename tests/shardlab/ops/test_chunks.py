@@ -104,7 +104,8 @@ ACTIONS = st.one_of(
               st.sampled_from([0.0, 0.1, 1.0, 50.0])),
     st.tuples(st.just("decide"), st.sampled_from([0.0, 0.5, 0.9, 1.0]),
               st.sampled_from([0.0, 1e-20, 0.3, 1.0, float("inf")])),
-    st.tuples(st.just("compact"), st.booleans()), st.tuples(st.just("budget"), st.integers(0, 1 << 17)),
+    st.tuples(st.just("compact"), st.booleans()),
+    st.tuples(st.just("budget"), st.integers(0, 1 << 17)),
     st.tuples(st.just("reload")))
 
 

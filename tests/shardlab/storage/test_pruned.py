@@ -114,7 +114,7 @@ def test_faces_agree(monkeypatch, dtype, length):
 
 def test_absent_chunks_read_as_zeros_and_cost_nothing():
     parts = build(tables(pruned(0.1, start="empty")))
-    _, _, collection = parts
+    collection = parts[2]
     assert collection.tier_bytes().total < 1 << 16
     with torch.no_grad():
         features = collection(batch(0, length=-1)).values()
