@@ -52,7 +52,7 @@ def decayed(counts: Tensor, decay: float) -> Tensor:
     whole = min(int(shift), BINS)
     moved = torch.zeros_like(counts)
     moved[:, :BINS - whole] = counts[:, whole:]
-    further = (moved.double() * (shift - whole)).long() if whole < BINS else moved
+    further = (moved.double() * (shift - whole)).long() if whole < BINS else moved.clone()
     moved -= further
     moved[:, :-1] += further[:, 1:]
     moved[:, 0] = 0
