@@ -88,6 +88,12 @@ def check_torchrec_plan_to_json(out: str) -> None:
     assert [len(entry.shards) for entry in plan.tables] == [2, 1]
 
 
+def check_serve_a_checkpoint(out: str) -> None:
+    assert numbers(r"20 steps is (\d+)% of a full", out)[0] < 50
+    assert 0 < numbers(r"C3: ([\d,]+) of 20,000", out)[0] < 20_000
+    assert numbers(r"int8 rows differ by at most ([\d.e+-]+)", out)[0] < 5e-3
+
+
 CHECKS = {name.removeprefix("check_"): check for name, check in list(globals().items())
           if name.startswith("check_")}
 
