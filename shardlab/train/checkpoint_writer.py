@@ -315,7 +315,6 @@ class CheckpointWriter:
 
     def _take(self, path: Path, base: BaseEntry | None, extra: dict[str, Any] | None) -> _Job:
         """Freezes this rank's state: nothing that training changes from now on gets into it."""
-        collections = self._model.collections()
         manifest = Manifest(
             world_size=self._groups.world_size, tables=tables_of(self._model), files=(), chunks=(),
             optimizer=_kind_of(self._optimizer),
@@ -325,11 +324,21 @@ class CheckpointWriter:
                    TableFiles(staging, self._groups.rank), {}, self._state(extra))
         if base is not None:
             self._since_full += 1
-        for name, collection in collections.items():
+        try:
+            self._take_tables(job)
+        except BaseException:
+            self._drop(job)
+            raise
+        return job
+
+    def _take_tables(self, job: _Job) -> None:
+        """Snapshots of all collections; one that cannot be read while it trains is written now."""
+        base = job.manifest.base
+        for name, collection in self._model.collections().items():
             changed = self._changed.get(name)
             snapshot = collection.snapshot(changed if base is not None else None,
                                            _buffer_bytes(collection))
-            if snapshot is None:  # cannot be read while it trains: written here and now
+            if snapshot is None:
                 job.tables.write(whole_chunks(name, collection))
             else:
                 job.snapshots[name] = snapshot
@@ -338,7 +347,6 @@ class CheckpointWriter:
                     self._changed[name] = collection.watch_changes()
                 elif changed is not None:
                     changed.clear()
-        return job
 
     def _state(self, extra: dict[str, Any] | None) -> list[tuple[str, Any, dict[str, Tensor]]]:
         rank = self._groups.rank

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from shardlab.comm import Groups
-from shardlab.train import TrainOptions, latest, load
+from shardlab.train import TrainOptions, latest, load, verify
 from tests.harness import run_ranks
-from tests.shardlab.train.tiny_job import OPTIONS, build_trainer, state_of
+from tests.shardlab.train.tiny_job import BEHIND, OPTIONS, build_trainer, state_of
 
 _ROOT = Path(__file__).resolve().parents[3]
 KILL_TIMEOUT_S = 60.0
@@ -36,11 +36,6 @@ def assert_identical(left: State, right: State) -> None:
     assert left.keys() == right.keys()
     for name, tensor in left.items():
         assert torch.equal(tensor, right[name]), name
-
-
-#: Written while training goes on, every second one incremental.
-BEHIND = replace(OPTIONS, checkpoint_background=True, checkpoint_incremental=True,
-                 checkpoint_full_every=2)
 
 
 def train_whole_and_killed(groups: Groups, folder: str, optimizer: str, kill_after: int,
@@ -168,6 +163,15 @@ def wait_for(path: Path, lines: int, process: subprocess.Popen[bytes]) -> None:
         time.sleep(0.01)
 
 
+def wait_for_newer(folder: Path, seen: Path, process: subprocess.Popen[bytes]) -> None:
+    """Waits until the run has begun another checkpoint."""
+    deadline = time.monotonic() + KILL_TIMEOUT_S
+    while latest(folder) == seen and not any(folder.glob(".tmp-step-*")):
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline, f"{folder} did not get another checkpoint"
+        time.sleep(0.002)
+
+
 def test_process_killed_by_sigkill_continues_bit_for_bit(tmp_path: Path, start: Start) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     undisturbed = start(whole, 0.0)
@@ -176,7 +180,16 @@ def test_process_killed_by_sigkill_continues_bit_for_bit(tmp_path: Path, start: 
     victim.kill()
     assert victim.wait() == -signal.SIGKILL
     assert not (killed / "digest").exists()
-    assert latest(killed / "checkpoints") is not None
+    for _ in range(3):  # and again, at any instant: a restart, a step, a checkpoint, its removal
+        seen = latest(killed / "checkpoints")
+        assert seen is not None
+        verify(seen)
+        victim = start(killed, 0.1)
+        chance = random.Random(seen.name)
+        wait_for_newer(killed / "checkpoints", seen, victim)
+        time.sleep(chance.uniform(0, 0.3))
+        victim.kill()
+        assert victim.wait() == -signal.SIGKILL
     assert start(killed, 0.0).wait(KILL_TIMEOUT_S) == 0
     assert undisturbed.wait(KILL_TIMEOUT_S) == 0
     assert (killed / "digest").read_text() == (whole / "digest").read_text()

@@ -11,7 +11,7 @@ import sys
 import time
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -36,6 +36,9 @@ KINDS = (ShardingType.ROW_WISE, ShardingType.COLUMN_WISE, ShardingType.DATA_PARA
 OPTIMIZERS = {"row_wise_adagrad": sl.optim.RowWiseAdagrad(lr=0.1), "adam": sl.optim.Adam(lr=0.02),
               "sgd": sl.optim.SGD(lr=0.5)}
 OPTIONS = TrainOptions(epochs=2, log_every=4, checkpoint_every=5, validate_every=8)
+#: Written while training goes on, every second one incremental.
+BEHIND = replace(OPTIONS, checkpoint_background=True, checkpoint_incremental=True,
+                 checkpoint_full_every=2)
 GLOBAL_BATCH = 32
 ROWS = 32 * 9 + 9  # 10 steps an epoch, the last one uneven; batch norm wants 2 rows a rank
 
@@ -134,7 +137,7 @@ class SlowReader(Reader):
 
 def main(folder: str, step_seconds: str) -> None:
     torch.set_num_threads(1)
-    trainer = build_trainer(Groups(), folder)
+    trainer = build_trainer(Groups(), folder, options=BEHIND)
     trainer.train_reader = SlowReader(MemoryRows(ROWS, 1), GLOBAL_BATCH)
     trainer.train_reader.seconds = float(step_seconds)
     trainer.run()
