@@ -201,6 +201,8 @@ class CheckpointWriter:
         self._job: _Job | None = None
         self._thread: threading.Thread | None = None
         self._changed: dict[str, ChangedRows | None] = {}
+        #: Collections whose changes some rank does not know: they are saved whole by all.
+        self._unmarked: set[str] = set()
         self._base: BaseEntry | None = None
         self._since_full = 0
         self.stalled_s = 0.0
@@ -307,9 +309,12 @@ class CheckpointWriter:
             return None
         marks = [changed for changed in self._changed.values() if changed is not None]
         there = (path.parent / base.name / MANIFEST).is_file() if self._groups.rank == 0 else True
+        unmarked = [name for name, changed in self._changed.items() if changed is None]
         ranks = gather_objects_json([
             there, sum(changed.count() for changed in marks),
-            sum(mark.numel() for changed in marks for mark in changed.marks)], self._groups)
+            sum(mark.numel() for changed in marks for mark in changed.marks), unmarked],
+            self._groups)
+        self._unmarked = {name for rank in ranks for name in rank[3]}
         worth = sum(rank[1] for rank in ranks) <= _WORTH_SHARE * sum(rank[2] for rank in ranks)
         return base if worth and all(rank[0] for rank in ranks) else None
 
@@ -336,8 +341,8 @@ class CheckpointWriter:
         base = job.manifest.base
         for name, collection in self._model.collections().items():
             changed = self._changed.get(name)
-            snapshot = collection.snapshot(changed if base is not None else None,
-                                           _buffer_bytes(collection))
+            whole = base is None or name in self._unmarked
+            snapshot = collection.snapshot(None if whole else changed, _buffer_bytes(collection))
             if snapshot is None:
                 job.tables.write(whole_chunks(name, collection))
             else:
