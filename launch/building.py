@@ -57,7 +57,8 @@ def build_train_options(job: JobConfig) -> TrainOptions:
         checkpoint_background=train.checkpoint_background,
         checkpoint_incremental=train.checkpoint_incremental,
         checkpoint_full_every=train.checkpoint_full_every, dense_dtype=job.dense_dtype,
-        tensorboard=train.tensorboard, time_phases=train.time_phases, seed=train.seed,
+        tensorboard=train.tensorboard, time_phases=train.time_phases, on_nan=train.on_nan,
+        stall_timeout_s=train.stall_timeout_s, seed=train.seed,
         depth=job.exchange.depth, staleness=job.exchange.staleness, trace=train.trace)
 
 

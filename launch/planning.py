@@ -152,10 +152,7 @@ def _decide(job: JobConfig, groups: Groups, previous: Path | None) -> str:
     if previous is not None and _world_size(previous) == groups.world_size:
         read_job_plan(previous, job, groups.world_size)
         return previous.read_text(encoding="utf-8")
-    topology = job_topology(job, groups)
-    if topology.world_size != groups.world_size and job.train.elastic:
-        topology = replace(topology, hosts=groups.world_size // groups.local_world_size,
-                           ranks_per_host=groups.local_world_size)
+    topology = run_topology(job, groups)
     if topology.world_size != groups.world_size:
         raise PlanError(f"topology: {topology.name} has {topology.world_size} ranks, this run has "
                         f"{groups.world_size}; leave topology out to plan for this machine "
@@ -195,6 +192,15 @@ def job_topology(job: JobConfig, groups: Groups) -> Topology:
     if groups.device.type == "cuda":
         return replace(_gpu(), hosts=hosts, ranks_per_host=groups.local_world_size)
     return replace(local_cpu(groups.local_world_size), hosts=hosts)
+
+
+def run_topology(job: JobConfig, groups: Groups) -> Topology:
+    """`job_topology`, with as many ranks as an elastic job has found."""
+    topology = job_topology(job, groups)
+    if topology.world_size == groups.world_size or not job.train.elastic:
+        return topology
+    hosts = groups.world_size // groups.local_world_size
+    return replace(topology, hosts=hosts, ranks_per_host=groups.local_world_size)
 
 
 def _gpu() -> Topology:

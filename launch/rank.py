@@ -11,6 +11,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 from shardlab.errors import FAILURE, ShardLabError
 
@@ -37,10 +38,15 @@ def guarded(work: Callable[[], int]) -> int:
     try:
         return work()
     except Exception as error:
-        report_failure(error)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(error.exit_code if isinstance(error, ShardLabError) else FAILURE)
+        end_rank(error)
+
+
+def end_rank(error: Exception) -> NoReturn:
+    """Ends this process with the code of an error, once it is printed and reported."""
+    report_failure(error)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(error.exit_code if isinstance(error, ShardLabError) else FAILURE)
 
 
 def _end_with_parent() -> None:

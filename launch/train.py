@@ -23,8 +23,10 @@ from shardlab.launch.building import (
     build_train_options,
     dense_optimizer,
 )
+from shardlab.launch.forecast import check_memory
 from shardlab.launch.planning import ChosenPlan, choose_plan
 from shardlab.launch.preflight import check_versions
+from shardlab.launch.rank import end_rank
 from shardlab.launch.readers import JobReader, build_readers
 from shardlab.launch.wire_autopilot import choose_wire
 from shardlab.ops.allocator import keep_freed_memory
@@ -59,6 +61,8 @@ def run_job(job: JobConfig) -> int:
     if groups.rank == 0:
         run.write_job(job.resolved_yaml())
         run.write_plan(chosen.text)
+    if job.train.check_memory:
+        check_memory(job, chosen.plan, groups)
     summary = train(job, chosen, run, groups)
     if groups.rank == 0:
         Console().print(summary.table())
@@ -86,7 +90,7 @@ def train(job: JobConfig, chosen: ChosenPlan, run: RunFolder, groups: comm.Group
     scheduler = build_schedule(optimizer, schedule.kind, schedule.warmup_steps, schedule.steps,
                                schedule.final_factor)
     return Trainer(model, optimizer, groups, train_reader, validation_reader, run,
-                   build_train_options(job), scheduler).run()
+                   build_train_options(job), scheduler, on_stall=end_rank).run()
 
 
 def _choose_wire(job: JobConfig, chosen: ChosenPlan, model: ShardedModel, reader: JobReader,

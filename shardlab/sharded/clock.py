@@ -43,6 +43,8 @@ class PhaseClock:
         self._steps: deque[tuple[float, ...]] = deque(maxlen=_KEPT_STEPS)
         self._pending: list[list[tuple[int, torch.cuda.Event]]] = []
         self._interval = 0
+        self._trail: list[str] = []
+        self._last_trail: list[str] = []
         self._mark = time.perf_counter()
         #: Seconds since the start: of the thread that looks ahead by phase, and waiting for it.
         self.ahead_s = dict.fromkeys(MEASURED_PHASES, 0.0)
@@ -92,6 +94,7 @@ class PhaseClock:
 
     def lap(self, phase: str) -> None:
         """What passed since the last call was this phase, a name of `MEASURED_PHASES`."""
+        self._trail.append(phase)
         now = time.perf_counter()
         if self.trace is not None:
             self.trace.add(0, phase, self._mark, now)
@@ -105,7 +108,7 @@ class PhaseClock:
 
     def restart(self) -> None:
         """The next step starts now; what was booked since the last step's end is forgotten."""
-        self._open = [0.0] * len(MEASURED_PHASES)
+        self._open, self._trail = [0.0] * len(MEASURED_PHASES), []
         self._mark = time.perf_counter()
         if self._events is not None:
             self._events = [(-1, _recorded())]
@@ -113,6 +116,7 @@ class PhaseClock:
     def end_step(self) -> None:
         """The step is done; the next one starts now."""
         self.lap("overhead")
+        self._last_trail, self._trail = self._trail, []
         if self.trace is not None:
             self.trace.end_step()
         if self._on_host:
@@ -123,6 +127,14 @@ class PhaseClock:
             self._pending.append(self._events)
             self._events = self._events[-1:]
             self._interval += 1
+
+    def position(self) -> tuple[int, str]:
+        """Laps of the step so far, and the phase that runs now, as the last step's laps tell.
+
+        Another thread may ask; the first step's phases are not known, and are "?" then.
+        """
+        done, before = len(self._trail), self._last_trail
+        return done, before[done] if done < len(before) else "?"
 
     def take_interval(self) -> dict[str, float]:
         """Mean milliseconds of a step by phase since the last call; empty: nothing was counted."""

@@ -96,6 +96,12 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._clock.lap("update")
         return loss
 
+    def skip_step(self) -> None:
+        """In the place of `step`, on every rank: forgets the gradients of a batch."""
+        if self._reducer is not None:
+            self._reducer.settle()
+        self.zero_grad()
+
     def _wait_for_gradients(self) -> None:
         self._clock.lap("dense")
         for collection in self._collections:

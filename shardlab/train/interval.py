@@ -12,7 +12,7 @@ from torch import Tensor
 
 from shardlab.comm.collectives import all_reduce_
 from shardlab.comm.groups import Groups
-from shardlab.errors import ShardLabError
+from shardlab.errors import NotFiniteError
 from shardlab.phases import WAIT
 from shardlab.train.cache_meter import CacheCounts, CacheMeter
 from shardlab.train.meters import Pace, SentBytes, StepTimer, WireMeter
@@ -108,6 +108,11 @@ class IntervalLog:
         self._clock.end_step()
         self.timer.end_step(global_rows)
 
+    def add_skipped(self, global_rows: int) -> None:
+        """Takes a step that was left out on all ranks: time passed, nothing was learnt."""
+        self._clock.end_step()
+        self.timer.end_step(global_rows)
+
     def flush(self, step: int) -> Interval | None:
         """Sums the interval over all ranks; None when no step was added since the last flush.
 
@@ -115,7 +120,7 @@ class IntervalLog:
             step: number of the last step added.
 
         Raises:
-            ShardLabError: on every rank, when a loss of any rank is not finite.
+            NotFiniteError: on every rank, when a loss of any rank is not finite.
         """
         if not self._losses:
             return None
@@ -154,6 +159,6 @@ class IntervalLog:
         first = step + 1 - len(finite) + (finite.index(False) if False in finite else len(finite))
         earliest = torch.tensor([first], dtype=torch.int64, device=self._groups.device)
         all_reduce_(earliest, self._groups, op="min")
-        raise ShardLabError(f"the loss is not finite at step {int(earliest)}; lower the learning "
+        raise NotFiniteError(f"the loss is not finite at step {int(earliest)}; lower the learning "
                             "rates, clip gradients, or check the data for extreme values, and "
                             "resume from the last checkpoint")

@@ -30,6 +30,8 @@ class TrainOptions:
         time_phases: time the phases of a step on a GPU too; on a CPU they always are.
         depth, staleness: as `shardlab.prefetching` takes them.
         trace: first steps of this start to record; None: none.
+        on_nan: ``stop`` at a loss or gradient that is not finite, or ``skip_batch``.
+        stall_timeout_s: seconds without progress after which the run ends; None: never.
         seed: seed of what is random in a step, such as dropout; each rank adds its number.
     """
 
@@ -45,6 +47,8 @@ class TrainOptions:
     dense_dtype: str = "fp32"
     tensorboard: bool = False
     time_phases: bool = False
+    on_nan: str = "stop"
+    stall_timeout_s: float | None = None
     seed: int = 0
     depth: int | None = None
     staleness: int = 0

@@ -9,6 +9,7 @@ killed and resumed ends with the same bits as one that was not.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from shardlab.comm.collectives import all_reduce_, gather_objects_json
 from shardlab.comm.groups import Groups
-from shardlab.errors import CheckpointError
+from shardlab.errors import CheckpointError, StallError
 from shardlab.sharded import prefetching
 from shardlab.sharded.trace import Trace, chrome_trace
 from shardlab.storage_bytes import TierBytes
@@ -28,6 +29,7 @@ from shardlab.train.cache_meter import CacheCounts, as_record, total_of
 from shardlab.train.checkpoint import load
 from shardlab.train.checkpoint_writer import CheckpointWriter
 from shardlab.train.events import EventWriter
+from shardlab.train.finite import FiniteGuard
 from shardlab.train.interval import Interval, IntervalLog
 from shardlab.train.meters import SentBytes, model_tier_bytes, peak_rss_bytes
 from shardlab.train.metrics import BinaryMetrics, ValidationMetrics
@@ -42,6 +44,7 @@ from shardlab.train.stop_signal import StopSignal
 from shardlab.train.summary import Summary
 from shardlab.train.units import format_metric
 from shardlab.train.wire_meter import TableWire, wire_record
+from shardlab.train.watchdog import Watchdog, print_and_exit
 
 if TYPE_CHECKING:
     from shardlab.data.batch import Batch
@@ -81,6 +84,7 @@ class Trainer:
         options: how long to train, and what to do on the way.
         scheduler: from `build_schedule`, or any torch scheduler that is stepped once a step.
         console: where rank 0 shows progress; None: the standard output.
+        on_stall: ends this process, which makes no progress.
     """
 
     model: ShardedModel
@@ -92,14 +96,18 @@ class Trainer:
     options: TrainOptions
     scheduler: LRScheduler | None = None
     console: Console | None = None
+    on_stall: Callable[[StallError], None] = print_and_exit
 
     def __post_init__(self) -> None:
         self._first = self.groups.rank == 0
         self._at = Position()
         self._step = StepRunner(self.model, self.optimizer, self.scheduler, self.groups.device,
-                                self.options.dense_dtype, self.groups.world_size)
+                                self.options.dense_dtype, self.groups.world_size,
+                                FiniteGuard(self.model, self.groups, self.options.on_nan))
         self._saves = CheckpointWriter(self.model, self.optimizer, self.groups,
                                        self.options.saving)
+        self._watch = Watchdog(self.model.clock, self.groups, self.options.stall_timeout_s,
+                               self.on_stall)
         self._signal = StopSignal()
         self._log = IntervalLog(self.model, self.groups, self._signal)
         self._interval: Interval | None = None
@@ -133,7 +141,7 @@ class Trainer:
                                   resumed_at)
         self._events = EventWriter(self.run_folder.tensorboard, resumed_at,
                                    enabled=self.options.tensorboard and self._first)
-        with self._signal, self._view, self._events, self._saves:
+        with self._signal, self._view, self._events, self._saves, self._watch:
             if self._at.step and self._due(self.options.validate_every):
                 self._validate()  # a run that was asked to stop left it out
             while not self._done():
@@ -193,8 +201,13 @@ class Trainer:
         self._log.got_batch()
         begin = self.train_reader.start if self._at.data is None else self._at.data
         rows = batch.position - begin  # of all ranks; a bad row that a reader skipped adds no loss
-        logits, loss = self._step.train(batch, rows)
-        self._log.add(logits, batch.labels, loss, rows)
+        self._watch.beat(f"training step {self._at.step + 1}")
+        done = self._step.train(batch, rows, self._at.step + 1)
+        if done is None:
+            self._log.add_skipped(rows)
+        else:
+            logits, loss = done
+            self._log.add(logits, batch.labels, loss, rows)
         self._at.step += 1
         self._at.data = batch.position
 
@@ -261,7 +274,8 @@ class Trainer:
         metrics = ValidationMetrics(self.groups.device, self._reduce, self.groups.rank,
                                     self.groups.world_size)
         self.model.eval()
-        for batch in self.validation_reader:
+        for number, batch in enumerate(self.validation_reader, 1):
+            self._watch.beat(f"validation batch {number} after step {self._at.step}")
             moved = batch.to(self.groups.device)
             metrics.add(self._step.predict(moved), moved.labels)
         self.model.train()
@@ -280,11 +294,13 @@ class Trainer:
         path = self.run_folder.checkpoints / f"step-{self._at.step}"
         if self._checkpoint is not None and self._checkpoint.name == path.name:
             return
+        self._watch.beat(f"checkpoint {path.name}")
         if self._first:
             self.run_folder.sync_metrics()
         extra = {"position": asdict(self._at), "window": self._log.window.state_dict(),
                  "scheduler": self.scheduler.state_dict() if self.scheduler else None}
         self._checkpoint = self._saves.save(path, extra)
+        self._watch.beat(f"what follows checkpoint {path.name}")
 
     def _finish(self) -> None:
         """Closes the last interval; validates unless the run was asked to stop; saves."""

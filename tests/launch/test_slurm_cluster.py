@@ -18,11 +18,11 @@ JOB = """
 batch_size: 16
 tables: {preset: criteo_kaggle, embedding_dim: 4, max_rows: 500}
 model: {kind: dlrm, bottom_mlp: [16], top_mlp: [16]}
-data: {train_rows: [0, 19200], validation_rows: [19200, 19328]}
-optimizer: {schedule: {kind: cosine, warmup_steps: 5, steps: 600}}
+data: {train_rows: [0, 48000], validation_rows: [48000, 48128]}
+optimizer: {schedule: {kind: cosine, warmup_steps: 5, steps: 1500}}
 train: {log_every: 10, checkpoint_every: 100}
 """
-LAST = 600
+LAST = 1500
 pytestmark = pytest.mark.skipif(slurm.missing() is not None,
                                 reason=f"no Slurm here: {slurm.missing()}")
 
@@ -69,7 +69,7 @@ def test_a_preempted_job_ends_as_one_that_was_not(tmp_path, job, environ):
     run_dir, whole = tmp_path / "run", tmp_path / "whole"
     process = launch(job, run_dir, environ, "--requeue", "--partition", "low")
     wait_for_steps(run_dir, process)
-    urgent = subprocess.run(["sbatch", "--parsable", "-p", "high", "-N", "2", "--wrap", "sleep 1",
+    urgent = subprocess.run(["sbatch", "--parsable", "-p", "high", "-N", "2", "--exclusive", "--wrap", "sleep 1",
                              "-o", os.devnull], env=environ, capture_output=True, text=True,
                             check=True)
     assert urgent.stdout.strip()
