@@ -24,6 +24,8 @@ from shardlab.launch.rank import LOCAL_RANK_MARK
 
 #: Only this host: no name look-up, no firewall, no network card.
 _LOOPBACK = "127.0.0.1"
+#: Signals that torchrun's agent passes on; by itself it would die of SIGUSR1.
+_SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 #: Exit codes of ranks that a signal stopped in order.
 _STOPPED = {SIGNAL_EXIT + signal.SIGINT, SIGNAL_EXIT + signal.SIGTERM, REQUEUE}
 
@@ -38,8 +40,8 @@ def start_local_ranks(ranks: int, command: Sequence[str]) -> int:
         command: program and arguments; the program reports failures by `rank.guarded`.
 
     Returns:
-        0, or 128 + the signal that stopped the job: this process passes SIGINT and SIGTERM on to
-        the ranks, which end in order.
+        0, or 128 + the signal that stopped the job (75 for SIGUSR1): this process passes SIGINT,
+        SIGTERM and SIGUSR1 on to the ranks, which end in order.
 
     Raises:
         LaunchError: a rank failed; carries the first failing rank's message.
@@ -61,14 +63,15 @@ def start_local_ranks(ranks: int, command: Sequence[str]) -> int:
                 return int(max(codes))
             raise _first_failure(Path(folder), error.failures) from None
         except SignalException as error:
-            return SIGNAL_EXIT + int(error.sigval)
+            number = int(error.sigval)
+            return REQUEUE if number == signal.SIGUSR1 else SIGNAL_EXIT + number
     return 0
 
 
 @contextmanager
 def _variables(ranks: int) -> Iterator[None]:
     """Sets what the ranks inherit, and puts the former values back."""
-    wanted = {LOCAL_RANK_MARK: "1"}
+    wanted = {LOCAL_RANK_MARK: "1", "TORCHELASTIC_SIGNALS_TO_HANDLE": _SIGNALS}
     if "OMP_NUM_THREADS" not in os.environ:
         wanted["OMP_NUM_THREADS"] = str(max(1, available_cores() // ranks))
     if "GLOO_SOCKET_IFNAME" not in os.environ and \

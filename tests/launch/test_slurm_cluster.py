@@ -69,9 +69,9 @@ def test_a_preempted_job_ends_as_one_that_was_not(tmp_path, job, environ):
     run_dir, whole = tmp_path / "run", tmp_path / "whole"
     process = launch(job, run_dir, environ, "--requeue", "--partition", "low")
     wait_for_steps(run_dir, process)
-    urgent = subprocess.run(["sbatch", "--parsable", "-p", "high", "-N", "2", "--exclusive", "--wrap", "sleep 1",
-                             "-o", os.devnull], env=environ, capture_output=True, text=True,
-                            check=True)
+    urgent = subprocess.run(["sbatch", "--parsable", "-p", "high", "-N", "2", "--exclusive",
+                             "--wrap", "sleep 1", "-o", os.devnull], env=environ,
+                            capture_output=True, text=True, check=True)
     assert urgent.stdout.strip()
     out, _ = process.communicate(timeout=300)
     assert process.returncode == 0, out

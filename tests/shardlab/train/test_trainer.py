@@ -204,7 +204,7 @@ def test_run_without_validation_reader(tmp_path: Path) -> None:
 def test_loss_that_is_not_finite_stops_without_a_checkpoint(tmp_path: Path) -> None:
     trainer = build(tmp_path)
     trainer.train_reader.dense[BATCH * 6] = torch.inf
-    with pytest.raises(ShardLabError, match="step 7, rank 0, .*dense feature 0 of sample 0 is not"):
+    with pytest.raises(ShardLabError, match=r"step 7, rank 0, .* feature 0 of sample 0 is not"):
         trainer.run()
     assert [path.name for path in trainer.run_folder.checkpoints.iterdir()] == ["step-5"]
 

@@ -1,0 +1,100 @@
+"""What would fail in the queue is said before it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from shardlab.config import load_job
+from shardlab.errors import ConfigError, LaunchError
+from shardlab.launch import preflight
+from shardlab.launch.preflight import (
+    Nodes,
+    absolute_paths,
+    check,
+    compare_versions,
+    file_system,
+)
+
+SMALL = "tables={preset: criteo_kaggle, embedding_dim: 4, max_rows: 500}"
+TWO = Nodes(2, 2, gpus=False, assume_shared=True)
+
+
+def test_what_was_checked_is_said(tmp_path):
+    plan, paths, versions = check(load_job(None, [SMALL, f"train.run_dir={tmp_path}"]), TWO)
+    assert plan.startswith("plan      fits 4 ranks of nodes like this machine")
+    assert paths.startswith("paths     1 found")
+    assert "torch " in versions
+
+
+def test_every_problem_is_listed(tmp_path):
+    job = load_job(None, [SMALL, f"train.run_dir={tmp_path}", "topology=8xh100"])
+    with pytest.raises(LaunchError) as caught:
+        check(job, Nodes(2, 2, gpus=True))
+    text = str(caught.value)
+    assert text.startswith("not submitted:\n  plan: topology 8xh100 has 8 ranks, the nodes asked "
+                           "for have 2 x 2")
+    assert f"train.run_dir: {tmp_path} lies on {file_system(tmp_path)}, which other nodes" in text
+
+
+def test_one_node_needs_no_shared_path(tmp_path):
+    check(load_job(None, [SMALL, f"train.run_dir={tmp_path}"]), Nodes(1, 2, gpus=False))
+
+
+def test_a_run_folder_must_be_named():
+    with pytest.raises(LaunchError, match=r"train\.run_dir: absent; a job that is started again"):
+        check(load_job(None, [SMALL]), TWO)
+    with pytest.raises(ConfigError, match=r"train\.run_dir: absent"):
+        absolute_paths(load_job(None, [SMALL]))
+
+
+def test_a_plan_that_does_not_fit_is_refused(tmp_path):
+    job = load_job(None, ["tables=[{name: t, num_embeddings: 100000000000, embedding_dim: 128}]",
+                          f"train.run_dir={tmp_path}", "topology=8xh100", "model={kind: dcn}"])
+    with pytest.raises(LaunchError, match=r"plan: [\s\S]*smallest change"):
+        check(job, Nodes(1, 8, gpus=True))
+
+
+def test_gpus_that_nobody_described_are_not_planned_for(tmp_path):
+    job = load_job(None, [SMALL, f"train.run_dir={tmp_path}"])
+    assert check(job, Nodes(1, 8, gpus=True))[0].startswith("plan      not checked: name a topol")
+
+
+def test_missing_data_is_named(tmp_path):
+    path = tmp_path / "clicks.tsv"
+    path.touch()
+    job = load_job(None, [SMALL, f"train.run_dir={tmp_path}",
+                          f"data={{kind: criteo_tsv, path: {path}}}"])
+    path.unlink()
+    with pytest.raises(LaunchError, match=r"clicks\.tsv': no such file"):
+        check(job, TWO)
+
+
+def test_the_file_system_is_that_of_the_nearest_mount(monkeypatch, tmp_path):
+    mounts = tmp_path / "mounts"
+    mounts.write_text(f"a / ext4 rw 0 0\nb {tmp_path}/data lustre rw 0 0\n"
+                      f"c {tmp_path}/with\\040space nfs4 rw 0 0\n")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "with space").mkdir()
+    monkeypatch.setattr(preflight, "_MOUNTS", mounts)
+    assert file_system(tmp_path / "data" / "new" / "run") == "lustre"
+    assert file_system(tmp_path / "with space") == "nfs4"
+    assert file_system(tmp_path / "database") == "ext4"
+
+
+def test_paths_become_absolute(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    Path("clicks.tsv").touch()
+    job = load_job(None, [SMALL, "train.run_dir=runs/a", "ranks=4",
+                          "data={kind: criteo_tsv, path: clicks.tsv}"])
+    moved = load_job(None, [SMALL, "data={kind: criteo_tsv, path: clicks.tsv}",
+                            *absolute_paths(job)])
+    assert moved.train.run_dir == str(tmp_path / "runs" / "a")
+    assert moved.data.path == (str(tmp_path / "clicks.tsv"),)
+    assert moved.ranks == 1
+
+
+def test_a_rank_with_another_version_is_named():
+    with pytest.raises(LaunchError, match=r"rank 1 has torch 2\.9, rank 0 has 2\.13; give all"):
+        compare_versions([{"torch": "2.13"}, {"torch": "2.9"}])
