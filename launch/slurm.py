@@ -142,7 +142,6 @@ def _end(job: SlurmJob) -> list[str]:
         '[ "$state" = RUNNING ]; then',
         '  echo "requeued after a checkpoint"',
         '  scontrol requeue "$SLURM_JOB_ID"',
-        "  sleep 60  # Slurm ends this script while it requeues the job",
         "fi",
         'exit "$code"']
 
