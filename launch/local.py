@@ -54,7 +54,8 @@ def start_local_ranks(ranks: int, command: Sequence[str]) -> int:
         config = LaunchConfig(
             min_nodes=1, max_nodes=1, nproc_per_node=ranks, run_id=uuid.uuid4().hex,
             rdzv_backend="c10d", rdzv_endpoint=f"{_LOOPBACK}:0", local_addr=_LOOPBACK,
-            max_restarts=0, logs_specs=DefaultLogsSpecs(log_dir=folder))
+            max_restarts=0, logs_specs=DefaultLogsSpecs(log_dir=folder),
+            signals_to_handle=_SIGNALS)
         try:
             elastic_launch(config, command[0])(*command[1:])
         except ChildFailedError as error:
@@ -71,7 +72,7 @@ def start_local_ranks(ranks: int, command: Sequence[str]) -> int:
 @contextmanager
 def _variables(ranks: int) -> Iterator[None]:
     """Sets what the ranks inherit, and puts the former values back."""
-    wanted = {LOCAL_RANK_MARK: "1", "TORCHELASTIC_SIGNALS_TO_HANDLE": _SIGNALS}
+    wanted = {LOCAL_RANK_MARK: "1"}
     if "OMP_NUM_THREADS" not in os.environ:
         wanted["OMP_NUM_THREADS"] = str(max(1, available_cores() // ranks))
     if "GLOO_SOCKET_IFNAME" not in os.environ and \
