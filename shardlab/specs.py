@@ -102,7 +102,8 @@ class EmbeddingBagConfig:
 
     def __post_init__(self) -> None:
         where = f"table {self.name!r}"
-        if self.num_embeddings == "unbounded":
+        rows: object = self.num_embeddings
+        if rows == "unbounded":
             object.__setattr__(self, "num_embeddings", UNBOUNDED)
         for label, value in (("num_embeddings", self.num_embeddings),
                              ("embedding_dim", self.embedding_dim)):

@@ -43,8 +43,8 @@ from shardlab.train.step import StepRunner
 from shardlab.train.stop_signal import StopSignal
 from shardlab.train.summary import Summary
 from shardlab.train.units import format_metric
-from shardlab.train.wire_meter import TableWire, wire_record
 from shardlab.train.watchdog import Watchdog, print_and_exit
+from shardlab.train.wire_meter import TableWire, wire_record
 
 if TYPE_CHECKING:
     from shardlab.data.batch import Batch
