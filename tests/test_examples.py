@@ -45,7 +45,7 @@ def run_example_on_rank(groups: Groups, name: str) -> str:
 def numbers(pattern: str, text: str) -> list[float]:
     found = re.findall(pattern, text)
     assert found, f"{pattern!r} is not in:\n{text}"
-    return [float(number) for number in found]
+    return [float(number.replace(",", "")) for number in found]
 
 
 def check_quickstart(out: str) -> None:

@@ -17,7 +17,7 @@ from pydantic_core import PydanticCustomError
 
 from shardlab.errors import ConfigError
 from shardlab.presets import CRITEO_DENSE_NAMES
-from shardlab.specs import BoundsMode, ExchangeKind, PoolingType, ShardingType
+from shardlab.specs import UNBOUNDED, BoundsMode, ExchangeKind, PoolingType, ShardingType
 from shardlab.storage_text import parse_storage
 
 
@@ -30,6 +30,13 @@ def _refuse_bool(value: Any) -> Any:
 
 def _auto_is_none(value: Any) -> Any:
     return None if value == "auto" else value
+
+
+def _unbounded_is_a_count(value: Any) -> Any:
+    if isinstance(value, str) and value != "unbounded" and not value.strip().isdigit():
+        raise PydanticCustomError("placed", "{line}", {
+            "line": f"must be a valid integer or 'unbounded', found {value!r}"})
+    return UNBOUNDED if value == "unbounded" else value
 
 
 def _one_or_many(value: Any) -> Any:
@@ -74,7 +81,7 @@ class TableConfig(Section):
     """One embedding table; the fields are those of `shardlab.EmbeddingBagConfig`."""
 
     name: Name = Field(description="unique name of the table")
-    num_embeddings: Count | Literal["unbounded"] = Field(
+    num_embeddings: Annotated[Count, BeforeValidator(_unbounded_is_a_count)] = Field(
         description="rows of the table; unbounded: any int64 id, in a pruned table")
     embedding_dim: Count = Field(description="columns, fp32 elements as the model sees them")
     feature_names: Annotated[tuple[Name, ...], BeforeValidator(_one_or_many)] = Field(

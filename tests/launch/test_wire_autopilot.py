@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 
 import pytest
@@ -38,7 +40,9 @@ def test_the_cheapest_below_the_bound_is_taken(errors, bound, found):
 
 
 def _run(groups, path, folder, sets):
-    assert run_job(load_job(path, [f"train.run_dir={folder}", *sets])) == 0
+    with contextlib.redirect_stdout(io.StringIO()) as shown:
+        assert run_job(load_job(path, [f"train.run_dir={folder}", *sets])) == 0
+    return shown.getvalue()
 
 
 def _auto(bound):
@@ -51,13 +55,13 @@ def _codecs(folder):
             for entry in plan["tables"]}
 
 
-def test_a_run_chooses_repeats_and_keeps_its_codecs(tmp_path, capfd):
+def test_a_run_chooses_repeats_and_keeps_its_codecs(tmp_path):
     path = tmp_path / "job.yaml"
     path.write_text(JOB)
     folders = [tmp_path / name for name in ("one", "two", "exact")]
     for folder, bound in zip(folders, (0.02, 0.02, 1e-9), strict=True):
-        run_ranks(2, _run, path, folder, [_auto(bound)])
-    assert "wire: auto, 8 batches" in capfd.readouterr().out
+        shown = run_ranks(2, _run, path, folder, [_auto(bound)])
+        assert "wire: auto, 8 batches" in shown[0]
     choices = [json.loads((folder / "wire.json").read_text()) for folder in folders]
     assert choices[0] == choices[1]
     assert _codecs(folders[0])["a"] == ("int8", "int8")

@@ -31,7 +31,7 @@ def test_build_request_lists_every_problem() -> None:
         "dense.bytes: expected at least 0, found -1",
         "dense.dtype: expected fp32 or bf16, found 'fp8'",
         "wire.forward: unknown dtype 'fp64' (did you mean 'fp16'?); known: fp32, fp16, bf16, fp8, "
-        "int8, int4",
+        "int8, int4, fp8_e5m2",
         "time_limit: expected a number of seconds above 0, found 0.0",
         "table 'far': asks for tier 'ssd'; a host of 2xcpu has none",
         "table 'chosen': asks for tier 'ddr'; a host of 2xcpu has none",

@@ -9,6 +9,7 @@ import pytest
 
 from shardlab.cache_layout import cache_layout
 from shardlab.errors import ConfigError
+from shardlab.log_layout import log_layout
 from shardlab.pages import file_bytes
 from shardlab.specs import (
     BoundsMode,
@@ -205,8 +206,10 @@ def test_chain_counts_slots_tags_and_pages():
     cache = cache_layout(1000, 0.1, 4)
     record = record_layout(spec.levels[0], 8, "adagrad").record_bytes
     assert record == 64
+    log = log_layout(1000, 9 + 32)
+    assert log.file_bytes == file_bytes(log.slots, 9 + 32 + 4)  # a row's number goes with it
     assert tier_bytes(spec, 1000, 8, "adagrad") == TierBytes(
-        hbm=cache.slots * record + cache.metadata_bytes, ssd=file_bytes(1000, 9 + 32))
+        hbm=cache.slots * record + cache.metadata_bytes, ddr=log.memory_bytes, ssd=log.file_bytes)
 
 
 def test_int4_needs_an_even_dimension():

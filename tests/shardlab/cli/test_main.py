@@ -40,7 +40,7 @@ def test_version_is_the_package_s(capsys):
 def test_misspelt_command_gets_a_suggestion(capsys):
     code, _, err = run(capsys, "trian")
     assert code == 2
-    assert "no command 'trian' (did you mean 'train'?); known: train, plan, probe, stats, " in err
+    assert "no command 'trian' (did you mean 'train'?); known: train, launch, plan, probe, " in err
 
 
 def test_misspelt_option_gets_a_suggestion(capsys):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +53,7 @@ class FakeCollection:
     zero: bool = False
     wire: WireBytes = field(default_factory=WireBytes)
     clock: PhaseClock = field(default_factory=PhaseClock)
+    council: SimpleNamespace = field(default_factory=lambda: SimpleNamespace(contests=[]))
 
     def __post_init__(self) -> None:
         self.held: dict[str, list[Held]] = {}
