@@ -5,19 +5,17 @@
 
 #include <algorithm>
 
+#include "chunk_sketch.h"
 #include "chunk_slots.h"
 
 namespace shardlab {
 namespace {
 
-constexpr int64_t kPage = 4096, kLine = 64;
+constexpr int64_t kPage = 4096;
 // At most 7 of 8 slots are taken; a sixteenth is added at a time. Longest runs stay far below the
 // tail.
 constexpr int64_t kLoadNumber = 7, kLoadOf = 8, kGrowth = 16, kFewSlots = 32;
 constexpr int64_t kTailShift = 4, kMostTail = 1024;
-// Cells of the sketch: 6 bits of exponent from 2^-48 on, 2 of mantissa; 0 is zero.
-constexpr int32_t kCellShift = 21, kCellBias = 316, kTopCell = 255;
-constexpr float kLeastUtility = 0x1p-48f;
 
 int64_t pages(int64_t bytes) { return (bytes + kPage - 1) / kPage * kPage; }
 // Slots of homes, and those behind the last home; the last of all stays empty.
@@ -141,42 +139,6 @@ int32_t take_place(ChunkStore& s) {
   }
   ++s.used;
   return place;
-}
-
-// ---------------------------------------------------------------- sketch
-float cell_value(uint8_t code) {
-  return code ? float_of((uint32_t)(code + kCellBias) << kCellShift) : 0.0f;
-}
-uint8_t cell_code(float u, uint32_t random) {
-  const int32_t code = (int32_t)((bits_of(u) + random) >> kCellShift) - kCellBias;
-  return (uint8_t)std::clamp(code, 0, kTopCell);
-}
-
-struct Cells {
-  uint8_t *first, *second;
-  float value() const { return cell_value(code()); }
-  uint8_t code() const { return std::min(*first, *second); }
-  // Counts a chunk at a higher utility, in the cells and among the candidates of its block.
-  void raise(uint8_t to, int64_t* candidates) const {
-    const uint8_t from = code();
-    *first = std::max(*first, to);
-    *second = std::max(*second, to);
-    if (code() == from) return;
-    ++candidates[code()];
-    leave(from, candidates);
-  }
-  static void leave(uint8_t from, int64_t* candidates) {
-    if (from && candidates[from] > 0) --candidates[from];
-  }
-};
-
-uint8_t* line_of(const ChunkStore& s, uint64_t key) {
-  return (uint8_t*)s.sketch + kLine * scaled(key << 32 | key >> 32, s.sketch_lines);
-}
-Cells cells_of(uint8_t* line, uint64_t key, int64_t chunk) {
-  const uint64_t word = chunk_mix(key + (uint64_t)(chunk + 1) * kGolden);
-  const int64_t first = word % kLine, second = (first + 1 + word / kLine % (kLine - 1)) % kLine;
-  return {line + first, line + second};
 }
 
 // Calls body(store, block number, ids' position) over the segments' parts of a thread.

@@ -1,0 +1,52 @@
+// The utilities of chunks that a store does not hold: a count-min sketch in bytes.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "chunk_slots.h"
+
+namespace shardlab {
+
+// A chunk's two cells lie in one line of cache.
+constexpr int64_t kLine = 64;
+// Cells: 6 bits of exponent from 2^-48 on, 2 of mantissa; 0 is zero.
+constexpr int32_t kCellShift = 21, kCellBias = 316, kTopCell = 255;
+constexpr float kLeastUtility = 0x1p-48f;
+
+inline float cell_value(uint8_t code) {
+  return code ? float_of((uint32_t)(code + kCellBias) << kCellShift) : 0.0f;
+}
+inline uint8_t cell_code(float u, uint32_t random) {
+  const int32_t code = (int32_t)((bits_of(u) + random) >> kCellShift) - kCellBias;
+  return (uint8_t)std::clamp(code, 0, kTopCell);
+}
+
+struct Cells {
+  uint8_t *first, *second;
+  float value() const { return cell_value(code()); }
+  uint8_t code() const { return std::min(*first, *second); }
+  // Counts a chunk at a higher utility, in the cells and among the candidates of its block.
+  void raise(uint8_t to, int64_t* candidates) const {
+    const uint8_t from = code();
+    *first = std::max(*first, to);
+    *second = std::max(*second, to);
+    if (code() == from) return;
+    ++candidates[code()];
+    leave(from, candidates);
+  }
+  static void leave(uint8_t from, int64_t* candidates) {
+    if (from && candidates[from] > 0) --candidates[from];
+  }
+};
+
+inline uint8_t* line_of(const ChunkStore& s, uint64_t key) {
+  return (uint8_t*)s.sketch + kLine * scaled(key << 32 | key >> 32, s.sketch_lines);
+}
+inline Cells cells_of(uint8_t* line, uint64_t key, int64_t chunk) {
+  const uint64_t word = chunk_mix(key + (uint64_t)(chunk + 1) * kGolden);
+  const int64_t first = word % kLine, second = (first + 1 + word / kLine % (kLine - 1)) % kLine;
+  return {line + first, line + second};
+}
+
+}  // namespace shardlab
