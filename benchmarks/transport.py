@@ -1,9 +1,10 @@
-"""All-to-all between ranks of this host: shared memory beside gloo, in one run.
+"""All-to-all and sums between ranks of this host: shared memory beside gloo, in one run.
 
     python benchmarks/transport.py [--ranks 2] [--repeats 40]
 
-Both lanes move the same tensors in turns, so that both meet the same neighbours. Prints one JSON
-line per message size: bytes sent per rank and second, medians over all repeats, and the ratio.
+Both move the same tensors in turns, so that both meet the same neighbours. Prints one JSON line per
+message size: of an all-to-all the bytes sent per rank and second, of an all-reduce milliseconds;
+medians over all repeats, and the ratio.
 Every result is checked against what the peers sent.
 """
 
@@ -15,6 +16,7 @@ import socket
 import statistics
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -66,9 +68,33 @@ def run_rank(rank: int, ranks: int, repeats: int) -> None:
                  gb_per_s=rates, best_gb_per_s=best,
                  ratio=rates["shared_memory"] / rates["gloo"],
                  best_ratio=best["shared_memory"] / best["gloo"])
+    for size in SIZES:
+        compare_sums(size, repeats, groups)
     if rank == 0:
         emit(machine=machine())
     comm.shutdown()
+
+
+def compare_sums(size: int, repeats: int, groups: comm.Groups) -> None:
+    """Emits the milliseconds of an all-reduce of ``size`` bytes."""
+    ways = {"gloo": replace(groups, sums=None), "shared_memory": groups}
+    ms: dict[str, list[float]] = {name: [] for name in ways}
+    start = torch.arange(size // FLOAT_BYTES, dtype=torch.float32)
+    total = start * (groups.world_size * (groups.world_size + 1) / 2)
+    for repeat in range(repeats + 2):
+        for name, way in ways.items():
+            tensor = start * (groups.rank + 1)
+            comm.barrier(groups)
+            begin = time.perf_counter()
+            comm.start_all_reduce(tensor, way).wait()
+            passed = time.perf_counter() - begin
+            torch.testing.assert_close(tensor, total)
+            if repeat >= 2:
+                ms[name].append(1000 * passed)
+    if groups.rank == 0:
+        medians = {name: statistics.median(taken) for name, taken in ms.items()}
+        emit(op="all_reduce", ranks=groups.world_size, message_bytes=size, repeats=repeats,
+             ms=medians, ratio=medians["gloo"] / medians["shared_memory"])
 
 
 def exchange(lane: Lane | None, out: torch.Tensor, source: torch.Tensor,

@@ -17,9 +17,9 @@ void bind_lane(nb::module_& m) {
       .def_static("segment_bytes", &Lane::segment_bytes)
       .def("start",
            [](Lane& lane, Address source, const Sizes& source_bytes, Address out,
-              const Sizes& out_bytes) {
+              const Sizes& out_bytes, bool same) {
              const nb::gil_scoped_release release;
-             return lane.start((char*)source, source_bytes, (char*)out, out_bytes);
+             return lane.start((char*)source, source_bytes, (char*)out, out_bytes, same);
            })
       .def("wait", &Lane::wait, nb::call_guard<nb::gil_scoped_release>())
       .def("awaited", &Lane::awaited)

@@ -109,15 +109,15 @@ Lane::~Lane() {
 }
 
 int64_t Lane::start(char* source, const std::vector<int64_t>& source_bytes, char* out,
-                    const std::vector<int64_t>& out_bytes) {
+                    const std::vector<int64_t>& out_bytes, bool same) {
   Transfer transfer;
   transfer.number = ++started_;
   for (int peer = 0; peer < ranks_; ++peer) {
     const bool own = peer == rank_;
-    if (own) memcpy(out, source, std::min(source_bytes[peer], out_bytes[peer]));
+    if (own && out != source) memcpy(out, source, std::min(source_bytes[peer], out_bytes[peer]));
     transfer.sends.push_back({source, source_bytes[peer], own ? source_bytes[peer] : -1});
     transfer.receives.push_back({out, out_bytes[peer], own ? out_bytes[peer] : -1});
-    source += source_bytes[peer];
+    if (!same) source += source_bytes[peer];
     out += out_bytes[peer];
   }
   transfers_.push_back(std::move(transfer));

@@ -38,9 +38,10 @@ class Lane {
 
   static int64_t segment_bytes(int ranks, int64_t ring_bytes);
 
-  /// Starts an all-to-all: copies what the rings take and hold, and never waits.
+  /// Starts an all-to-all: copies what the rings take and hold, and never waits. `same`: every rank
+  /// gets the bytes at `source`; else each its own, one behind the other.
   int64_t start(char* source, const std::vector<int64_t>& source_bytes, char* out,
-                const std::vector<int64_t>& out_bytes);
+                const std::vector<int64_t>& out_bytes, bool same);
   /// Waits up to `milliseconds` for transfer `number` and those before it.
   bool wait(int64_t number, int64_t milliseconds);
   /// Ranks that the oldest transfer still waits for.

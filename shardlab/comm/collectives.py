@@ -13,6 +13,7 @@ from torch import Tensor
 from shardlab.comm.faults import naming
 from shardlab.comm.gather import gather_json
 from shardlab.comm.groups import Groups
+from shardlab.comm.shared_sum import start_sum
 
 _REDUCE = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
 
@@ -108,7 +109,9 @@ def all_reduce_(tensor: Tensor, groups: Groups, op: str = "sum") -> Tensor:
 
 
 def start_all_reduce(tensor: Tensor, groups: Groups) -> Work:
-    """Starts adding up ``tensor`` over all ranks, in place; uses `process_group`.
+    """Starts adding up a contiguous ``tensor`` over all ranks, in place.
+
+    Uses the `sums` lane, or `process_group` where there is none. Waits are in the order of starts.
 
     Raises:
         ExchangeError: (here or in the wait) a rank ended, stalled or cannot be reached.
@@ -116,11 +119,14 @@ def start_all_reduce(tensor: Tensor, groups: Groups) -> Work:
     if groups.process_group is None:
         return Work()
     with naming(groups, "dense", "all_reduce"):
-        work = dist.all_reduce(tensor, group=groups.process_group, async_op=True)
+        if groups.sums is None:
+            done = dist.all_reduce(tensor, group=groups.process_group, async_op=True).wait
+        else:
+            done = start_sum(tensor, groups.sums, groups.rank, groups.world_size)
 
     def finish() -> None:
         with naming(groups, "dense", "all_reduce"):
-            work.wait()
+            done()
 
     return Work(finish)
 

@@ -21,8 +21,8 @@ DEFAULT_TIMEOUT_S = 600.0
 #: How ranks exchange rows: `auto` takes shared memory where all ranks share a host.
 TRANSPORTS = ("auto", "gloo", "shared_memory")
 TRANSPORT_VARIABLE = "SHARDLAB_TRANSPORT"
-#: `Groups.exchange` and `Groups.look_ahead`.
-_LANES = 2
+#: `Groups.exchange` and `Groups.look_ahead`; through shared memory also `Groups.sums`.
+_LANES, _SHARED_LANES = 2, 3
 _CPU = torch.device("cpu")
 
 
@@ -38,6 +38,8 @@ class Groups:
         exchange: lane of all ranks for tables alone, so that the order of dense and sparse
             collectives need not agree between ranks; None in a world of one.
         look_ahead: another lane, for batches that come; None in a world of one.
+        sums: lane for the gradients of the dense part, where ranks share memory; None:
+            `process_group` adds them up.
         transport: what the lanes run over, and why, in words.
         watch: tells who is to blame for a failure; None in a world of one.
         timeout_s: seconds after which a collective has failed.
@@ -53,6 +55,7 @@ class Groups:
     process_group: dist.ProcessGroup | None = None
     exchange: Lane | None = None
     look_ahead: Lane | None = None
+    sums: SharedMemoryLane | None = None
     transport: str = "nothing travels: one rank"
     watch: Watch | None = None
     timeout_s: float = DEFAULT_TIMEOUT_S
@@ -144,7 +147,7 @@ def _with_lanes(groups: Groups, hosts: int, wanted: str) -> Groups:
     if wanted != "gloo":
         lanes, refusal = _shared_memory_lanes(groups, hosts)
     if lanes:
-        return replace(groups, exchange=lanes[0], look_ahead=lanes[1],
+        return replace(groups, exchange=lanes[0], look_ahead=lanes[1], sums=lanes[2],
                        transport="shared memory: all ranks are on one host")
     if wanted == "shared_memory":
         raise LaunchError(f"rank {groups.rank}: shared memory was asked for, but {refusal}; use "
@@ -166,7 +169,8 @@ def _shared_memory_lanes(groups: Groups, hosts: int) -> tuple[list[Any], str]:
     refusal, meeting, lanes = missing_support(), None, []
     if not refusal:
         try:
-            meeting = Meeting(groups.rank, groups.world_size, _LANES, groups.timeout_s)
+            meeting = Meeting(groups.rank, groups.world_size, _SHARED_LANES,
+                              groups.timeout_s)
         except OSError as error:
             refusal = f"rank {groups.rank} got no shared memory: {error}"
     names = gather_json(["" if meeting is None else meeting.name, refusal], groups)

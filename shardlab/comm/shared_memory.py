@@ -214,9 +214,17 @@ class SharedMemoryLane:
         """Starts a transfer: what the rings take is copied at once, the rest in the wait."""
         assert out.is_contiguous(), "all_to_all: out must be contiguous"
         source = source.contiguous()
+        return self._start(out, source, out_splits, source_splits, False)
+
+    def all_gather(self, out: Tensor, source: Tensor, out_splits: Sequence[int]) -> Finish:
+        """Starts sending ``source`` to every rank; it may lie in its place in ``out`` already."""
+        return self._start(out, source, out_splits, [source.numel()] * len(out_splits), True)
+
+    def _start(self, out: Tensor, source: Tensor, out_splits: Sequence[int],
+               source_splits: Sequence[int], same: bool) -> Finish:
         size = source.element_size()
         number = self._lane.start(source.data_ptr(), [size * n for n in source_splits],
-                                  out.data_ptr(), [size * n for n in out_splits])
+                                  out.data_ptr(), [size * n for n in out_splits], same)
         keep = (out, source)  # the lane has only their addresses
         return lambda: self._finish(number, keep)
 

@@ -109,3 +109,25 @@ def test_all_ranks_fall_back_where_one_gets_no_memory(monkeypatch):
 def test_unknown_transport_is_refused():
     with pytest.raises(AssertionError, match="transport 'pigeons' is not one of auto, gloo"):
         run_ranks(2, _chosen, "pigeons")
+
+
+def _sums(groups, sizes, dtype):
+    """Several sums under way at once, waited for in their order; the results as bits."""
+    tensors = [(torch.arange(n, dtype=torch.float64) * (groups.rank + 1) / 7).to(dtype)
+               for n in sizes]
+    works = [comm.start_all_reduce(tensor, groups) for tensor in tensors]
+    for work in works:
+        work.wait()
+    return [tensor.tolist() for tensor in tensors]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_sums_are_those_of_the_ranks_in_order(world, dtype):
+    sizes = [0, 1, 15, 17, 1000, 1_500_001 if world == 2 else 70_001]
+    found = run_ranks(world, _sums, sizes, dtype)
+    for n, *by_rank in zip(sizes, *found, strict=True):
+        terms = [(torch.arange(n, dtype=torch.float64) * (r + 1) / 7).to(dtype)
+                 for r in range(world)]
+        assert torch.tensor(by_rank[0], dtype=dtype).equal(torch.stack(terms).sum(0))
+        assert all(other == by_rank[0] for other in by_rank)
