@@ -14,6 +14,8 @@ TORCH ?= torch==2.13.0
 TORCH_ARGS ?=
 EXTRAS ?= dev,tensorboard
 PYTEST_ARGS ?=
+# Processes that run tests; each starts up to four ranks.
+TEST_WORKERS ?= 2
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
@@ -27,7 +29,7 @@ train: $(INSTALLED)
 	$(BIN)/shardlab train --demo
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 lint: $(INSTALLED)
 	PATH="$(abspath $(BIN)):$$PATH" .ci/lint
