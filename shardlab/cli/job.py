@@ -33,7 +33,7 @@ def job_arguments(command: _Command) -> _Command:
     return command
 
 
-def read_job(job: str | None, demo: bool, overrides: tuple[str, ...],
+def read_job(job: str | None, demo: bool, overrides: tuple[str, ...], *, files: bool = True,
              **options: object) -> JobConfig:
     """Loads what `job_arguments` named.
 
@@ -41,6 +41,7 @@ def read_job(job: str | None, demo: bool, overrides: tuple[str, ...],
         job: path of the job file.
         demo: take the built-in job instead.
         overrides: what followed --set.
+        files: whether the job's data and checkpoints must be on this machine.
         options: further values of the job by key (dots as double underscores); None: not given.
 
     Raises:
@@ -54,7 +55,7 @@ def read_job(job: str | None, demo: bool, overrides: tuple[str, ...],
     given = [f"{key.replace('__', '.')}={json.dumps(value)}"  # JSON is YAML, with all quotes
              for key, value in options.items() if value is not None]
     try:
-        return load_job(job, [*overrides, *given])
+        return load_job(job, [*overrides, *given], files)
     except ConfigError as error:
         name = job or "the demo job"
         count = len(error.problems)

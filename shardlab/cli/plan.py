@@ -82,8 +82,8 @@ def plan(job: str | None, demo: bool, ranks: int | None, overrides: tuple[str, .
         job = str(run / "job.yaml")
 
     def load(*more: str) -> JobConfig:
-        return read_job(job, demo, (*overrides, *more), ranks=ranks, topology=asked.topology,
-                        statistics=asked.stats)
+        return read_job(job, demo, (*overrides, *more), files=False, ranks=ranks,
+                        topology=asked.topology, statistics=asked.stats)
 
     if run is not None:
         return _compare_run(run, load, asked, ranks)
@@ -94,9 +94,11 @@ def plan(job: str | None, demo: bool, ranks: int | None, overrides: tuple[str, .
     machine = _machine(config, ranks)
     request = job_request(config, machine, asked.time_limit)
     result = _make(config, request, asked)
+    written = _write(result, asked)  # before the report, whose reader may be gone early: `| head`
     _show(request, result, asked,
           lambda changes: job_request(load(*changes), machine, asked.time_limit))
-    _write(result, asked)
+    for line in written:
+        click.echo(line)
     return USER_ERROR if overfull(result) else 0
 
 
@@ -182,17 +184,20 @@ def _console() -> Console:
                    markup=False)
 
 
-def _write(result: PlanResult, asked: _Asked) -> None:
+def _write(result: PlanResult, asked: _Asked) -> list[str]:
+    """Writes the files that were asked for; returns what to tell of them."""
+    written = []
     if asked.json_file is not None:
         from shardlab.planner.plan_file import plan_to_json
 
         _write_file("--json", asked.json_file, plan_to_json(result))
-        click.echo(f"plan written to {asked.json_file}")
+        written.append(f"plan written to {asked.json_file}")
     if asked.html_file is not None:
         from shardlab.planner.html import plan_to_html
 
         _write_file("--html", asked.html_file, plan_to_html(result))
-        click.echo(f"page written to {asked.html_file}")
+        written.append(f"page written to {asked.html_file}")
+    return written
 
 
 def _write_file(option: str, path: str, text: str) -> None:

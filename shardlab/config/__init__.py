@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, ValidationInfo, model_validator
 from pydantic_core import PydanticCustomError
 
 from shardlab.config.checks import run_checks, table_specs
@@ -36,6 +36,7 @@ __all__ = ["DEMO_JOB", "JobConfig", "load_job"]
 
 #: The job that runs where none is given: Criteo-like data, made on the fly.
 DEMO_JOB = Path(__file__).with_name("demo.yaml")
+_FILES = "files"
 
 
 class JobConfig(Section):
@@ -71,8 +72,9 @@ class JobConfig(Section):
         default=TrainConfig(), description="how long to train, what to write")
 
     @model_validator(mode="after")
-    def _check_together(self) -> JobConfig:
-        problems = run_checks(valid_parts(self))
+    def _check_together(self, info: ValidationInfo) -> JobConfig:
+        files = (info.context or {}).get(_FILES, True)
+        problems = run_checks(valid_parts(self), files)
         if problems:
             raise PydanticCustomError("job", "{problems}", {"problems": "\n".join(problems)})
         return self
@@ -88,12 +90,15 @@ class JobConfig(Section):
         return str(text)
 
 
-def load_job(path: str | Path | None, overrides: list[str] | None = None) -> JobConfig:
+def load_job(path: str | Path | None, overrides: list[str] | None = None,
+             files: bool = True) -> JobConfig:
     """Reads a job file and applies overrides.
 
     Args:
         path: YAML file; None: the demo job.
         overrides: ``a.b[2].c=value`` lines, each value read as YAML.
+        files: whether the job's data and checkpoints must be on this machine; a plan is made
+            without them.
 
     Raises:
         ConfigError: lists every problem found, each line starting with its YAML path.
@@ -102,10 +107,10 @@ def load_job(path: str | Path | None, overrides: list[str] | None = None) -> Job
     problems += apply_overrides(data, overrides or [])
     job = None
     try:
-        job = JobConfig.model_validate(data)
+        job = JobConfig.model_validate(data, context={_FILES: files})
     except ValidationError as error:
         problems += problem_lines(JobConfig, error)
-        problems += run_checks(valid_parts_of(JobConfig, data))
+        problems += run_checks(valid_parts_of(JobConfig, data), files)
     if job is None or problems:
         raise ConfigError(list(dict.fromkeys(problems)))
     return job

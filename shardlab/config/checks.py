@@ -61,10 +61,15 @@ Problems = Iterator[str]
 
 @dataclass(frozen=True)
 class Check:
-    """A check and the parts that it takes, in order."""
+    """A check and the parts that it takes, in order.
+
+    Attributes:
+        of_files: it looks for what only the machine that trains needs to have.
+    """
 
     parts: tuple[str, ...]
     problems: Callable[..., Problems]
+    of_files: bool = False
 
 
 def table_spec(table: TableConfig) -> EmbeddingBagConfig:
@@ -236,7 +241,7 @@ CHECKS: tuple[Check, ...] = (
     Check(("tables",), _preset_problems),
     Check(("model.kind", "tables"), _dims_problems),
     Check(("data.kind", "data.path"), _missing_problems),
-    Check(("data.path",), _path_problems),
+    Check(("data.path",), _path_problems, of_files=True),
     Check(("data.kind", "data.train_rows"), partial(_rows_problems, "train_rows")),
     Check(("data.kind", "data.validation_rows"), partial(_rows_problems, "validation_rows")),
     Check(("data.kind", "data.train_rows", "data.validation_rows", "data.validation_fraction"),
@@ -245,16 +250,18 @@ CHECKS: tuple[Check, ...] = (
     Check(("optimizer.schedule.kind", "optimizer.schedule.warmup_steps",
            "optimizer.schedule.steps"), _schedule_problems),
     Check(("wire.tables", "tables"), _wire_problems),
-    Check(("train.resume",), _resume_problems),
+    Check(("train.resume",), _resume_problems, of_files=True),
     Check(("plan",), _plan_problems),
 )
 
 
-def run_checks(parts: dict[str, Any]) -> list[str]:
+def run_checks(parts: dict[str, Any], files: bool = True) -> list[str]:
     """Runs every check whose parts are all there.
 
     Args:
         parts: valid values of a job by place, such as ``optimizer.sparse.kind``.
+        files: whether data and checkpoints must be on this machine.
     """
     return [problem for check in CHECKS if all(part in parts for part in check.parts)
+            and (files or not check.of_files)
             for problem in check.problems(*(parts[part] for part in check.parts))]

@@ -82,6 +82,19 @@ def test_html_is_written(capsys, tmp_path):
     assert "t_C26" in path.read_text()
 
 
+def test_a_plan_needs_no_data(capsys, tmp_path):
+    """A login node or a laptop plans for data that lies elsewhere; training asks for it."""
+    elsewhere = ("--set", "data={kind: criteo_tsv, path: absent.tsv}",
+                 "--set", "train.resume=absent/step-1")
+    assert run(capsys, "--demo", "--json", str(tmp_path / "p.json"), *SMALL, *elsewhere)[0] == 0
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "--demo", *SMALL, *elsewhere])
+    assert stop.value.code == 2
+    message = capsys.readouterr().err
+    assert "data.path: no file matches 'absent.tsv'" in message
+    assert "train.resume: no checkpoint at 'absent/step-1'" in message
+
+
 def test_the_topology_of_the_job_is_used(capsys):
     code, out, _ = run(capsys, "--demo", "--set", "topology=4xa100-80gb", *SMALL)
     assert code == 0
