@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from shardlab.launch.eager import eager
 from shardlab.models import build_model
 from shardlab.optim import SGD, Adagrad, Adam, RowOptimizer, RowWiseAdagrad, RowWiseAdam
 from shardlab.sharded import EmbeddingBagCollection
@@ -43,7 +44,7 @@ def dense_optimizer(
     section: DenseOptimizerConfig,
 ) -> Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]:
     """What makes the optimiser of the dense parameters, once these are known."""
-    kind = _DENSE_OPTIMIZERS[section.kind]
+    kind = eager(_DENSE_OPTIMIZERS[section.kind])
     return lambda parameters: kind(parameters, fused=True, **_given(section))  # type: ignore[call-arg]
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import random
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +22,7 @@ from shardlab.launch.building import (
     build_train_options,
     dense_optimizer,
 )
+from shardlab.launch.eager import leave_compiler_out
 from shardlab.launch.forecast import check_memory
 from shardlab.launch.planning import ChosenPlan, choose_plan
 from shardlab.launch.preflight import check_versions
@@ -49,7 +49,7 @@ def run_job(job: JobConfig) -> int:
     Raises:
         ShardLabError: whatever the job, the data or the machine do not allow.
     """
-    _leave_triton_out()
+    leave_compiler_out()
     keep_freed_memory()
     # One heap: pyarrow's own allocator would keep 30 MB a rank of what readers freed.
     pa.set_memory_pool(pa.system_memory_pool())
@@ -103,12 +103,6 @@ def _choose_wire(job: JobConfig, chosen: ChosenPlan, model: ShardedModel, reader
         run.write_plan(chosen.with_plan(choice.plan).text)
 
 
-def _leave_triton_out() -> None:
-    """Keeps 70 MB a rank: torch.optim imports Triton's compiler, which no CPU rank will use."""
-    if not torch.cuda.is_available() and "TRITON_INTERPRET" not in os.environ:
-        sys.modules.setdefault("triton", None)  # type: ignore[arg-type]
-
-
 def _former_plan(run: RunFolder) -> Path | None:
     """The plan of the run that the checkpoint to continue from belongs to, where it is known."""
     if run.resume_from is None:
@@ -120,7 +114,10 @@ def _former_plan(run: RunFolder) -> Path | None:
 def _set_determinism(seed: int, wanted: bool) -> None:
     random.seed(seed)  # generators that a user's model may draw from; checkpoints hold their state
     np.random.seed(seed)
-    torch.use_deterministic_algorithms(wanted)
+    if torch.cuda.is_available():
+        torch.use_deterministic_algorithms(wanted)
+    else:  # the same without torch's compiler, which it would load to tell it
+        torch.set_deterministic_debug_mode("error" if wanted else "default")
     # Nobody reads memory before writing it; filling every new tensor with NaN would cost time.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     if wanted:  # cuBLAS is deterministic only with a workspace of a fixed size
