@@ -26,8 +26,8 @@ from torch import Tensor
 from shardlab.ops.unique import Uniques
 from shardlab.storage import LocalShard, RowReads, TableChunk
 
-#: fp32 elements of weights and state that a stripe holds: 8 MiB.
-_STRIPE_ELEMENTS = 2 << 20
+#: fp32 elements of weights and state that a stripe holds: 4 MiB.
+_STRIPE_ELEMENTS = 1 << 20
 
 
 class ChangedRows:

@@ -30,7 +30,7 @@ from shardlab.train.manifest import MANIFEST, BaseEntry, ChunkEntry, Manifest, T
 from shardlab.train.retention import STAGING, check_new, prune
 from shardlab.train.rng import capture_rng
 from shardlab.train.state_tree import flatten_state
-from shardlab.train.table_files import TableFiles, snapshot_chunks, whole_chunks
+from shardlab.train.table_files import TableFiles, file_bytes, snapshot_chunks, whole_chunks
 from shardlab.train.tensor_file import (
     FileEntry,
     sync_folder,
@@ -326,7 +326,9 @@ class CheckpointWriter:
             steps=int(getattr(self._optimizer, "steps_taken", 0)), base=base)
         staging = path.parent / (STAGING + path.name)
         job = _Job(path, self._groups, manifest, self._options.keep,
-                   TableFiles(staging, self._groups.rank), {}, self._state(extra))
+                   TableFiles(staging, self._groups.rank, file_bytes=file_bytes(
+                       max((c.tier_bytes().total for c in self._model.collections().values()),
+                           default=0))), {}, self._state(extra))
         if base is not None:
             self._since_full += 1
         try:

@@ -1,6 +1,6 @@
 """Table rows and their optimiser state as chunk files: each rank writes its own shards.
 
-A file holds one or more rectangles of tables, about `FILE_BYTES` together. The manifest says
+A file holds one or more rectangles of tables, about `TableFiles.file_bytes` together. The manifest says
 where each rectangle lies, so a rank that loads opens only the files that touch its shards,
 whatever world size and plan they were written with.
 """
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from shardlab.train.checkpoint_reader import CheckpointReader
 
 #: A file is closed once it holds this much: with chunks of half of it, the memory that saving
-#: takes stays below 1.5 x this, while a 100 GB model is some six thousand files.
-FILE_BYTES = 16 << 20
-_CHUNK_BYTES = FILE_BYTES // 2
+#: takes stays below 1.5 x this. A rank's part of the tables decides, between these bounds: a small
+#: job's ranks save in 12 MiB, and 10 TB are some 40,000 files.
+_LEAST_FILE_BYTES, _MOST_FILE_BYTES, _FILE_SHARE = 8 << 20, 256 << 20, 256
 
 
 @dataclass(frozen=True)
@@ -46,12 +46,14 @@ class TableFiles:
         folder: where the files go.
         rank: this rank.
         prefix: of the files' names.
+        file_bytes: what a file holds, about; `file_bytes` of a collection.
         files, chunks: entries for the manifest.
     """
 
     folder: Path
     rank: int
     prefix: str = "rows"
+    file_bytes: int = _LEAST_FILE_BYTES
     files: list[FileEntry] = field(default_factory=list)
     chunks: list[ChunkEntry] = field(default_factory=list)
     _pending: dict[str, Tensor] = field(default_factory=dict)
@@ -62,7 +64,7 @@ class TableFiles:
             if self.rank == 0 or not named.chunk.replicated:
                 self._add(named)
                 if sum(tensor.nbytes for tensor in self._pending.values()) \
-                        >= FILE_BYTES - _CHUNK_BYTES:
+                        >= self.file_bytes // 2:
                     self._flush()
         self._flush()
 
@@ -89,9 +91,14 @@ class TableFiles:
             self._pending.clear()
 
 
+def file_bytes(tables_bytes: int) -> int:
+    """What a file of this rank holds, where its part of the tables has ``tables_bytes``."""
+    return min(max(tables_bytes // _FILE_SHARE, _LEAST_FILE_BYTES), _MOST_FILE_BYTES)
+
+
 def whole_chunks(name: str, collection: ShardedEmbeddingBagCollection) -> Iterator[NamedChunk]:
     """All rows of this rank's shards of a collection."""
-    for chunk in collection.chunks(_CHUNK_BYTES):
+    for chunk in collection.chunks(file_bytes(collection.tier_bytes().total) // 2):
         yield NamedChunk(name, chunk, ALL if chunk.present is None else PRESENT)
 
 

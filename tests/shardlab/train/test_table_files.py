@@ -30,7 +30,7 @@ def write_world(folder: Path, world_size: int, kinds: list[ShardingType]) -> Man
     files: list[FileEntry] = []
     chunks: list[ChunkEntry] = []
     for rank in range(world_size):
-        written = TableFiles(folder, rank)
+        written = TableFiles(folder, rank, file_bytes=table_files.file_bytes(0))
         written.write(whole_chunks("ebc", collection(rank, world_size, kinds)))
         files += written.files
         chunks += written.chunks
@@ -49,8 +49,7 @@ def load(folder: Path, found: FakeCollection, rank: int) -> None:
 @pytest.mark.parametrize(("saved", "loaded"), [(1, 1), (2, 2), (2, 3), (3, 1), (1, 2)])
 def test_tables_load_under_another_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                         saved: int, loaded: int, limit: int) -> None:
-    monkeypatch.setattr(table_files, "FILE_BYTES", limit)
-    monkeypatch.setattr(table_files, "_CHUNK_BYTES", limit // 2)
+    monkeypatch.setattr(table_files, "_LEAST_FILE_BYTES", limit)
     manifest = write_world(tmp_path, saved, KINDS)
     assert (len(manifest.files) > 2 * saved) == (limit == 200)
     for rank in range(loaded):
@@ -60,6 +59,11 @@ def test_tables_load_under_another_plan(tmp_path: Path, monkeypatch: pytest.Monk
         for name, shards in expected.held.items():
             for want, have in zip(shards, found.held[name], strict=True):
                 assert torch.equal(want.weights, have.weights)
+
+
+def test_files_grow_with_the_tables_between_bounds() -> None:
+    sizes = [table_files.file_bytes(total) >> 20 for total in (0, 1 << 30, 16 << 30, 1 << 40)]
+    assert sizes == [8, 8, 64, 256]
 
 
 def test_replicated_tables_are_written_once(tmp_path: Path) -> None:
