@@ -1,7 +1,7 @@
 """Table rows and their optimiser state as chunk files: each rank writes its own shards.
 
-A file holds one or more rectangles of tables, about `TableFiles.file_bytes` together. The manifest says
-where each rectangle lies, so a rank that loads opens only the files that touch its shards,
+A file holds one or more rectangles of tables, about `TableFiles.file_bytes` together. The manifest
+says where each rectangle lies, so a rank that loads opens only the files that touch its shards,
 whatever world size and plan they were written with.
 """
 

@@ -9,14 +9,16 @@ import torch
 
 import shardlab as sl
 from shardlab.errors import BoundsError, ConfigError
-from shardlab.plan import ShardingPlan
+from shardlab.plan import ShardingPlan, WireDtypes
 from shardlab.specs import EmbeddingBagConfig, ExchangeKind, PoolingType, ShardingType
 from tests.harness import run_ranks
 from tests.oracle import PlainOptimizer
 from tests.sharded_runs import (
+    Bare,
     Job,
     build_features,
     loss_of,
+    make_optimizer,
     random_steps,
     random_weights,
     sharded_model,
@@ -32,10 +34,15 @@ _TABLES = [
     ("bags", ShardingType.ROW_WISE, ExchangeKind.POOLED, "fp32"),
     ("cached", ShardingType.ROW_WISE, ExchangeKind.ROWS,
      {"levels": [{"fraction": 0.2}, {"dtype": "int8"}]}),
+    ("cores", ShardingType.ROW_WISE, ExchangeKind.ROWS, {"kind": "tensor_train", "rank": 3}),
+    ("pruned", ShardingType.TABLE_WISE, ExchangeKind.ROWS,
+     {"kind": "pruned", "budget": {"ratio": 0.5}, "chunks": 2, "period": 2, "start": "empty"}),
 ]
+#: These start as they like; the others hold the job's rows.
+_OWN_START = ("cores", "pruned")
 
 
-def _job(world, names, steps=7, optimizer="row_wise_adagrad", rows=40, **options):
+def _job(world, names, steps=7, optimizer="row_wise_adagrad", rows=40, wire=None, **options):
     generator = torch.Generator().manual_seed(world)
     chosen = [entry for entry in _TABLES if entry[0] in names]
     tables = tuple(EmbeddingBagConfig(
@@ -45,6 +52,7 @@ def _job(world, names, steps=7, optimizer="row_wise_adagrad", rows=40, **options
     plan = ShardingPlan(world, tuple(
         table_plan(table, kind, world, exchange=exchange, first=i)
         for i, (table, (_, kind, exchange, _)) in enumerate(zip(tables, chosen, strict=True))))
+    plan = plan.with_wire(wire) if wire else plan
     sizes = [[(3 * step + rank) % 5 + (step == 1 and rank == 0) for rank in range(world)]
              for step in range(steps)]
     return Job(tables, plan, PlainOptimizer(optimizer, lr=0.1),
@@ -52,9 +60,15 @@ def _job(world, names, steps=7, optimizer="row_wise_adagrad", rows=40, **options
                random_steps(tables, sizes, generator=generator), **options)
 
 
+def _fresh_model(groups, job):
+    return sl.shard(Bare(job.tables), job.plan, groups=groups,
+                    optimizer=make_optimizer(job.optimizer))
+
+
 def _train(groups, job, depth=0, staleness=0, every=1, extra=-1):
     """Outputs and rows; an optimiser step ``every`` batches; ``extra`` trains one not announced."""
-    model, optimizer = sharded_model(groups, job)
+    build = _fresh_model if _OWN_START[0] in job.weights else sharded_model
+    model, optimizer = build(groups, job)
     outputs = []
     batches = [(build_features(step.parts[groups.rank], job.features), step.targets[groups.rank],
                 step.samples) for step in job.steps]
@@ -79,7 +93,7 @@ def _train(groups, job, depth=0, staleness=0, every=1, extra=-1):
     collection = model.collections()["ebc"]
     wire = dataclasses.astuple(collection.wire)
     rows = [(chunk.table, chunk.row_start, chunk.weights.clone(),
-             {name: state.clone() for name, state in chunk.state.items()})
+             {name: state.clone() for name, state in (chunk.state | chunk.extra).items()})
             for chunk in collection.chunks(1 << 20)]
     return outputs, rows, wire
 
@@ -94,13 +108,28 @@ def _assert_same(found, expected):
             assert all(torch.equal(state[name], plain_state[name]) for name in state)
 
 
-ALL = tuple(name for name, *_ in _TABLES)
+ALL = tuple(name for name, *_ in _TABLES if name not in _OWN_START)
 
 
 @pytest.mark.parametrize("depth", [1, 3], ids="depth_{}".format)
 @pytest.mark.parametrize("names", [ALL, ("row",), ("bags",), ("table", "column")], ids="+".join)
 def test_training_ahead_gives_the_same_bits(names, depth):
     job = _job(2, names)
+    _assert_same(run_ranks(2, _train, job, depth), run_ranks(2, _train, job))
+
+
+@pytest.mark.parametrize("codec", ["fp16", "int8"])
+def test_reduced_precision_on_the_wire_gives_the_same_bits(codec):
+    job = _job(2, ALL, wire=WireDtypes(codec, codec))
+    ahead, plain = run_ranks(2, _train, job, 2), run_ranks(2, _train, job)
+    _assert_same(ahead, plain)
+    exact = run_ranks(2, _train, _job(2, ALL))
+    assert not torch.equal(torch.cat(plain[0][0]), torch.cat(exact[0][0]))
+
+
+@pytest.mark.parametrize("depth", [1, 2], ids="depth_{}".format)
+def test_tables_of_cores_and_of_chunks_give_the_same_bits(depth):
+    job = _job(2, (*_OWN_START, "row"), steps=9)
     _assert_same(run_ranks(2, _train, job, depth), run_ranks(2, _train, job))
 
 
