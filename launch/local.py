@@ -28,6 +28,8 @@ _LOOPBACK = "127.0.0.1"
 _SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 #: Exit codes of ranks that a signal stopped in order.
 _STOPPED = {SIGNAL_EXIT + signal.SIGINT, SIGNAL_EXIT + signal.SIGTERM, REQUEUE}
+#: The agent kills ranks that outlive the first failure by 30 s; timestamps are whole seconds.
+_AGENT_KILLS_AFTER_S = 28
 
 
 def start_local_ranks(ranks: int, command: Sequence[str]) -> int:
@@ -59,8 +61,9 @@ def start_local_ranks(ranks: int, command: Sequence[str]) -> int:
         try:
             elastic_launch(config, command[0])(*command[1:])
         except ChildFailedError as error:
-            codes = {failure.exitcode for failure in error.failures.values()}
-            if codes <= _STOPPED:  # they noted the signal themselves, and ended in order
+            # The first rank that ends makes the agent send SIGTERM to one that is about to.
+            codes = {failure.exitcode for failure in error.failures.values()} - {-signal.SIGTERM}
+            if codes and codes <= _STOPPED:  # they noted the signal, and ended in order
                 return int(max(codes))
             raise _first_failure(Path(folder), error.failures) from None
         except SignalException as error:
@@ -105,13 +108,14 @@ def _first_failure(folder: Path, failures: dict[int, Any]) -> LaunchError:
     """The cause, among ranks that failed within the same moment.
 
     A rank that died without reporting an exception did not die of another rank's failure (unless
-    by the SIGTERM that stops the others); else the earliest exception is the cause. The agent's
+    by the signals that stop the others); else the earliest exception is the cause. The agent's
     own timestamps count whole seconds, too coarse for that.
     """
+    begin = min(failure.timestamp for failure in failures.values())
     reports = [json.loads(file.read_text())["message"] for file in folder.glob("**/error.json")]
     reported = {report["extraInfo"]["rank"] for report in reports}
     silent = {rank: failure for rank, failure in failures.items()
-              if str(rank) not in reported and failure.exitcode != -signal.SIGTERM}
+              if str(rank) not in reported and not _ended_by_agent(failure, begin)}
     if silent or not reports:
         rank, failure = next(iter((silent or failures).items()))
         if failure.exitcode >= 0:
@@ -124,6 +128,12 @@ def _first_failure(folder: Path, failures: dict[int, Any]) -> LaunchError:
     rank = first["extraInfo"]["rank"]
     return LaunchError(f"rank {rank} failed: {first['message'].rstrip()}",
                        int(first["extraInfo"]["exit_code"]))
+
+
+def _ended_by_agent(failure: Any, begin: int) -> bool:
+    """Whether the agent stopped a rank after the first failure, which was at ``begin``."""
+    late = failure.timestamp - begin >= _AGENT_KILLS_AFTER_S
+    return failure.exitcode == -signal.SIGTERM or (failure.exitcode == -signal.SIGKILL and late)
 
 
 def rank_command(*arguments: str) -> list[str]:

@@ -194,9 +194,11 @@ def _show_new(path: Path, read: int, say: Callable[[str], None]) -> int:
 
 
 def _state(job_id: str) -> str:
-    """A job's state; "" once Slurm has forgotten it."""
+    """A job's state; "" once Slurm has forgotten it; where Slurm does not answer, that."""
     done = subprocess.run(["squeue", "-h", "-j", job_id, "-t", "all", "-o", "%T"],
                           capture_output=True, text=True, check=False)
+    if done.returncode and "Invalid job id" not in done.stderr:
+        return f"state unknown, squeue failed: {done.stderr.strip()}"
     return done.stdout.strip()
 
 

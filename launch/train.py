@@ -66,6 +66,8 @@ def run_job(job: JobConfig) -> int:
     summary = train(job, chosen, run, groups)
     if groups.rank == 0:
         Console().print(summary.table())
+    if summary.exit_code:  # a launcher stops ranks that outlive one with such a code
+        comm.barrier(groups)
     comm.shutdown()
     return summary.exit_code
 

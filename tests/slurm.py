@@ -2,11 +2,17 @@
 
 Two slurmd share the host under different names and ports. Needs root, munge and slurm-wlm; see
 `missing`. As a program: ``python tests/slurm.py COMMAND ...`` runs a command inside a cluster.
+
+A keeper, which is this file in a process of its own, starts the daemons and is the parent that
+Linux gives to whatever they leave behind. Its input closes when whoever asked for the cluster is
+done or is killed; it then kills all that descends from it, jobs included.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
+import random
 import shutil
 import signal
 import socket
@@ -15,19 +21,24 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue")
 NODES = ("node1", "node2")
 _KEY_BYTES = 128  # munge wants 32 to 1024
-_START_S = 30.0
+_START_S = 60.0
+_PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
+_UP = "up"
+#: Below the ports that Linux gives to outgoing connections, above those of Slurm jobs' ranks.
+_PORTS = range(32000, 32768)
+_JOB_IDS = range(1000, 60000)  # two clusters on one machine: other jobs, so other ports for ranks
 _CONF = """ClusterName=shardlab-test
 SlurmctldHost={host}(127.0.0.1)
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-AuthInfo=socket={folder}/munge.socket,cred_expire=5
+AuthInfo=socket={folder}/munge.socket,cred_expire=30
 CryptoType=crypto/munge
 SlurmctldPort={ports[0]}
 SlurmctldPidFile={folder}/slurmctld.pid
@@ -40,11 +51,14 @@ ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 MpiDefault=none
 ReturnToService=2
+FirstJobId={first_job}
+MessageTimeout=60
+BatchStartTimeout=60
 SchedulerParameters=batch_sched_delay=0,sched_interval=2,sched_min_interval=0
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 JobRequeue=1
-KillWait=20
+KillWait=60
 MinJobAge=600
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
@@ -52,7 +66,7 @@ AccountingStorageType=accounting_storage/none
 JobAcctGatherType=jobacct_gather/none
 NodeName=node1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=2
 NodeName=node2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=2
-PartitionName=low Nodes=node1,node2 Default=YES MaxTime=60 PriorityTier=1 GraceTime=20 State=UP
+PartitionName=low Nodes=node1,node2 Default=YES MaxTime=60 PriorityTier=1 GraceTime=60 State=UP
 PartitionName=high Nodes=node1,node2 MaxTime=60 PriorityTier=2 State=UP
 """
 
@@ -75,28 +89,78 @@ def cluster() -> Iterator[dict[str, str]]:
         RuntimeError: it did not come up; carries the daemons' last lines.
     """
     folder = Path(tempfile.mkdtemp(prefix="slurm-"))
+    with subprocess.Popen([sys.executable, __file__, "--keep", str(folder)], text=True,
+                          stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                          start_new_session=True) as keeper:
+        assert keeper.stdin is not None
+        assert keeper.stdout is not None
+        try:
+            said = keeper.stdout.readline().strip()
+            if said != _UP:
+                raise RuntimeError("\n".join([said, keeper.stdout.read()]))
+            yield _variables(folder)
+        finally:
+            keeper.stdin.close()
+
+
+def release(job_id: str, environ: dict[str, str]) -> None:
+    """Starts a requeued job now.
+
+    Slurm would hold it for as long as credentials live (AuthInfo's cred_expire, by default two
+    minutes), after which no node can take the first start's for the second's.
+    """
+    end = time.monotonic() + _START_S
+    while _ask("squeue", "-h", "-j", job_id, "-o", "%T %r", environ=environ) != "PENDING BeginTime":
+        if time.monotonic() > end:
+            raise RuntimeError(f"job {job_id} was not requeued:\n" + _ask(
+                "scontrol", "show", "job", job_id, environ=environ))
+        time.sleep(0.1)
+    subprocess.run(["scontrol", "update", f"JobId={job_id}", "StartTime=now"], env=environ,
+                   check=True)
+
+
+def _ask(*command: str, environ: dict[str, str]) -> str:
+    return subprocess.run(command, env=environ, capture_output=True, text=True,
+                          check=False).stdout.strip()
+
+
+def _keep(folder: Path) -> None:
+    """What the keeper does, from the start of the first daemon to the end of the last process."""
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
     folder.chmod(0o755)
-    daemons: list[subprocess.Popen[bytes]] = []
     try:
-        variables = _configure(folder)
-        daemons.append(_start_munge(folder, variables))
-        daemons.append(_start("slurmctld", "-D", "-c", environ=variables, folder=folder))
-        for node in NODES:
-            daemons.append(_start("slurmd", "-D", "-N", node, environ=variables, folder=folder))
-        _wait_for_nodes(folder, variables, daemons)
-        yield variables
+        try:
+            _bring_up(folder)
+        except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+            print(error, flush=True)
+        else:
+            print(_UP, flush=True)
+            sys.stdin.read()
     finally:
-        _stop(folder, daemons)
+        _kill_descendants()
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _configure(folder: Path) -> dict[str, str]:
+def _bring_up(folder: Path) -> None:
+    _configure(folder)
+    variables = _variables(folder)
+    daemons = [_start_munge(folder, variables),
+               _start("slurmctld", "-D", "-c", environ=variables, folder=folder)]
+    daemons += [_start("slurmd", "-D", "-N", node, environ=variables, folder=folder)
+                for node in NODES]
+    _wait_for_nodes(folder, variables, daemons)
+
+
+def _variables(folder: Path) -> dict[str, str]:
+    return {**os.environ, "SLURM_CONF": str(folder / "slurm.conf")}
+
+
+def _configure(folder: Path) -> None:
     host = socket.gethostname().split(".")[0]
     for name in ("state", *(f"spool-{node}" for node in NODES)):
         (folder / name).mkdir()
-    config = folder / "slurm.conf"
-    config.write_text(_CONF.format(folder=folder, host=host, ports=_free_ports(3)))
-    return {**os.environ, "SLURM_CONF": str(config)}
+    (folder / "slurm.conf").write_text(_CONF.format(
+        folder=folder, host=host, ports=_free_ports(3), first_job=random.choice(_JOB_IDS)))
 
 
 def _start_munge(folder: Path, environ: dict[str, str]) -> subprocess.Popen[bytes]:
@@ -128,18 +192,30 @@ def _wait_for_nodes(folder: Path, environ: dict[str, str],
         time.sleep(0.1)
 
 
-def _stop(folder: Path, daemons: list[subprocess.Popen[bytes]]) -> None:
-    """Ends steps, then the daemons, the last one first; nothing of the cluster is left."""
-    config = str(folder / "slurm.conf")
-    subprocess.run(["scancel", "--user=root", "--signal=KILL"], check=False, capture_output=True,
-                   env={**os.environ, "SLURM_CONF": config})
-    for daemon in reversed(daemons):
-        daemon.send_signal(signal.SIGTERM)
+def _kill_descendants() -> None:
+    """Kills all that this process started, and what that started, until nothing is left."""
+    while True:
+        for process in _descendants(os.getpid()):
+            with suppress(ProcessLookupError):  # it has just ended
+                os.kill(process, signal.SIGKILL)
         try:
-            daemon.wait(timeout=10)
-        except subprocess.TimeoutExpired:
-            daemon.kill()
-            daemon.wait()
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        except ChildProcessError:
+            return
+        time.sleep(0.01)
+
+
+def _descendants(ancestor: int) -> list[int]:
+    children: dict[int, list[int]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it has just ended
+            parent = int(stat.read_text().rpartition(")")[2].split()[1])
+            children.setdefault(parent, []).append(int(stat.parent.name))
+    found = [ancestor]
+    for process in found:  # grows while it is read
+        found += children.get(process, [])
+    return found[1:]
 
 
 def _start(name: str, *arguments: str, environ: dict[str, str],
@@ -148,7 +224,7 @@ def _start(name: str, *arguments: str, environ: dict[str, str],
     assert program is not None
     with open(folder / f"{name}.out", "ab") as out:
         return subprocess.Popen([program, *arguments], env=environ, stdout=out, stderr=out,
-                                stdin=subprocess.DEVNULL, start_new_session=True)
+                                stdin=subprocess.DEVNULL)
 
 
 def _program(name: str) -> str | None:
@@ -156,11 +232,15 @@ def _program(name: str) -> str | None:
 
 
 def _free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [opened.getsockname()[1] for opened in sockets]
-    for opened in sockets:
-        opened.close()
-    return ports
+    found: list[int] = []
+    for port in random.sample(_PORTS, len(_PORTS)):
+        with suppress(OSError):  # taken
+            socket.create_server(("127.0.0.1", port)).close()
+            found.append(port)
+        if len(found) == count:
+            return found
+    raise RuntimeError(f"{len(found)} of ports {_PORTS.start} to {_PORTS.stop - 1} are free, "
+                       f"a cluster needs {count}")
 
 
 def _last_lines(folder: Path) -> str:
@@ -170,6 +250,9 @@ def _last_lines(folder: Path) -> str:
 
 def main(command: list[str]) -> int:
     """Runs a command inside a cluster; returns its exit code."""
+    if command[:1] == ["--keep"]:
+        _keep(Path(command[1]))
+        return 0
     reason = missing()
     if reason is not None:
         print(f"no Slurm cluster: {reason}", file=sys.stderr)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,8 +15,10 @@ import time
 from pathlib import Path
 
 import pytest
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from shardlab.errors import LaunchError
+from shardlab.launch import local
 from shardlab.launch.local import rank_command, start_local_ranks
 
 # What a rank does, by name; each is the body of a function in a process of its own.
@@ -179,6 +182,25 @@ def test_no_rank_outlives_its_parent(tmp_path, number, code):
         _, err = parent.communicate(timeout=30)
     assert (parent.returncode, err) == (code, "")
     wait_until(lambda: not any(map(alive, pids)))
+
+
+def failure(rank: int, code: int, timestamp: int) -> ProcessFailure:
+    made = ProcessFailure(rank, 100 + rank, code, "")
+    made.timestamp = timestamp
+    return made
+
+
+@pytest.mark.parametrize(("killed_at", "code", "message"), [
+    (1030, 5, "rank 0 failed: no progress"),  # it stood still, and the agent killed it
+    (1000, 137, r"rank 1 \(process 101\) was killed by SIGKILL; .* out of memory")])
+def test_a_rank_that_the_agent_had_to_kill_is_not_the_cause(tmp_path, killed_at, code, message):
+    extra = {"rank": "0", "time_ns": "1", "exit_code": "5"}
+    report = {"message": "no progress", "extraInfo": extra}
+    (tmp_path / "error.json").write_text(json.dumps({"message": report}))
+    failures = {0: failure(0, 5, 1000), 1: failure(1, -signal.SIGKILL, killed_at)}
+    found = local._first_failure(tmp_path, failures)
+    assert found.exit_code == code
+    assert re.match(message, str(found))
 
 
 def test_rank_command_runs_this_interpreter():
