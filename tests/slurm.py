@@ -107,16 +107,29 @@ def release(job_id: str, environ: dict[str, str]) -> None:
     """Starts a requeued job now.
 
     Slurm would hold it for as long as credentials live (AuthInfo's cred_expire, by default two
-    minutes), after which no node can take the first start's for the second's.
+    minutes). That is for nodes to forget the first start: its last report must not be taken for
+    the second's, so this waits until it has ended.
     """
     end = time.monotonic() + _START_S
-    while _ask("squeue", "-h", "-j", job_id, "-o", "%T %r", environ=environ) != "PENDING BeginTime":
+    while _ask("squeue", "-h", "-j", job_id, "-o", "%T %r", environ=environ) != \
+            "PENDING BeginTime" or _steps(job_id):
         if time.monotonic() > end:
             raise RuntimeError(f"job {job_id} was not requeued:\n" + _ask(
                 "scontrol", "show", "job", job_id, environ=environ))
         time.sleep(0.1)
     subprocess.run(["scontrol", "update", f"JobId={job_id}", "StartTime=now"], env=environ,
                    check=True)
+
+
+def _steps(job_id: str) -> list[str]:
+    """Slurm's processes for a job, which call themselves such as ``slurmstepd: [7.batch]``."""
+    title = f"slurmstepd: [{job_id}.".encode()
+    found = []
+    for command in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):  # it has just ended
+            if command.read_bytes().startswith(title):
+                found.append(command.parent.name)
+    return found
 
 
 def _ask(*command: str, environ: dict[str, str]) -> str:

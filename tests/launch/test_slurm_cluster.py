@@ -25,7 +25,7 @@ optimizer: {schedule: {kind: cosine, warmup_steps: 5, steps: 400}}
 train: {log_every: 10, checkpoint_every: 100}
 """
 LAST = 400
-WAIT_S = 180.0
+WAIT_S = 300.0
 pytestmark = pytest.mark.skipif(slurm.missing() is not None,
                                 reason=f"no Slurm here: {slurm.missing()}")
 
