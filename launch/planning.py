@@ -15,6 +15,7 @@ from shardlab.errors import LaunchError, PlanError, ShardLabError
 from shardlab.launch.dense_model import dense_model
 from shardlab.plan import ShardingPlan, WireDtypes
 from shardlab.planner import PlanSettings, Topology, local_cpu, plan, read_topology
+from shardlab.storage_specs import Tier
 
 if TYPE_CHECKING:
     from shardlab.comm import Groups
@@ -184,8 +185,22 @@ def _world_size(path: Path) -> int:
     return ShardingPlan.from_json(path.read_text(encoding="utf-8")).world_size
 
 
+def without_absent_disk(topology: Topology, job: JobConfig) -> Topology:
+    """The machine as the planner may use it: tables lie on disk only where the job names a folder.
+
+    A table that asks for the disk by itself keeps it, for the error that names the missing folder.
+    """
+    asks = any(level.tier is Tier.SSD for table in job.table_configs()
+               for level in getattr(table.storage, "levels", ()))
+    return topology if job.train.ssd_dir is not None or asks else replace(topology, ssd=None)
+
+
 def job_topology(job: JobConfig, groups: Groups) -> Topology:
-    """The machine that a job names, or the one that its ranks run on."""
+    """The machine that a job names, or the one that its ranks run on; see `without_absent_disk`."""
+    return without_absent_disk(_named_or_here(job, groups), job)
+
+
+def _named_or_here(job: JobConfig, groups: Groups) -> Topology:
     if job.topology is not None:
         return read_topology(job.topology)
     hosts = groups.world_size // groups.local_world_size

@@ -10,12 +10,14 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shardlab.errors import ConfigError, LaunchError, ShardLabError
+from shardlab.errors import ConfigError, LaunchError, PlanError, ShardLabError
 
 if TYPE_CHECKING:
     from shardlab.comm import Groups
     from shardlab.config import JobConfig
+    from shardlab.plan import ShardingPlan
     from shardlab.planner import Topology
+    from shardlab.planner.request import Request
 
 #: File systems that every node of a cluster sees at one path, by the names of /proc/mounts.
 SHARED_SYSTEMS = frozenset({
@@ -65,22 +67,45 @@ def _plan(job: JobConfig, nodes: Nodes) -> list[str]:
 
     ranks = nodes.nodes * nodes.ranks_per_node
     try:
-        if job.plan is not None:
-            read_job_plan(Path(job.plan), job, ranks)
-            return [f"plan      {job.plan} is for {ranks} ranks and fits the tables"]
+        given = None if job.plan is None else read_job_plan(Path(job.plan), job, ranks)
         topology = _topology(job, nodes)
         if topology is None:
-            return ["plan      not checked: name a topology to have it planned for its GPUs"]
-        result = plan_request(job_request(job, topology))
+            return [f"plan      not checked against memory: say what the GPUs are, such as --set "
+                    f"topology={nodes.nodes}x{nodes.ranks_per_node}xh100"]
+        request = job_request(job, topology)
+        if given is not None:
+            return [_given(given, request, job, nodes)]
+        result = plan_request(request)
     except ShardLabError as error:
-        raise LaunchError(f"plan: {error}") from None
+        raise LaunchError(f"plan: {error}", error.exit_code) from None
     most = max(rank.bytes.hbm for rank in result.ranks)
     return [f"plan      fits {ranks} ranks of {topology.name}; the fullest holds "
             f"{most / 2**30:.2f} of {result.capacity / 2**30:.2f} GiB of hbm"]
 
 
+def _given(plan: ShardingPlan, request: Request, job: JobConfig, nodes: Nodes) -> str:
+    """What is said of the plan that a job names; PlanError where it is too large for the nodes."""
+    from shardlab.launch.forecast import Free, forecast
+
+    topology = request.topology
+    disk = None if job.train.ssd_dir is None or topology.ssd is None else \
+        topology.ssd.capacity_bytes
+    if nodes.gpus:
+        have = Free(topology.hbm_bytes, topology.ddr_bytes, disk)
+    else:
+        arenas = topology.hbm_bytes * topology.ranks_per_host
+        have = Free(None, topology.ddr_bytes + arenas, disk)
+    over = forecast(plan, request, [have] * topology.world_size, on_device=nodes.gpus)
+    if over:
+        lines = over.split("\n")[1:]  # the first speaks of memory that is free now
+        raise PlanError("\n".join([f"{job.plan} does not fit {topology.world_size} ranks of "
+                                   f"{topology.name}:", *lines]))
+    return f"plan      {job.plan} fits {topology.world_size} ranks of {topology.name}"
+
+
 def _topology(job: JobConfig, nodes: Nodes) -> Topology | None:
     """The job's topology, or nodes like this machine; None: GPUs that nobody described."""
+    from shardlab.launch.planning import without_absent_disk
     from shardlab.planner import local_cpu, read_topology
 
     ranks = nodes.nodes * nodes.ranks_per_node
@@ -90,11 +115,13 @@ def _topology(job: JobConfig, nodes: Nodes) -> Topology | None:
             raise LaunchError(f"topology {named.name} has {named.world_size} ranks, the nodes "
                               f"asked for have {nodes.nodes} x {nodes.ranks_per_node}; change one "
                               "of them")
-        return replace(named, hosts=nodes.nodes, ranks_per_host=nodes.ranks_per_node)
+        named = replace(named, hosts=nodes.nodes, ranks_per_host=nodes.ranks_per_node)
+        return without_absent_disk(named, job)
     if nodes.gpus:
         return None
     here = local_cpu(nodes.ranks_per_node)
-    return replace(here, name=f"nodes like this machine ({here.name})", hosts=nodes.nodes)
+    here = replace(here, name=f"nodes like this machine ({here.name})", hosts=nodes.nodes)
+    return without_absent_disk(here, job)
 
 
 def _paths(job: JobConfig, nodes: Nodes) -> list[str]:

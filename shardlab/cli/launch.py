@@ -24,14 +24,19 @@ def launch() -> None:
 @_JOB
 @_SET
 @click.option("--ranks", type=click.IntRange(min=1), metavar="N",
-              help="Ranks to start; default: the job's.")
+              help="Ranks to start; default: `ranks` of the job.")
 @click.option("--min-ranks", type=click.IntRange(min=1), metavar="M",
-              help="After a rank was lost go on with fewer, down to M; default: N.")
+              help="Go on with one rank fewer after each loss, down to M; default: N, none "
+                   "fewer.")
 @click.option("--restarts", type=click.IntRange(min=0), default=3, show_default=True, metavar="R",
-              help="Times that lost ranks are survived.")
+              help="Losses to survive (a rank killed, crashed or stuck); the next ends the job.")
 def local(job: str, overrides: tuple[str, ...], ranks: int | None, min_ranks: int | None,
           restarts: int) -> int:
-    """Train on ranks of this machine; a lost rank costs the steps since the last checkpoint."""
+    """Train on ranks of this machine, and start them again when one is lost.
+
+    What is lost are the steps since the last checkpoint, so the job must name train.run_dir.
+    Exit codes: docs/launch.md.
+    """
     config = read_job(job, False, overrides, ranks=ranks)
     from shardlab.launch.elastic import supervise
 
@@ -45,23 +50,27 @@ def local(job: str, overrides: tuple[str, ...], ranks: int | None, min_ranks: in
 @_JOB
 @_SET
 @click.option("--nodes", required=True, metavar="N|MIN-MAX",
-              help="Nodes; MIN-MAX takes what is free, and plans for what it got.")
+              help="Nodes; MIN-MAX takes what is free and plans for it, with --set "
+                   "train.elastic=true.")
 @click.option("--gpus-per-node", type=click.IntRange(min=0), default=0, metavar="M",
               help="GPUs of each node, one rank each; 0: ranks on CPUs.")
 @click.option("--ranks-per-node", type=click.IntRange(min=1), metavar="M",
               help="Ranks of each node; default: one per GPU, or 1.")
-@click.option("--cpus-per-task", type=click.IntRange(min=1), help="Cores of each rank.")
-@click.option("--time", metavar="LIMIT", help="Time limit, such as 24:00:00.")
-@click.option("--partition", help="Partition.")
-@click.option("--account", help="Account.")
-@click.option("--qos", help="Quality of service.")
-@click.option("--name", help="Name of the job; default: the job file's.")
+@click.option("--cpus-per-task", type=click.IntRange(min=1), metavar="C",
+              help="Cores of each rank; default: the cluster's.")
+@click.option("--time", metavar="LIMIT", help="Time limit, such as 24:00:00; default: the partition's.")
+@click.option("--partition", metavar="NAME", help="Partition; default: the cluster's.")
+@click.option("--account", metavar="NAME", help="Account that is charged; default: yours.")
+@click.option("--qos", metavar="NAME", help="Quality of service; default: the account's.")
+@click.option("--name", metavar="NAME", help="Name of the job; default: the job file's.")
 @click.option("--requeue", is_flag=True,
-              help="Start again after preemption, the time limit's warning, or a node's failure.")
+              help="Go back into the queue after preemption, the time limit's warning, or a "
+                   "node's failure, and resume; default: end.")
 @click.option("--signal", "warn_s", type=click.IntRange(min=1), default=120, show_default=True,
-              metavar="SECONDS", help="Warn ranks this long before the time limit.")
-@click.option("--interface", metavar="NAME", help="Network interface for NCCL and gloo.")
-@click.option("--setup", metavar="LINE", help="Shell line to run first, such as module load.")
+              metavar="SECONDS",
+              help="Ranks save and end (SIGUSR1) this long before the time limit.")
+@click.option("--interface", metavar="NAME", help="Network interface for NCCL and gloo; default: they choose.")
+@click.option("--setup", metavar="LINE", help="Shell line that the script runs first, such as 'module load cuda'.")
 @click.option("--sbatch", "extra", multiple=True, metavar="OPTION",
               help="A further option of sbatch, such as --exclusive. Can be repeated.")
 @click.option("--assume-shared", is_flag=True,
@@ -70,7 +79,11 @@ def local(job: str, overrides: tuple[str, ...], ranks: int | None, min_ranks: in
 @click.option("--no-follow", is_flag=True, help="Return once the job is in the queue.")
 def slurm(job: str, overrides: tuple[str, ...], dry_run: bool, no_follow: bool,
           assume_shared: bool, **options: Any) -> int:
-    """Check a job, submit it to Slurm, and show its output until it ends."""
+    """Check a job, submit it to Slurm, and show its output until it ends.
+
+    Checked are the plan against the nodes' memory, paths and versions; what would fail is not
+    submitted. Script and logs are in slurm/ of train.run_dir. Ends with the ranks' exit code.
+    """
     config = read_job(job, False, overrides)
     from shardlab.launch.preflight import Nodes, absolute_paths, check
     from shardlab.launch.slurm import batch_script, follow, submit
