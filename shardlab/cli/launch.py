@@ -58,7 +58,8 @@ def local(job: str, overrides: tuple[str, ...], ranks: int | None, min_ranks: in
               help="Ranks of each node; default: one per GPU, or 1.")
 @click.option("--cpus-per-task", type=click.IntRange(min=1), metavar="C",
               help="Cores of each rank; default: the cluster's.")
-@click.option("--time", metavar="LIMIT", help="Time limit, such as 24:00:00; default: the partition's.")
+@click.option("--time", metavar="LIMIT",
+              help="Time limit, such as 24:00:00; default: the partition's.")
 @click.option("--partition", metavar="NAME", help="Partition; default: the cluster's.")
 @click.option("--account", metavar="NAME", help="Account that is charged; default: yours.")
 @click.option("--qos", metavar="NAME", help="Quality of service; default: the account's.")
@@ -69,8 +70,10 @@ def local(job: str, overrides: tuple[str, ...], ranks: int | None, min_ranks: in
 @click.option("--signal", "warn_s", type=click.IntRange(min=1), default=120, show_default=True,
               metavar="SECONDS",
               help="Ranks save and end (SIGUSR1) this long before the time limit.")
-@click.option("--interface", metavar="NAME", help="Network interface for NCCL and gloo; default: they choose.")
-@click.option("--setup", metavar="LINE", help="Shell line that the script runs first, such as 'module load cuda'.")
+@click.option("--interface", metavar="NAME",
+              help="Network interface for NCCL and gloo; default: they choose.")
+@click.option("--setup", metavar="LINE",
+              help="Shell line that the script runs first, such as 'module load cuda'.")
 @click.option("--sbatch", "extra", multiple=True, metavar="OPTION",
               help="A further option of sbatch, such as --exclusive. Can be repeated.")
 @click.option("--assume-shared", is_flag=True,

@@ -93,7 +93,7 @@ def test_a_plan_that_does_not_fit_the_nodes_is_refused_with_what_would(tmp_path)
 def test_the_disk_counts_only_where_the_job_has_a_folder_on_it(tmp_path):
     wide = LARGE.replace("4096", "256")
     job = load_job(None, [wide, f"train.run_dir={tmp_path}"])
-    with pytest.raises(LaunchError, match="the 26 tables need .* short by"):
+    with pytest.raises(LaunchError, match=r"the 26 tables need .* short by"):
         check(job, Nodes(1, 1, gpus=False))
     check(load_job(None, [wide, f"train.run_dir={tmp_path}", "train.ssd_dir=ssd"]),
           Nodes(1, 1, gpus=False))
