@@ -271,8 +271,9 @@ def read_profile(name: str) -> Topology:
     match = _NAME.fullmatch(name)
     base = PROFILES.get(match["profile"]) if match else None
     if match is None or base is None:
-        word = match["profile"] if match else name
-        raise ConfigError(f"unknown topology {name!r}{nearest_name(word, list(PROFILES))}; known "
+        size = name[:match.start("profile")] if match else ""
+        known = [size + profile for profile in PROFILES]
+        raise ConfigError(f"unknown topology {name!r}{nearest_name(name, known)}; known "
                           f"profiles: {', '.join(PROFILES)}, each with sizes like 8xh100 (one "
                           "host) or 16x8xh100 (16 hosts); or the path of a YAML file")
     return replace(base, name=name, hosts=int(match["hosts"] or 1),

@@ -42,8 +42,8 @@ def test_cpu_profile_fits_the_measured_random_rows() -> None:
 
 
 @pytest.mark.parametrize(("name", "hint"), [
-    ("8xh10", "did you mean 'h100'"), ("hh100", "did you mean 'h100'"),
-    ("8xa100-40g", "did you mean 'a100-40gb'"), ("x8xh100", "known profiles"),
+    ("8xh10", "did you mean '8xh100'"), ("hh100", "did you mean 'h100'"),
+    ("8xa100-40g", "did you mean '8xa100-40gb'"), ("x8xh100", "known profiles"),
     ("2x2x2xh100", "known profiles"), ("", "known profiles")])
 def test_read_topology_unknown_name(name: str, hint: str) -> None:
     with pytest.raises(ConfigError, match="unknown topology") as error:
