@@ -132,8 +132,8 @@ def _first_failure(folder: Path, failures: dict[int, Any]) -> LaunchError:
 
 def _ended_by_agent(failure: Any, begin: int) -> bool:
     """Whether the agent stopped a rank after the first failure, which was at ``begin``."""
-    late = failure.timestamp - begin >= _AGENT_KILLS_AFTER_S
-    return failure.exitcode == -signal.SIGTERM or (failure.exitcode == -signal.SIGKILL and late)
+    code, after_s = int(failure.exitcode), int(failure.timestamp) - begin
+    return code == -signal.SIGTERM or (code == -signal.SIGKILL and after_s >= _AGENT_KILLS_AFTER_S)
 
 
 def rank_command(*arguments: str) -> list[str]:

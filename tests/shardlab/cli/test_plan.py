@@ -225,7 +225,7 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    (("--demo", "--topology", "8xh10"), "unknown topology '8xh10' (did you mean 'h100'?)"),
+    (("--demo", "--topology", "8xh10"), "unknown topology '8xh10' (did you mean '8xh100'?)"),
     (("--demo", "--topology", "none.yaml"), "topology file none.yaml: cannot be read: No such"),
     (("--demo", "--topology", "bad.yaml"), "topology file bad.yaml: not YAML"),
     (("--demo", "--topology", "list.yaml"), "expected a mapping of fields"),
