@@ -56,7 +56,7 @@ class Case:
             self._train(batch(options, 10_000 + number))
 
     def _keep(self, share: float) -> None:
-        present, _ = self.storage.utility_counts(0)
+        present = self.storage.utility_counts(0)
         counts = present.double().sum(0)
         above = counts.flip(0).cumsum(0).flip(0)
         wanted = share * float(counts.sum())

@@ -25,17 +25,17 @@ ChunkCall call_from(const CallTuple& t) {
   return {at<ChunkStore>(std::get<0>(t)), at<ChunkBlock>(std::get<1>(t)), std::get<2>(t)};
 }
 
-// (segments, number of them, ids, norms, stride, weights, thresholds, key,
-// candidates)
+// (segments, number of them, ids, norms, stride, weights, thresholds, key, margins, evicted)
 using OfferTuple =
-    std::tuple<Address, int64_t, Address, Address, int64_t, Address, Address, int64_t,
+    std::tuple<Address, int64_t, Address, Address, int64_t, Address, Address, int64_t, Address,
                Address>;
 ChunkOffers offers_from(const OfferTuple& t) {
   return {at<ChunkSegment>(std::get<0>(t)), std::get<1>(t), at<int64_t>(std::get<2>(t)),
           at<float>(std::get<3>(t)), std::get<4>(t), at<float>(std::get<5>(t)),
           at<float>(std::get<6>(t)),
           (uint64_t)std::get<7>(t),
-          at<int64_t>(std::get<8>(t))};
+          at<float>(std::get<8>(t)),
+          at<int64_t>(std::get<9>(t))};
 }
 
 void bind_index(nb::module_& m) {
@@ -66,10 +66,10 @@ void bind_index(nb::module_& m) {
     chunk_count(call_from(call), store, decay, at<int64_t>(bins), at<int64_t>(dims), stride);
   });
   m.def("chunk_decide", [](const CallTuple& call, int64_t store, float decay, Address thresholds,
-                           int64_t key, Address evicted, Address candidates) {
+                           int64_t key, Address evicted) {
     nb::gil_scoped_release release;
     chunk_decide(call_from(call), store, decay, at<float>(thresholds), (uint64_t)key,
-                 at<int64_t>(evicted), at<int64_t>(candidates));
+                 at<int64_t>(evicted));
   });
   m.def("chunk_compact", [](Address store, bool tight, Address moves) {
     nb::gil_scoped_release release;

@@ -24,19 +24,10 @@ inline uint8_t cell_code(float u, uint32_t random) {
 
 struct Cells {
   uint8_t *first, *second;
-  float value() const { return cell_value(code()); }
-  uint8_t code() const { return std::min(*first, *second); }
-  // Counts a chunk at a higher utility, in the cells and among the candidates of its block.
-  void raise(uint8_t to, int64_t* candidates) const {
-    const uint8_t from = code();
+  float value() const { return cell_value(std::min(*first, *second)); }
+  void raise(uint8_t to) const {
     *first = std::max(*first, to);
     *second = std::max(*second, to);
-    if (code() == from) return;
-    ++candidates[code()];
-    leave(from, candidates);
-  }
-  static void leave(uint8_t from, int64_t* candidates) {
-    if (from && candidates[from] > 0) --candidates[from];
   }
 };
 

@@ -16,6 +16,8 @@ constexpr int64_t kPage = 4096;
 // tail.
 constexpr int64_t kLoadNumber = 7, kLoadOf = 8, kGrowth = 16, kFewSlots = 32;
 constexpr int64_t kTailShift = 4, kMostTail = 1024;
+// Rows from which a chunk that goes is chosen: the least of 8 is among the lowest ninth on average.
+constexpr int64_t kDrawn = 8;
 
 int64_t pages(int64_t bytes) { return (bytes + kPage - 1) / kPage * kPage; }
 // Slots of homes, and those behind the last home; the last of all stays empty.
@@ -120,6 +122,16 @@ int64_t insert(ChunkStore& s, uint64_t key) {
   return at;
 }
 
+// A row goes: those behind it move up to their homes, or towards them.
+void erase(ChunkStore& s, int64_t slot) {
+  const uint64_t* keys = keys_of(s);
+  int64_t end = slot + 1;
+  while (keys[end] && (int64_t)scaled(keys[end], s.slots) < end) ++end;
+  move_slots(s, slot, slot + 1, end - slot - 1);
+  keys_of(s)[end - 1] = 0;
+  --s.rows;
+}
+
 // ---------------------------------------------------------------- pool
 int32_t* stack_of(const ChunkStore& s) { return (int32_t*)s.stack; }
 
@@ -139,6 +151,17 @@ int32_t take_place(ChunkStore& s) {
   }
   ++s.used;
   return place;
+}
+
+// A chunk goes: its place is free, its utility counted in the sketch.
+void leave(ChunkStore& s, int64_t slot, int64_t chunk, float utility) {
+  const uint64_t key = keys_of(s)[slot];
+  if (s.sketch_lines) cells_of(line_of(s, key), key, chunk).raise(cell_code(utility, 0));
+  int32_t& place = places_of(value_at(s, slot))[chunk];
+  stack_of(s)[s.free++] = place;
+  place = -1;
+  utilities_of(s, value_at(s, slot))[chunk] = 0;
+  --s.used;
 }
 
 // Calls body(store, block number, ids' position) over the segments' parts of a thread.
@@ -245,48 +268,115 @@ struct OfferTile {
   }
 };
 
+// The least useful chunk of kDrawn rows that follow a random hash.
+struct Victim {
+  int64_t slot = -1, chunk = 0, block = 0;
+  float worth = 0;
+};
+
+// own: is left alone. whole: only rows with a single chunk, whose slot becomes free.
+Victim draw(const ChunkStore& store, int64_t own_block, uint64_t own, uint64_t hash, bool whole) {
+  const uint64_t* keys = keys_of(store);
+  const int64_t span = span_of(store.slots);
+  int64_t slot = (int64_t)scaled(hash, store.slots);
+  while (keys[slot] && keys[slot] < hash) ++slot;
+  Victim least;
+  for (int64_t seen = 0; seen < std::min(kDrawn, store.rows); ++slot) {
+    while (slot == span || !keys[slot]) slot = slot == span ? 0 : slot + 1;
+    ++seen;
+    if (keys[slot] == own) continue;
+    char* value = value_at(store, slot);
+    const int32_t* places = places_of(value);
+    if (whole && std::count_if(places, places + store.chunks, [](int32_t p) { return p >= 0; }) > 1)
+      continue;
+    const int64_t block =
+        store.wide ? own_block : (int64_t)((chunk_unmix(keys[slot]) - 1) >> kTagShift);
+    for (int64_t k = 0; k < store.chunks; ++k) {
+      const float worth = utility_of(utilities_of(store, value)[k]);
+      if (places[k] >= 0 && (least.slot < 0 || worth < least.worth)) least = {slot, k, block, worth};
+    }
+  }
+  return least;
+}
+
+// Room for one more chunk, of a row that has a slot or not: free room, or a victim's. Slots may
+// move. `found` tells whether there was free room.
+bool make_room(ChunkStore& store, const ChunkOffers& in, int64_t b, uint64_t key, float utility,
+               uint64_t word, bool known, bool& found) {
+  const bool slot = known || has_slot(store);
+  found = slot && has_place(store);
+  if (found) return true;
+  const Victim victim = draw(store, b, key, chunk_mix(word + kGolden), !slot);
+  if (victim.slot < 0 || utility < victim.worth * in.margins[b]) return false;
+  leave(store, victim.slot, victim.chunk,
+        utility_of(utilities_of(store, value_at(store, victim.slot))[victim.chunk]));
+  const int32_t* places = places_of(value_at(store, victim.slot));
+  if (std::all_of(places, places + store.chunks, [](int32_t p) { return p < 0; }))
+    erase(store, victim.slot);
+  ++in.evicted[victim.block];
+  return true;
+}
+
 // Offers the absent chunks of a row; returns how many were admitted.
 int64_t offer_row(ChunkStore& store, const ChunkBlock& block, const ChunkOffers& in, int64_t b,
-                  int64_t i, uint64_t key, int64_t* admitted) {
+                  int64_t i, uint64_t key, int64_t* admitted, bool& replaced) {
   const float* norms = in.norms + i * in.stride;
   const float threshold = in.thresholds[b] * in.weights[b];
-  int64_t* candidates = in.candidates + b * kUtilityBins;
   // A negative norm tells a chunk that is present, and so a row that is.
-  const bool known = std::any_of(norms, norms + store.chunks, [](float x) { return x < 0; });
-  int64_t slot = known ? find_slot(store, key) : -1, count = 0;
+  bool known = std::any_of(norms, norms + store.chunks, [](float x) { return x < 0; }) &&
+               find_slot(store, key) >= 0;
+  int64_t count = 0;
   for (int64_t k = 0; k < store.chunks; ++k) {
     if (norms[k] <= 0) continue;
     const uint64_t word = chunk_word(block, in.key, in.ids[i], k);
     const Cells cells =
         store.sketch_lines ? cells_of(line_of(store, key), key, k) : Cells{nullptr, nullptr};
     const float utility = (store.sketch_lines ? cells.value() : 0) + norms[k] * in.weights[b];
-    const bool wanted = utility >= threshold;
-    bool room = wanted && has_place(store);
-    if (room && slot < 0) {
-      if (has_slot(store)) slot = insert(store, key);
-      room = slot >= 0;
+    int64_t slot = -1;
+    if (utility >= threshold) {
+      bool found = false;
+      const bool room = make_room(store, in, b, key, utility, word, known, found);
+      store.refused += !found;
+      if (room) slot = known ? find_slot(store, key) : insert(store, key);
+      replaced |= room && !found;
     }
-    if (!room) {
-      store.refused += wanted;
+    if (slot < 0) {
       if (store.sketch_lines)
-        cells.raise(cell_code(utility, (word >> 16) & ((1u << kCellShift) - 1)), candidates);
+        cells.raise(cell_code(utility, (word >> 16) & ((1u << kCellShift) - 1)));
       continue;
     }
-    if (store.sketch_lines) Cells::leave(cells.code(), candidates);
-    char* value = value_at(store, slot);
+    known = true;
     const int32_t place = take_place(store);
-    places_of(value)[k] = place;
-    utilities_of(store, value)[k] = utility_code(utility, word);
+    places_of(value_at(store, slot))[k] = place;
+    utilities_of(store, value_at(store, slot))[k] = utility_code(utility, word);
     int64_t* out = admitted + 3 * count++;
     out[0] = i, out[1] = k, out[2] = place;
   }
   return count;
 }
 
+// Drops admitted chunks that were replaced since; returns how many are left.
+int64_t still_there(const ChunkCall& call, const ChunkOffers& in, int64_t* admitted,
+                    int64_t count) {
+  int64_t left = 0, n = 0;
+  for (int64_t g = 0; g < in.num_segments; ++g) {
+    const ChunkSegment& segment = in.segments[g];
+    const ChunkStore& store = call.stores[call.blocks[segment.block].store];
+    for (; n < count && admitted[3 * n] < segment.start + segment.count; ++n) {
+      const int64_t* one = admitted + 3 * n;
+      const int64_t slot = find_slot(store, chunk_key(store, segment.block, in.ids[one[0]]));
+      if (slot >= 0 && places_of(value_at(store, slot))[one[1]] == one[2])
+        std::copy_n(one, 3, admitted + 3 * left++);
+    }
+  }
+  return left;
+}
+
 }  // namespace
 
 int64_t chunk_offer(const ChunkCall& call, const ChunkOffers& in, int64_t* admitted) {
   int64_t count = 0;
+  bool replaced = false;
   OfferTile tile;
   for (int64_t g = 0; g < in.num_segments; ++g) {
     const ChunkSegment& segment = in.segments[g];
@@ -296,10 +386,10 @@ int64_t chunk_offer(const ChunkCall& call, const ChunkOffers& in, int64_t* admit
       tile.collect(store, segment.block, in, first, std::min(first + kTile, end));
       for (int64_t i = 0; i < tile.count; ++i)
         count += offer_row(store, call.blocks[segment.block], in, segment.block, tile.rows[i],
-                           tile.keys[i], admitted + 3 * count);
+                           tile.keys[i], admitted + 3 * count, replaced);
     }
   }
-  return count;
+  return replaced ? still_there(call, in, admitted, count) : count;
 }
 
 namespace {
@@ -345,7 +435,7 @@ void chunk_count(const ChunkCall& call, int64_t number, float decay, int64_t* bi
 }
 
 void chunk_decide(const ChunkCall& call, int64_t number, float decay, const float* thresholds,
-                  uint64_t key, int64_t* evicted, int64_t* candidates) {
+                  uint64_t key, int64_t* evicted) {
   ChunkStore& store = call.stores[number];
   int64_t empty = 0;
   uint8_t* cells = (uint8_t*)store.sketch;
@@ -368,15 +458,7 @@ void chunk_decide(const ChunkCall& call, int64_t number, float decay, const floa
         ++present;
         continue;
       }
-      if (store.sketch_lines) {
-        const uint64_t at = keys_of(store)[slot];
-        cells_of(line_of(store, at), at, k).raise(cell_code(utility * decay, 0),
-                                                      candidates + b * kUtilityBins);
-      }
-      stack_of(store)[store.free++] = place;
-      place = -1;
-      utilities[k] = 0;
-      --store.used;
+      leave(store, slot, k, utility * decay);
       ++evicted[b];
     }
     if (!present) {

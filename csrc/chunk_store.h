@@ -56,7 +56,8 @@ struct ChunkOffers {
   const float* weights;    // of the step, by block: utilities are as of the last decision
   const float* thresholds; // of admission, by block
   uint64_t key;            // of the random bits of rounding
-  int64_t* candidates;     // [blocks][kUtilityBins]: absent chunks by utility, kept up to date
+  const float* margins;    // by block: how many times the utility of a chunk that it replaces
+  int64_t* evicted;        // by block: chunks that were replaced are added
 };
 
 int64_t chunk_held_bytes(const ChunkStore& store);
@@ -68,7 +69,8 @@ void chunk_places(const ChunkCall& call, const ChunkSegment* segments, int64_t n
                   const int64_t* ids, int64_t stride, int64_t* places, int threads);
 // Adds to the utilities of present chunks.
 void chunk_touch(const ChunkCall& call, const ChunkOffers& offers, int threads);
-// Counts absent chunks in the sketch, and admits those above the threshold while there is room.
+// Counts absent chunks in the sketch, and admits those above the threshold: while there is room, and
+// then in place of the least useful chunk of a few rows drawn by chance, if that is worth less.
 // admitted: [.., 3] (row number among the offers, chunk, place). Returns how many.
 int64_t chunk_offer(const ChunkCall& call, const ChunkOffers& offers, int64_t* admitted);
 // Utilities of present chunks by bin, and rows by chunks present: adds to bins [blocks][256] and
@@ -77,7 +79,7 @@ void chunk_count(const ChunkCall& call, int64_t store, float decay, int64_t* bin
                  int64_t dims_stride);
 // Decays all utilities and evicts what is below its block's threshold. evicted: [blocks].
 void chunk_decide(const ChunkCall& call, int64_t store, float decay, const float* thresholds,
-                  uint64_t key, int64_t* evicted, int64_t* candidates);
+                  uint64_t key, int64_t* evicted);
 // Moves chunks to the lowest places, gives the index the size of its rows, and slabs back: all that
 // are empty (tight), or those that the budget has no room for. moves: [store.free, 2] places
 // (from, to), or null. Returns how many moved.

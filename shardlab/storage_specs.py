@@ -171,8 +171,8 @@ class PrunedSpec:
         headroom: share of the budget that a decision leaves free for admissions.
         sketch: cells (bytes) for the utilities of absent chunks, per chunk that the budget holds.
         slack: share by which a rank may exceed its part of the budget.
-        normalize: divides utilities by their table's 95th percentile, so that tables compete
-            fairly.
+        normalize: counts gradient norms in units of the 95th percentile of their table's, as of
+            the last decision, so that tables compete fairly, and steps early and late.
     """
 
     ratio: float | None = None
@@ -187,10 +187,10 @@ class PrunedSpec:
     period: int = 100
     gamma: float = 0.999
     hysteresis: float = 0.25
-    headroom: float = 0.03
+    headroom: float = 0.01
     sketch: float = 4.0
     slack: float = 0.1
-    normalize: bool = False
+    normalize: bool = True
 
     def budget(self, rows: int, columns: int) -> int:
         """Bytes of a table of this size, everything counted; ratio 1 stands for no budget."""

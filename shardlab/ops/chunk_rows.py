@@ -153,14 +153,10 @@ class UtilityStep:
     Attributes:
         weights: fp32 [blocks] on CPU: of this step; utilities are as of the last decision.
         key: of the random bits of rounding them.
-        thresholds: fp32 [blocks] on CPU: of admission.
-        candidates: int64 [blocks, BINS] on CPU: absent chunks by utility.
     """
 
     weights: Tensor
     key: int
-    thresholds: Tensor
-    candidates: Tensor
 
 
 def update_chunks(pools: ChunkPools, uniques: Uniques, weights: Tensor | None, grads: Tensor,
@@ -195,14 +191,15 @@ def update_chunks(pools: ChunkPools, uniques: Uniques, weights: Tensor | None, g
 
     for block, start, count in segments.tolist():
         chunks, part = pools.chunks(block), slice(start, start + count)
-        summed = _summed(pools, block, (uniques, weights, grads, step), torch.arange(start,
+        summed = summed_gradients(pools, block, (uniques, weights, grads, step), torch.arange(start,
                                                                                      start + count))
         squares = chunk_squares(summed, chunks)
         norms[part, :chunks] = (_root(squares).cpu() * accesses[part, None]).clamp(max=_MOST_NORM)
         _step_present(pools, block, places[:chunks, part].T, (summed, ids[part]), step,
                       None if row_squares is None else row_squares[part])
-    pools.index.touch(Offers(segments, ids, norms, utility.weights, utility.thresholds,
-                             utility.key, utility.candidates))
+    none = torch.zeros_like(utility.weights)
+    pools.index.touch(Offers(segments, ids, norms, utility.weights, none, utility.key, none,
+                             torch.zeros(none.numel(), dtype=torch.int64)))
     norms[places.T[:, :stride] >= 0] = -1.0
     return norms
 
@@ -229,13 +226,13 @@ def step_admitted(pools: ChunkPools, admitted: Tensor, uniques: Uniques, weights
         if start == end:
             continue
         some = rows[start:end]
-        summed = _summed(pools, block, (uniques, weights, grads, step), some)
+        summed = summed_gradients(pools, block, (uniques, weights, grads, step), some)
         squares = None if row_squares is None else row_squares[some.to(row_squares.device)]
         _step_present(pools, block, places[start:end, :pools.chunks(block)], (summed, ids[some]),
                       step, squares)
 
 
-def _summed(pools: ChunkPools, block: int,
+def summed_gradients(pools: ChunkPools, block: int,
             what: tuple[Uniques, Tensor | None, Tensor, StepParameters], some: Tensor) -> Tensor:
     """Summed, scaled, clipped gradients of the uniques ``some`` (ascending), [n, columns]."""
     uniques, weights, grads, step = what

@@ -29,6 +29,8 @@ from shardlab.ops.registry import address, face_of, native
 #: Bins of utilities: bin c begins at `bin_edges()[c]`.
 BINS = 256
 _CELL_SHIFT, _CELL_BIAS = 21, 316
+#: Rows from which a chunk that is replaced is chosen.
+DRAWN = 8
 _SPARE = 2  # the array may grow beyond what its rows need, where a run reaches its end
 
 
@@ -54,8 +56,8 @@ class StoreShape:
 @dataclass(frozen=True)
 class StoreNumbers:
     """Where a store stands: bytes it may hold, slots, rows and chunks present, places handed out,
-    chunks whose slabs are held, depth of the stack of free places, chunks that found no room since
-    the last decision."""
+    chunks whose slabs are held, depth of the stack of free places, chunks that found no free room
+    since the last decision."""
 
     budget: int
     slots: int
@@ -78,7 +80,8 @@ class Offers:
         weights: fp32 [blocks] on CPU: of this step; utilities are as of the last decision.
         thresholds: fp32 [blocks] on CPU: of admission.
         key: of the random bits of rounding.
-        candidates: int64 [blocks, BINS] on CPU: absent chunks by utility; kept up to date.
+        margins: fp32 [blocks] on CPU: how many times the utility of a chunk that it replaces.
+        evicted: int64 [blocks] on CPU: chunks that were replaced are added.
     """
 
     segments: Tensor
@@ -87,7 +90,8 @@ class Offers:
     weights: Tensor
     thresholds: Tensor
     key: int
-    candidates: Tensor
+    margins: Tensor
+    evicted: Tensor
 
 
 @dataclass(frozen=True)
@@ -133,7 +137,8 @@ class ChunkIndex(Protocol):
         """Adds to the utilities of present chunks."""
 
     def offer(self, offers: Offers) -> Tensor:
-        """Counts absent chunks, and admits those above the threshold while there is room.
+        """Counts absent chunks, and admits those above the threshold: while there is room, then
+        in place of the least useful chunk of `DRAWN` rows drawn by chance, if that is worth less.
 
         Returns:
             int64 [m, 3] on CPU: (position in ids, chunk, place) of every admitted chunk.
@@ -146,11 +151,8 @@ class ChunkIndex(Protocol):
             int64 [B, BINS]: present chunks by utility; int64 [B, most chunks + 1]: rows by chunks.
         """
 
-    def decide(self, store: int, decay: float, thresholds: Tensor, key: int,
-               candidates: Tensor) -> Tensor:
+    def decide(self, store: int, decay: float, thresholds: Tensor, key: int) -> Tensor:
         """Decays utilities and evicts chunks below their block's threshold, fp32 [B].
-
-        Evicted chunks become candidates, int64 [B, BINS].
 
         Returns:
             int64 [B]: evicted chunks.
@@ -284,12 +286,10 @@ class NativeChunkIndex:
                              address(dims), dims.shape[1])
         return bins, dims
 
-    def decide(self, store: int, decay: float, thresholds: Tensor, key: int,
-               candidates: Tensor) -> Tensor:
+    def decide(self, store: int, decay: float, thresholds: Tensor, key: int) -> Tensor:
         evicted = torch.zeros(self.blocks.shape[0], dtype=torch.int64)
         native().chunk_decide(self._call, store, decay,  # type: ignore[union-attr]
-                              address(thresholds), key, address(evicted),
-                              address(candidates))
+                              address(thresholds), key, address(evicted))
         self._state[store, _COLUMN["refused"]] = 0
         return evicted
 
@@ -342,7 +342,8 @@ class NativeChunkIndex:
 def _offer_tuple(offers: Offers) -> tuple[object, ...]:
     return (address(offers.segments), offers.segments.shape[0], address(offers.ids),
             address(offers.norms), offers.norms.shape[1], address(offers.weights),
-            address(offers.thresholds), offers.key, address(offers.candidates))
+            address(offers.thresholds), offers.key, address(offers.margins),
+            address(offers.evicted))
 
 
 def _max_slots(shape: StoreShape) -> int:

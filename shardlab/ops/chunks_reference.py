@@ -5,6 +5,7 @@ It decides, rounds and counts bytes as the native face does, chunk by chunk, and
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -26,6 +27,7 @@ from shardlab.ops.chunks import (
     _CELL_SHIFT,
     _TAG_SHIFT,
     BINS,
+    DRAWN,
     ChunkRows,
     Offers,
     StoreNumbers,
@@ -173,7 +175,13 @@ class ReferenceChunkIndex:
                                               threshold, offers)
                     if place is not None:
                         admitted.append((i, k, place))
-        return torch.tensor(admitted, dtype=torch.int64).view(-1, 3)
+        owner = {i: self._key(block, row) for block, i, row in self._ids(offers.segments,
+                                                                         offers.ids)}
+        stores = {i: self._store_of(block) for block, i, _ in self._ids(offers.segments,
+                                                                        offers.ids)}
+        kept = [(i, k, place) for i, k, place in admitted
+                if owner[i] in stores[i].rows and stores[i].rows[owner[i]][2].places[k] == place]
+        return torch.tensor(kept, dtype=torch.int64).view(-1, 3)
 
     def _offer_chunk(self, store: _Store, at: tuple[int, int, int], gain: np.float32,
                      threshold: np.float32, offers: Offers) -> int | None:
@@ -184,25 +192,65 @@ class ReferenceChunkIndex:
         if found is not None and found[2].places[k] >= 0:
             return None
         word = self._word(block, offers.key, row, k)
-        candidates = offers.candidates[block]
         cells = self._cells(store, key, k)
         utility = gain + (cell_value(int(store.cells[cells].min())) if cells
                           else np.float32(0))
-        wanted = utility >= threshold
-        if wanted and store.has_place() and (found is not None or store.has_slot()):
+        if utility >= threshold and self._make_room(store, at, utility, word, offers):
             if found is None:
                 chunks = store.shape.layout.chunks
                 found = store.rows[key] = (block, row, _Row([-1] * chunks, [0] * chunks))
-            if cells:
-                _leave(int(store.cells[cells].min()), candidates)
             place = found[2].places[k] = store.take_place()
             found[2].utilities[k] = _utility_code(utility, word)
             return place
-        store.refused += int(wanted)
         if cells:
             code = cell_code(utility, (word >> 16) & ((1 << _CELL_SHIFT) - 1))
-            _raise(store.cells, cells, code, candidates)
+            _raise(store.cells, cells, code)
         return None
+
+    def _make_room(self, store: _Store, at: tuple[int, int, int], utility: np.float32, word: int,
+                   offers: Offers) -> bool:
+        """Room for one more chunk of a row: free room, or that of a chunk worth less."""
+        block, key = at[0], self._key(*at[:2])
+        slot = key in store.rows or store.has_slot()
+        if slot and store.has_place():
+            return True
+        store.refused += 1
+        drawn = self._draw(store, key, mix64((word + _GOLDEN) & _WORD), not slot)
+        if not drawn:
+            return False
+        worth, victim, chunk = min(drawn, key=lambda one: one[0])
+        if utility < worth * np.float32(float(offers.margins[block])):
+            return False
+        owner, _, chunks = store.rows[victim]
+        self._leave(store, victim, chunk, utility_value(chunks.utilities[chunk]))
+        if max(chunks.places) < 0:
+            del store.rows[victim]
+        offers.evicted[owner] += 1
+        return True
+
+    @staticmethod
+    def _draw(store: _Store, own: int, start: int, whole: bool) -> list[tuple[np.float32, int, int]]:
+        """(worth, key, chunk) of the chunks of the rows that follow a hash, but for one row."""
+        keys = sorted(store.rows)
+        first, drawn = bisect_left(keys, start), []
+        for i in range(min(DRAWN, len(keys))):
+            key = keys[(first + i) % len(keys)]
+            chunks = store.rows[key][2]
+            here = [k for k, place in enumerate(chunks.places) if place >= 0]
+            if key == own or (whole and len(here) > 1):
+                continue
+            drawn += [(utility_value(chunks.utilities[k]), key, k)
+                      for k in here]
+        return drawn
+
+    def _leave(self, store: _Store, key: int, chunk: int, utility: np.float32) -> None:
+        """A chunk goes: its place is free, its utility counted in the sketch."""
+        cells, chunks = self._cells(store, key, chunk), store.rows[key][2]
+        if cells:
+            _raise(store.cells, cells, cell_code(utility, 0))
+        store.stack.append(chunks.places[chunk])
+        chunks.places[chunk], chunks.utilities[chunk] = -1, 0
+        store.used -= 1
 
     @staticmethod
     def _cells(store: _Store, key: int, chunk: int) -> list[int]:
@@ -234,8 +282,7 @@ class ReferenceChunkIndex:
             dims[block, present] += 1
         return bins, dims
 
-    def decide(self, store: int, decay: float, thresholds: Tensor, key: int,
-               candidates: Tensor) -> Tensor:
+    def decide(self, store: int, decay: float, thresholds: Tensor, key: int) -> Tensor:
         one, factor = self._stores[store], np.float32(decay)
         evicted = torch.zeros(len(self._blocks), dtype=torch.int64)
         for c in one.cells.nonzero().flatten().tolist():
@@ -251,12 +298,7 @@ class ReferenceChunkIndex:
                 if self._ranked(block, row, k, utility) >= np.float32(float(thresholds[block])):
                     chunks.utilities[k] = _utility_code(utility, self._word(block, key, row, k))
                     continue
-                cells = self._cells(one, slot_key, k)
-                if cells:
-                    _raise(one.cells, cells, cell_code(utility, 0), candidates[block])
-                one.stack.append(place)
-                chunks.places[k], chunks.utilities[k] = -1, 0
-                one.used -= 1
+                self._leave(one, slot_key, k, utility)
                 evicted[block] += 1
             if max(chunks.places) < 0:
                 del one.rows[slot_key]
@@ -330,19 +372,8 @@ class ReferenceChunkIndex:
         return self._stores[store].cells
 
 
-def _raise(cells: Tensor, at: list[int], code: int, candidates: Tensor) -> None:
-    """Counts a chunk at a higher utility, in its cells and among the candidates."""
-    before = int(cells[at].min())
+def _raise(cells: Tensor, at: list[int], code: int) -> None:
     cells[at] = cells[at].clamp(min=code)
-    after = int(cells[at].min())
-    if after != before:
-        candidates[after] += 1
-        _leave(before, candidates)
-
-
-def _leave(code: int, candidates: Tensor) -> None:
-    if code and candidates[code] > 0:
-        candidates[code] -= 1
 
 
 def _bits(x: np.float32) -> int:

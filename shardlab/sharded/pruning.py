@@ -10,7 +10,7 @@ Source: arXiv 2401.04408 (a global ratio from which those of tables and columns 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from shardlab.ops.chunks import BINS
 from shardlab.plan import ShardingPlan
 from shardlab.specs import EmbeddingBagConfig
 from shardlab.storage.base import LocalShard, Storage
-from shardlab.storage.chunk_budget import common_threshold, demand_curve, table_units
+from shardlab.storage.chunk_budget import common_threshold, demand_curve
 from shardlab.storage.chunk_stores import plan_stores
 from shardlab.storage.mixed import MixedStorage
 from shardlab.storage.pruned import PrunedStorage
@@ -36,8 +36,7 @@ class Contest:
         tables: their names.
         targets, full: bytes of every rank: of its budget, and with every chunk present.
         decided_at: step of the last decision; 0: there was none.
-        threshold: that chunks had to reach then, in their table's unit.
-        units: by table.
+        threshold: that chunks had to reach then.
     """
 
     spec: PrunedSpec
@@ -46,7 +45,6 @@ class Contest:
     full: list[int]
     decided_at: int = 0
     threshold: float = 0.0
-    units: dict[str, float] = field(default_factory=dict)
 
     def is_due(self, step: int) -> bool:
         """Whether a decision follows this step."""
@@ -93,12 +91,9 @@ class PruningCouncil:
                 self._decide(contest, step)
 
     def _decide(self, contest: Contest, step: int) -> None:
-        counts = self._counts(contest)
-        everywhere = self._over_ranks(counts[0].sum(1).double())
-        units = table_units(everywhere) if contest.spec.normalize \
-            else torch.ones(len(contest.tables), dtype=torch.float64)
+        units = self._units(contest) if contest.spec.normalize else {}
         own = torch.zeros(self._groups.world_size, BINS + 4, dtype=torch.float64)
-        own[self._groups.rank] = self._own(contest, counts, units)
+        own[self._groups.rank] = self._own(contest)
         curves, rest = self._over_ranks(own).split([BINS + 1, 3], 1)
         present, sketches, is_full = rest.T
         limits = torch.tensor(contest.limits(step), dtype=torch.float64)
@@ -112,8 +107,10 @@ class PruningCouncil:
         budgets = held + (limits.sum() - held.sum()) * limits / limits.sum()
         rank = self._groups.rank
         contest.decided_at, contest.threshold = step, float(thresholds[rank])
-        contest.units = dict(zip(contest.tables, units.tolist(), strict=True))
         self._carry_out(contest, float(budgets[rank]))
+        if self._storage is not None:
+            self._storage.measure_by({block: units[table] for block, table in
+                                      self._table_of.items() if units.get(table, 0) > 0})
 
     def _over_ranks(self, own: Tensor) -> Tensor:
         """The sum of all ranks' tensors, on the CPU."""
@@ -126,30 +123,28 @@ class PruningCouncil:
         return [number for number, plan in enumerate(self._storage.stores)
                 if plan.spec.schedule == contest.spec.schedule]
 
-    def _counts(self, contest: Contest) -> Tensor:
-        """int64 [2, tables, stores, BINS]: chunks by utility, present and absent ones."""
-        stores, place = self._stores(contest), {t: i for i, t in enumerate(contest.tables)}
-        counts = torch.zeros(2, len(contest.tables), len(stores), BINS, dtype=torch.int64)
-        for i, store in enumerate(stores):
+    def _units(self, contest: Contest) -> dict[str, float]:
+        """What gradient norms of every table were on all ranks just now; 0: not measured."""
+        found = torch.zeros(2, len(contest.tables), dtype=torch.float64)
+        for store in self._stores(contest):
             assert self._storage is not None
-            present, absent = self._storage.utility_counts(store)
             for block in self._storage.stores[store].blocks:
-                counts[0, place[self._table_of[block]], i] += present[block]
-                counts[1, place[self._table_of[block]], i] += absent[block]
-        return counts
+                unit = float(self._storage.measured[block])
+                place = contest.tables.index(self._table_of[block])
+                found[:, place] += torch.tensor([unit, float(unit > 0)])
+        total, count = self._over_ranks(found)
+        return dict(zip(contest.tables, (total / count.clamp(min=1)).tolist(), strict=True))
 
-    def _own(self, contest: Contest, counts: Tensor, units: Tensor) -> Tensor:
-        """fp64 [BINS + 4]: bytes that would be kept at every threshold, absent chunks that are
-        likely to be admitted included; bytes of present chunks; of sketches; stores that were full.
+    def _own(self, contest: Contest) -> Tensor:
+        """fp64 [BINS + 4]: bytes that would be kept at every threshold; bytes of present chunks;
+        of sketches; stores that were full.
         """
         own = torch.zeros(BINS + 4, dtype=torch.float64)
-        for i, store in enumerate(self._stores(contest)):
+        for store in self._stores(contest):
             assert self._storage is not None
-            cost = self._storage.chunk_cost(store)
-            own[:BINS + 1] += demand_curve(counts[0, :, i], units, cost)
-            own[:BINS + 1] += self._storage.learn_returning(store) * demand_curve(
-                counts[1, :, i], units * (1 + contest.spec.hysteresis), cost)
-            own[BINS + 1] += float(counts[0, :, i].sum()) * cost
+            counts, cost = self._storage.utility_counts(store).sum(0), self._storage.chunk_cost(store)
+            own[:BINS + 1] += demand_curve(counts, cost)
+            own[BINS + 1] += float(counts.sum()) * cost
             own[BINS + 2] += self._storage.fixed_bytes(store)
             own[BINS + 3] += self._storage.is_full(store)
         return own
@@ -160,12 +155,10 @@ class PruningCouncil:
         if not stores:
             return
         assert self._storage is not None
-        thresholds = torch.zeros(len(self._storage.shards), dtype=torch.float32)
-        for block, table in self._table_of.items():
-            thresholds[block] = contest.threshold * contest.units.get(table, 1.0)
+        count = len(self._storage.shards)
         held = []
         for store in stores:
-            self._storage.decide(store, thresholds, round(budget))
+            self._storage.decide(store, torch.full((count,), contest.threshold), round(budget))
             held.append(self._storage.held_bytes(store))
         spare = budget - sum(held)
         for store, mine in zip(stores, held, strict=True):

@@ -1,62 +1,20 @@
 """Who keeps how many chunks: thresholds of utility from histograms, without sorting anything.
 
-A rank describes its chunks by a curve: bytes of the chunks whose normalised utility is at least x,
+A rank describes its chunks by a curve: bytes of the chunks whose utility is at least x,
 at the edges of `bin_edges`. Curves add up, so that one small all-reduce tells every rank the same
 threshold. Between edges (a fifth apart) utilities are taken as evenly spread.
 
-Source: own; the 95th percentile of a table as its unit is AdaEmbed's (OSDI 2023).
+Source: own.
 """
 
 from __future__ import annotations
-
-import math
 
 import torch
 from torch import Tensor
 
 from shardlab.ops.chunks import BINS, bin_edges
 
-_PERCENTILE = 0.95
 _HALVINGS = 100
-
-
-def table_units(counts: Tensor) -> Tensor:
-    """95th percentile of the utilities above zero, by table; 1 where there are none.
-
-    Args:
-        counts: [T, BINS] present chunks by utility, of all ranks.
-
-    Returns:
-        fp64 [T].
-    """
-    edges = bin_edges()
-    some = counts.double().clone()
-    some[:, 0] = 0
-    below = some.cumsum(1)
-    wanted = _PERCENTILE * below[:, -1:]
-    place = torch.searchsorted(below, wanted.contiguous()).clamp(max=BINS - 1)
-    before = below.gather(1, place) - some.gather(1, place)
-    share = (wanted - before) / some.gather(1, place).clamp(min=1)
-    units = edges[place] + share * (edges[place + 1] - edges[place])
-    return torch.where(below[:, -1] > 0, units[:, 0], 1.0)
-
-
-def decayed(counts: Tensor, decay: float) -> Tensor:
-    """Counts by utility after all utilities were multiplied: int64 [T, BINS].
-
-    Args:
-        counts: int64 [T, BINS].
-        decay: in (0, 1].
-    """
-    shift = -4.0 * math.log2(decay) if decay > 0 else float(BINS)
-    whole = min(int(shift), BINS)
-    moved = torch.zeros_like(counts)
-    moved[:, :BINS - whole] = counts[:, whole:]
-    further = (moved.double() * (shift - whole)).long() if whole < BINS else moved.clone()
-    moved -= further
-    moved[:, :-1] += further[:, 1:]
-    moved[:, 0] = 0
-    return moved
 
 
 def at_least(counts: Tensor, limits: Tensor) -> Tensor:
@@ -76,19 +34,17 @@ def at_least(counts: Tensor, limits: Tensor) -> Tensor:
     return above.gather(1, place + 1) + (1 - share) * some.gather(1, place)
 
 
-def demand_curve(counts: Tensor, units: Tensor, cost: float) -> Tensor:
-    """Bytes of the chunks whose utility, in its table's unit, reaches the edges of the bins.
+def demand_curve(counts: Tensor, cost: float) -> Tensor:
+    """Bytes of the chunks whose utility reaches the edges of the bins.
 
     Args:
-        counts: [T, BINS] of this rank.
-        units: fp64 [T], of `table_units`; larger ones ask more.
+        counts: [BINS] of this rank.
         cost: bytes of a chunk.
 
     Returns:
         fp64 [BINS + 1].
     """
-    found = at_least(counts, units[:, None] * bin_edges())
-    return found.sum(0) * cost
+    return at_least(counts[None], bin_edges()[None])[0] * cost
 
 
 def common_threshold(curves: Tensor, limits: Tensor, total: float) -> tuple[Tensor, Tensor]:

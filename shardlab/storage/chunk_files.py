@@ -88,9 +88,7 @@ class ChunkFiles:
             extra["row_states"] = states[:, :, per_column * width:].reshape(
                 count, chunks * per_row).contiguous()
         if span[0] == 0:
-            extra["candidates"] = storage.candidates[block].clone()
-            extra["pace"] = torch.tensor([storage.returning[store], storage.expected[store],
-                                          storage.came[store]], dtype=torch.float64)
+            extra["scale"] = storage.scale[block:block + 1].clone()
             extra["sketch"] = storage.index.sketch(store).clone()
             extra["sketch_of"] = torch.tensor([self._identity(store)])
             extra["budget"] = torch.tensor([storage.index.numbers(store).budget])
@@ -125,10 +123,9 @@ class ChunkFiles:
         storage = self._storage
         for store in range(len(storage.stores)):
             none = torch.full((len(storage.shards),), float("inf"))
-            storage.index.decide(store, 0.0, none, 0, storage.candidates)
+            storage.index.decide(store, 0.0, none, 0)
             storage.index.compact(store, tight=True)
             storage.index.sketch(store).zero_()
-        storage.candidates.zero_()
         self._loading = True
 
     def load_chunk(self, chunk: TableChunk) -> None:
@@ -247,8 +244,6 @@ class ChunkFiles:
             storage.thresholds[block] = extra["threshold"][0]
             storage.since[store] = int(extra["decided_at"])
         if "sketch" in extra and int(extra["sketch_of"]) == self._identity(store):
-            storage.returning[store], storage.expected[store], came = extra["pace"].tolist()
-            storage.came[store] = int(came)
-            storage.candidates[block] = extra["candidates"]
+            storage.scale[block] = extra["scale"][0]
             storage.index.sketch(store).copy_(extra["sketch"])
             storage.index.set_budget(store, int(extra["budget"]))

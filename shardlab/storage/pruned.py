@@ -3,7 +3,8 @@
     read      index -> places -> chunks, zeros where there is none
     update    present chunks: one optimiser step, utility += accesses x norm of the gradient
               absent chunks: the same into the sketch; above the threshold they are admitted,
-              while there is room, with zero values and fresh state, and step at once
+              where there is no room in place of one worth less, with zero values and fresh
+              state, and step at once
     decide    every period (`shardlab.sharded.pruning` tells the thresholds): utilities decay,
               chunks below the threshold leave, and slabs go back to the system
 
@@ -26,31 +27,32 @@ from shardlab.ops.cache import COUNTERS
 from shardlab.ops.chunk_rows import (
     UtilityStep,
     block_segments,
+    chunk_squares,
     clear_places,
     move_places,
     pool_chunks,
     read_chunks,
     scatter_chunks,
     step_admitted,
+    summed_gradients,
     update_chunks,
 )
-from shardlab.ops.chunks import BINS, Offers
+from shardlab.ops.chunks import Offers
 from shardlab.ops.rows import StepParameters
 from shardlab.ops.unique import Uniques
 from shardlab.storage.base import LocalShard, PlacedJobs, StorageOptions, TableChunk
-from shardlab.storage.chunk_budget import at_least, decayed
 from shardlab.storage.chunk_files import ChunkFiles
 from shardlab.storage.chunk_start import fill_dense
-from shardlab.storage.chunk_stores import build_pools, plan_stores
+from shardlab.storage.chunk_stores import build_pools, plan_stores, pruned_spec
 from shardlab.storage.levels import Clock
 from shardlab.storage_bytes import TierBytes
 
-#: Share of candidates that is taken to come back before it was seen, and its least.
-_RETURNING, _LEAST_RETURNING = 0.5, 0.02
 #: Pages at the ends of keys, values, stack, payloads and states, half full each, and few slots.
 _PART_PAGES = 3 * PAGE_BYTES
 #: Streams of random bits beside those of rows (0 to 2): utilities of updates, and of decisions.
 _TOUCH, _DECIDE = 16, 17
+#: Rows of a table whose gradients tell its unit, and the share of them that lie below it.
+_SAMPLE, _PERCENTILE = 256, 0.95
 
 
 class PrunedStorage:
@@ -75,13 +77,12 @@ class PrunedStorage:
         count = len(shards)
         #: Of admission, by shard, as of the last decision.
         self.thresholds = torch.zeros(count, dtype=torch.float32)
-        #: Absent chunks by utility, as of the last decision.
-        self.candidates = torch.zeros(count, BINS, dtype=torch.int64)
-        #: Of the candidates above the threshold, by store: the share that comes back in a period;
-        #: how many there were at the last decision; how many were admitted since.
-        self.returning = [_RETURNING] * len(self.stores)
-        self.expected = [0.0] * len(self.stores)
-        self.came = [0] * len(self.stores)
+        #: By shard: how many times the utility of a chunk that it replaces a newcomer needs.
+        self._margins = torch.tensor([1 + pruned_spec(local).hysteresis for local in shards])
+        #: By shard: unit of gradient norms, 0 before it is known; what was measured for the next.
+        self.scale = torch.tensor([0.0 if pruned_spec(local).normalize else 1.0
+                                   for local in shards])
+        self.measured = torch.zeros(count)
         #: Step of the last decision, by store.
         self.since = [0] * len(self.stores)
         #: Chunks since the start, by shard.
@@ -126,21 +127,38 @@ class PrunedStorage:
         now = torch.ones(len(self.shards), dtype=torch.float32)
         for store, plan in enumerate(self.stores):
             now[list(plan.blocks)] = 1.0 / self.decay(store)
-        utility = UtilityStep(now, key, self.thresholds, self.candidates)
-        norms = update_chunks(self.pools, uniques, weights, grads, step, row_squares, utility)
+        self._measure(uniques, weights, grads, step)
+        now = torch.where(self.scale > 0, now / self.scale, 1.0)
+        norms = update_chunks(self.pools, uniques, weights, grads, step, row_squares,
+                              UtilityStep(now, key))
         offers = Offers(block_segments(uniques), uniques.ids.cpu(), norms, now,
-                        self.thresholds, key, self.candidates)
+                        self.thresholds * self.scale, key, self._margins, self.evicted)
         admitted = self.index.offer(offers)
         if not admitted.shape[0]:
             return
         blocks = torch.searchsorted(uniques.splits, admitted[:, 0].contiguous(), right=True) - 1
-        counts = torch.bincount(blocks, minlength=len(self.shards))
-        self.admitted += counts
-        for store, plan in enumerate(self.stores):
-            self.came[store] += int(counts[list(plan.blocks)].sum())
+        self.admitted += torch.bincount(blocks, minlength=len(self.shards))
         if not self._reached:
             self._clear(blocks, admitted[:, 2])
         step_admitted(self.pools, admitted, uniques, weights, grads, step, row_squares)
+
+    def _measure(self, uniques: Uniques, weights: Tensor | None, grads: Tensor,
+                 step: StepParameters) -> None:
+        """The 95th percentile of a table's gradient norms, from a sample, before a decision."""
+        due = self.scale == 0
+        for plan in self.stores:
+            if self.clock.step % plan.spec.period == 0 and plan.spec.normalize:
+                due[list(plan.blocks)] = True
+        if not bool(due.any()):
+            return
+        for block, start, count in block_segments(uniques).tolist():
+            if not due[block]:
+                continue
+            some = torch.arange(start, start + count, -(-count // _SAMPLE))
+            rows = summed_gradients(self.pools, block, (uniques, weights, grads, step), some)
+            norms = chunk_squares(rows, self.pools.chunks(block)).sqrt().flatten()
+            self.measured[block] = float(norms.quantile(_PERCENTILE))
+        self.scale = torch.where(self.scale > 0, self.scale, self.measured)
 
     def _clear(self, blocks: Tensor, places: Tensor) -> None:
         """Zeros where the index does not reach the pool."""
@@ -160,14 +178,10 @@ class PrunedStorage:
         """What is left of the utilities of a store since its last decision."""
         return float(self.stores[store].spec.gamma ** (self.clock.step - self.since[store]))
 
-    def utility_counts(self, store: int) -> tuple[Tensor, Tensor]:
-        """int64 [shards, BINS]: chunks by utility, present ones, and absent ones that came up."""
+    def utility_counts(self, store: int) -> Tensor:
+        """int64 [shards, BINS]: present chunks by utility."""
         self._files.settle()
-        present, _ = self.index.count(store, self.decay(store))
-        blocks = list(self.stores[store].blocks)
-        absent = torch.zeros_like(present)
-        absent[blocks] = decayed(self.candidates[blocks], self.decay(store))
-        return present, absent
+        return self.index.count(store, self.decay(store))[0]
 
     def chunk_cost(self, store: int) -> float:
         """Bytes that one more chunk of a store takes, with its part of the index."""
@@ -180,20 +194,8 @@ class PrunedStorage:
         """Bytes of a store whatever chunks it has: the sketch, pages that are not full."""
         return in_pages(64 * self.stores[store].shape.layout.sketch_lines) + _PART_PAGES
 
-    def learn_returning(self, store: int) -> float:
-        """Share of candidates that comes back in a period, as seen in the one that ends now.
-
-        Where a store was full more would have come: the share doubles.
-        """
-        if self.expected[store] > 0:
-            seen = self.came[store] / self.expected[store]
-            seen = max(seen, 2 * self.returning[store]) if self.is_full(store) else seen
-            self.returning[store] = min(1.0, max(_LEAST_RETURNING, (
-                self.returning[store] + seen) / 2))
-        return self.returning[store]
-
     def is_full(self, store: int) -> bool:
-        """Whether a chunk that was worth it found no room since the last decision."""
+        """Whether a chunk that was worth it found no free room since the last decision."""
         return self.index.numbers(store).refused > 0
 
     def decide(self, store: int, thresholds: Tensor, budget: int) -> None:
@@ -207,17 +209,18 @@ class PrunedStorage:
         plan = self.stores[store]
         blocks = list(plan.blocks)
         key = rounding_key(self.clock.seed, self.clock.step, _DECIDE)
-        self.candidates[blocks] = decayed(self.candidates[blocks], self.decay(store))
-        self.evicted += self.index.decide(store, self.decay(store), thresholds, key,
-                                          self.candidates)
+        self.evicted += self.index.decide(store, self.decay(store), thresholds, key)
         self.thresholds[blocks] = thresholds[blocks] * (1 + plan.spec.hysteresis)
-        limits = self.thresholds[blocks, None].double()
-        self.expected[store] = float(at_least(self.candidates[blocks], limits).sum())
-        self.came[store] = 0
         self.since[store] = self.clock.step
         self.index.set_budget(store, budget)
         if self.index.held_bytes(store) > budget:
             self.compact(store, tight=False)
+
+    def measure_by(self, units: dict[int, float]) -> None:
+        """Sets what gradient norms of some shards are divided by from now on."""
+        for block, unit in units.items():
+            self.scale[block] = unit
+        self.measured.zero_()
 
     def compact(self, store: int, *, tight: bool = True) -> None:
         """Moves chunks together and gives slabs behind them back to the system.

@@ -47,7 +47,7 @@ class Pair:
         self.faces = (NativeChunkIndex([one], blocks, memory, [pool]),
                       ReferenceChunkIndex([one], blocks))
         self.num_blocks = len(blocks)
-        self.candidates = [torch.zeros(len(blocks), BINS, dtype=torch.int64) for _ in range(2)]
+        self.evicted = [torch.zeros(len(blocks), dtype=torch.int64) for _ in range(2)]
         for face in self.faces:
             face.set_budget(0, budget)
 
@@ -62,19 +62,20 @@ class Pair:
         assert self.faces[0].numbers(0) == self.faces[1].numbers(0)
         assert self.faces[0].held_bytes(0) == self.faces[1].held_bytes(0)
         self.both(lambda face: face.sketch(0))
-        assert torch.equal(*self.candidates)
+        assert torch.equal(*self.evicted)
         for block in range(self.num_blocks):
             found = self.both(lambda face, block=block: vars(face.list_rows(block)))
             at = found["places"][found["places"] >= 0]
             assert torch.unique(at).numel() == at.numel(), "two chunks at one place"
 
     def offers(self, face, ids, norms, *, weight=1.0, threshold=0.0, key=3):
-        candidates = self.candidates[self.faces.index(face)]
+        margins = torch.full((self.num_blocks,), 1.25)
         counts = torch.tensor([len(part) for part in ids])
         segments = torch.stack([torch.arange(len(ids)), counts.cumsum(0) - counts, counts], 1)
         flat = torch.tensor([row for part in ids for row in part], dtype=torch.int64)
         return Offers(segments, flat, norms, torch.full((self.num_blocks,), weight),
-                      torch.full((self.num_blocks,), threshold), key, candidates)
+                      torch.full((self.num_blocks,), threshold), key, margins,
+                      self.evicted[self.faces.index(face)])
 
     def step(self, ids, norms, **options):
         self.both(lambda face: face.touch(self.offers(face, ids, norms, **options)))
@@ -85,8 +86,7 @@ class Pair:
 
     def decide(self, decay, threshold, key=9):
         limits = torch.full((self.num_blocks,), threshold)
-        return self.both(lambda face: face.decide(0, decay, limits, key,
-                                                  self.candidates[self.faces.index(face)]))
+        return self.both(lambda face: face.decide(0, decay, limits, key))
 
 
 def _tensors(value):
@@ -230,14 +230,14 @@ def test_a_million_operations_against_a_dictionary(seed):
     memory = torch.zeros(index_span_bytes([one]), dtype=torch.uint8)
     index = NativeChunkIndex([one], torch.tensor([[0, 0, 0, chunks, 1]]), memory, [(0, 0)])
     index.set_budget(0, 1 << 40)
-    candidates = torch.zeros(1, BINS, dtype=torch.int64)
     worth: dict[tuple[int, int], float] = {}
     for number in range(130):
         ids = torch.unique((torch.rand(batch, generator=generator) ** 3 * rows).long())
         norms = (torch.rand(ids.numel(), chunks, generator=generator) * 8).round() - 2
         threshold = float(number % 5)
         offers = Offers(torch.tensor([[0, 0, ids.numel()]]), ids, norms, torch.ones(1),
-                        torch.tensor([threshold]), 0, candidates)
+                        torch.tensor([threshold]), 0, torch.ones(1),
+                        torch.zeros(1, dtype=torch.int64))
         index.touch(offers)
         here = index.places(offers.segments, ids).T >= 0
         index.offer(replace(offers, norms=torch.where(here, -1.0, norms).contiguous()))
@@ -248,7 +248,7 @@ def test_a_million_operations_against_a_dictionary(seed):
                 worth[row, chunk] = worth.get((row, chunk), 0.0) + norm
         if number % 13 == 12:
             # Sums are exact where it matters.
-            index.decide(0, 1.0, torch.tensor([3.0]), number, candidates)
+            index.decide(0, 1.0, torch.tensor([3.0]), number)
             worth = {at: u for at, u in worth.items() if u >= 3.0}
             index.compact(0, tight=True)
         if number % 13 == 11:

@@ -9,9 +9,7 @@ from shardlab.ops.chunks import BINS, bin_edges
 from shardlab.storage.chunk_budget import (
     at_least,
     common_threshold,
-    decayed,
     demand_curve,
-    table_units,
 )
 
 
@@ -28,29 +26,8 @@ def test_counts_at_a_limit_lie_between_those_of_its_bin():
     assert at_least(counts, limits)[0].tolist() == [6, 4, 4, 2, 1, 0]
 
 
-def test_unit_is_the_95th_percentile_of_what_was_used():
-    units = table_units(torch.cat([histogram([0.0] * 1000 + [1.0] * 99 + [64.0]),
-                                   histogram([0.0] * 5)]))
-    assert 1.0 <= units[0] <= 1.25
-    assert units[1] == 1.0
-
-
-@pytest.mark.parametrize("decay", [1.0, 0.5, 0.7, 1e-30])
-def test_decayed_counts_are_those_of_decayed_utilities(decay):
-    counts = 1000 * histogram([0.5, 1.0, 3.0])
-    found = decayed(counts, decay)
-    assert found.sum() <= counts.sum()
-    limits = torch.tensor([[0.75 * decay]], dtype=torch.float64)
-    if decay > 1e-9:
-        assert abs(float(at_least(found, limits)) - 2000) <= 1000
-        assert found.sum() >= counts.sum() - 3
-    if decay == 1.0:
-        assert torch.equal(found, counts)
-
-
 def test_one_threshold_for_all_ranks_unless_a_limit_binds():
-    one = demand_curve(histogram([float(2 ** i) for i in range(-10, 6)]),
-                       torch.ones(1, dtype=torch.float64), 10.0)
+    one = demand_curve(histogram([float(2 ** i) for i in range(-10, 6)])[0], 10.0)
     curves = torch.stack([one, one])
     thresholds, kept = common_threshold(
         curves, torch.tensor([1e9, 1e9], dtype=torch.float64), 160.0)
@@ -63,7 +40,7 @@ def test_one_threshold_for_all_ranks_unless_a_limit_binds():
 
 
 def test_nothing_goes_while_there_is_room():
-    curve = demand_curve(histogram([0.0, 1.0]), torch.ones(1, dtype=torch.float64), 10.0)[None]
+    curve = demand_curve(histogram([0.0, 1.0])[0], 10.0)[None]
     thresholds, kept = common_threshold(curve, torch.tensor([100.0], dtype=torch.float64), 100.0)
     assert thresholds.tolist() == [0.0]
     assert kept.tolist() == [20.0]

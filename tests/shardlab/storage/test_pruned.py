@@ -198,7 +198,7 @@ def test_readmitted_chunks_start_with_zeros_and_fresh_state():
     assert states[places].any(1).all()
     storage.decide(0, torch.full((3,), float("inf")), 1 << 20)
     offers = Offers(torch.tensor([[1, 0, rows.numel()]]), rows, torch.ones(rows.numel(), 1),
-                    torch.ones(3), torch.zeros(3), 0, storage.candidates)
+                    torch.ones(3), torch.zeros(3), 0, torch.ones(3), storage.evicted)
     again = storage.index.offer(offers)[:, 2]
     assert again.numel() == rows.numel()
     assert not payloads[again].any()
