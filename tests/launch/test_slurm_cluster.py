@@ -100,11 +100,10 @@ def resumed_at(run_dir: Path) -> int:
 def test_a_preempted_job_ends_as_one_that_was_not(tmp_path, job, environ, undisturbed):
     run_dir = tmp_path / "run"
     process = launch(job, run_dir, environ, "--requeue", "--partition", "low")
-    job_id = stop_in_training(run_dir, process, environ)
+    stop_in_training(run_dir, process, environ)
     subprocess.run(["sbatch", "-p", "high", "-N", "2", "--exclusive", "--wrap", "true", "-o",
                     os.devnull], env=environ, capture_output=True, check=True)
-    slurm.release(job_id, environ)  # what is preempted gets SIGCONT, then SIGTERM
-    out = output(process)
+    out = output(process)  # what is preempted gets SIGCONT, then SIGTERM
     assert "ranks ended with exit code 143" in out
     assert "requeued after a checkpoint" in out
     assert ", start 1, on node[1-2]" in out
@@ -118,7 +117,6 @@ def test_the_warning_of_the_time_limit_requeues(tmp_path, job, environ, undistur
     job_id = stop_in_training(run_dir, process, environ)
     for name in ("USR1", "CONT"):
         signal_ranks(name, job_id, environ)
-    slurm.release(job_id, environ)
     out = output(process)
     assert "ranks ended with exit code 75" in out
     assert 0 < resumed_at(run_dir) < LAST
