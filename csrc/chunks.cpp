@@ -141,6 +141,14 @@ struct Norms {
 // Sums of squares of every chunk, and the mean of the row's, in the order that rules.h takes.
 inline float chunk_squares(const float* grad, int64_t chunks, int64_t width, float* squares) {
   Vec total{};
+  if (width == kLanes) {  // a chunk is a register: one pass
+    for (int64_t k = 0; k < chunks; ++k) {
+      const Vec g = load(grad + k * kLanes), square = g * g;
+      total += square;
+      squares[k] = reduce_add(square);
+    }
+    return reduce_add(total) / (float)(chunks * width);
+  }
   for_columns(chunks * width, [&](int64_t c, int lanes) SHARDLAB_INLINE {
     const Vec g = read(grad + c, lanes);
     total += g * g;

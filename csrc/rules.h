@@ -25,13 +25,16 @@ inline Vec mean_squares(const Batch& batch, const Rows& rows) {
   float mean[kLanes] = {};
   for (int64_t i = 0; i < batch.count; ++i) {
     rows.prefetch_state(i);
+    if (batch.row_squares && batch.row_squares[i] >= 0) {
+      mean[i] = batch.row_squares[i];
+      continue;
+    }
     Vec total{};
     for_columns(batch.columns, [&](int64_t c, int lanes) SHARDLAB_INLINE {
       const Vec g = read(batch.grad[i] + c, lanes);
       total += g * g;
     });
     mean[i] = reduce_add(total) / (float)batch.columns;
-    if (batch.row_squares && batch.row_squares[i] >= 0) mean[i] = batch.row_squares[i];
   }
   return load(mean);
 }

@@ -195,7 +195,7 @@ class ReferenceChunkIndex:
         cells = self._cells(store, key, k)
         utility = gain + (cell_value(int(store.cells[cells].min())) if cells
                           else np.float32(0))
-        if utility >= threshold and self._make_room(store, at, utility, word, offers):
+        if utility >= threshold and self._make_room(store, at, utility, offers):
             if found is None:
                 chunks = store.shape.layout.chunks
                 found = store.rows[key] = (block, row, _Row([-1] * chunks, [0] * chunks))
@@ -207,7 +207,7 @@ class ReferenceChunkIndex:
             _raise(store.cells, cells, code)
         return None
 
-    def _make_room(self, store: _Store, at: tuple[int, int, int], utility: np.float32, word: int,
+    def _make_room(self, store: _Store, at: tuple[int, int, int], utility: np.float32,
                    offers: Offers) -> bool:
         """Room for one more chunk of a row: free room, or that of a chunk worth less."""
         block, key = at[0], self._key(*at[:2])
@@ -215,7 +215,7 @@ class ReferenceChunkIndex:
         if slot and store.has_place():
             return True
         store.refused += 1
-        drawn = self._draw(store, key, mix64((word + _GOLDEN) & _WORD), not slot)
+        drawn = self._draw(store, key, mix64(key ^ (offers.key & _WORD)), not slot)
         if not drawn:
             return False
         worth, victim, chunk = min(drawn, key=lambda one: one[0])
@@ -314,8 +314,10 @@ class ReferenceChunkIndex:
                 if place >= one.used:
                     chunks.places[k] = holes[len(moves)]
                     moves.append((place, holes[len(moves)]))
-        before = one.committed
+        before, slots = one.committed, one.slots
         self._settle(one)
+        if not tight:
+            one.slots = min(one.slots, slots)
         while not tight and one.committed < before:
             more = min(one.committed + one.shape.slab, before)
             if one.held(committed=more) > one.budget:

@@ -142,7 +142,8 @@ class PruningCouncil:
         own = torch.zeros(BINS + 4, dtype=torch.float64)
         for store in self._stores(contest):
             assert self._storage is not None
-            counts, cost = self._storage.utility_counts(store).sum(0), self._storage.chunk_cost(store)
+            counts = self._storage.utility_counts(store).sum(0)
+            cost = self._storage.chunk_cost(store)
             own[:BINS + 1] += demand_curve(counts, cost)
             own[BINS + 1] += float(counts.sum()) * cost
             own[BINS + 2] += self._storage.fixed_bytes(store)

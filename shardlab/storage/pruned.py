@@ -47,8 +47,8 @@ from shardlab.storage.chunk_stores import build_pools, plan_stores, pruned_spec
 from shardlab.storage.levels import Clock
 from shardlab.storage_bytes import TierBytes
 
-#: Pages at the ends of keys, values, stack, payloads and states, half full each, and few slots.
-_PART_PAGES = 3 * PAGE_BYTES
+#: Pages at the ends of keys, values, stack, payloads and states, part full each, and few slots.
+_PART_PAGES = 4 * PAGE_BYTES
 #: Streams of random bits beside those of rows (0 to 2): utilities of updates, and of decisions.
 _TOUCH, _DECIDE = 16, 17
 #: Rows of a table whose gradients tell its unit, and the share of them that lie below it.

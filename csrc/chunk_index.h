@@ -1,0 +1,163 @@
+// The parts of a store that change as chunks come and go: index, pool, and a chunk's leaving.
+#pragma once
+#include <sys/mman.h>
+
+#include <algorithm>
+
+#include "chunk_sketch.h"
+#include "chunk_slots.h"
+
+namespace shardlab {
+
+constexpr int64_t kPage = 4096;
+// At most 7 of 8 slots are taken; a sixteenth is added at a time. Longest runs stay far below the
+// tail.
+constexpr int64_t kLoadNumber = 7, kLoadOf = 8, kGrowth = 16, kFewSlots = 32;
+constexpr int64_t kTailShift = 4, kMostTail = 1024;
+
+inline int64_t pages(int64_t bytes) { return (bytes + kPage - 1) / kPage * kPage; }
+// Slots of homes, and those behind the last home; the last of all stays empty.
+inline int64_t span_of(int64_t slots) {
+  return slots + kFewSlots + std::min(slots >> kTailShift, kMostTail);
+}
+
+inline int64_t held_with(const ChunkStore& s, int64_t slots, int64_t committed) {
+  const int64_t span = span_of(slots);
+  return pages(8 * span) + pages(value_bytes(s) * span) + pages(4 * s.free) +
+         pages(committed * s.payload_bytes) + pages(committed * s.state_bytes) +
+         pages(s.sketch_lines * kLine);
+}
+
+inline int64_t fitting_slots(const ChunkStore& s, int64_t rows) {
+  return std::min(rows * kLoadOf / kLoadNumber + kFewSlots, s.max_slots);
+}
+
+// ---------------------------------------------------------------- index
+inline void clear_slots(ChunkStore& s, int64_t from, int64_t to) {
+  if (from < to) std::memset(keys_of(s) + from, 0, 8 * (to - from));
+}
+
+inline void move_slots(ChunkStore& s, int64_t target, int64_t source, int64_t count) {
+  std::memmove(keys_of(s) + target, keys_of(s) + source, 8 * count);
+  std::memmove(value_at(s, target), value_at(s, source), value_bytes(s) * count);
+}
+
+inline void release(int64_t address, int64_t from, int64_t to) {
+  const int64_t first = pages(address + from), last = (address + to) / kPage * kPage;
+  if (first < last) madvise((void*)first, last - first, MADV_DONTNEED);
+}
+
+// n rows lie at the end of the span: puts everyone at his home, or behind his forerunner.
+inline bool spread(ChunkStore& s, int64_t n) {
+  uint64_t* keys = keys_of(s);
+  int64_t next = 0, from = span_of(s.slots) - 1 - n;
+  for (int64_t i = 0; i < n; ++i, ++from) {
+    const int64_t to = std::max((int64_t)scaled(keys[from], s.slots), next);
+    if (to > from) return false;
+    if (to < from) {
+      keys[to] = keys[from];
+      std::memcpy(value_at(s, to), value_at(s, from), value_bytes(s));
+      keys[from] = 0;
+    }
+    next = to + 1;
+  }
+  return true;
+}
+
+// The index with another number of slots, in place.
+inline void resize(ChunkStore& s, int64_t slots) {
+  const int64_t before = span_of(s.slots);
+  for (bool done = false; !done; slots += slots / kGrowth + kFewSlots) {
+    uint64_t* keys = keys_of(s);
+    int64_t n = 0;
+    const int64_t old = span_of(s.slots);
+    for (int64_t from = 0; from < old; ++from) {
+      if (!keys[from]) continue;
+      if (n != from) {
+        keys[n] = keys[from];
+        std::memcpy(value_at(s, n), value_at(s, from), value_bytes(s));
+      }
+      ++n;
+    }
+    clear_slots(s, n, old);
+    s.slots = slots;
+    const int64_t span = span_of(slots), start = span - 1 - n;
+    move_slots(s, start, 0, n);
+    clear_slots(s, 0, std::min(n, start));
+    keys[span - 1] = 0;
+    s.rows = n;
+    done = spread(s, n);
+  }
+  release(s.keys, 8 * span_of(s.slots), 8 * before);
+  release(s.values, value_bytes(s) * span_of(s.slots), value_bytes(s) * before);
+}
+
+// Room in the index for one more row.
+inline bool has_slot(ChunkStore& s) {
+  if ((s.rows + 1) * kLoadOf <= s.slots * kLoadNumber) return true;
+  const int64_t slots = s.slots + s.slots / kGrowth + kFewSlots;
+  if (slots > s.max_slots || held_with(s, slots, s.committed) > s.budget) return false;
+  resize(s, slots);
+  return true;
+}
+
+// Slot of a new row with no chunk; -1 where a run reaches the end of the array.
+inline int64_t insert(ChunkStore& s, uint64_t key) {
+  uint64_t* keys = keys_of(s);
+  int64_t at = (int64_t)scaled(key, s.slots);
+  while (keys[at] && keys[at] < key) ++at;
+  int64_t gap = at;
+  while (keys[gap]) ++gap;
+  if (gap >= span_of(s.slots) - 1) return -1;
+  if (gap > at) move_slots(s, at + 1, at, gap - at);
+  keys[at] = key;
+  char* value = value_at(s, at);
+  std::fill_n(places_of(value), s.chunks, -1);
+  std::fill_n(utilities_of(s, value), s.chunks, (uint16_t)0);
+  ++s.rows;
+  return at;
+}
+
+// A row goes: those behind it move up to their homes, or towards them.
+inline void erase(ChunkStore& s, int64_t slot) {
+  const uint64_t* keys = keys_of(s);
+  int64_t end = slot + 1;
+  while (keys[end] && (int64_t)scaled(keys[end], s.slots) < end) ++end;
+  move_slots(s, slot, slot + 1, end - slot - 1);
+  keys_of(s)[end - 1] = 0;
+  --s.rows;
+}
+
+// ---------------------------------------------------------------- pool
+inline int32_t* stack_of(const ChunkStore& s) { return (int32_t*)s.stack; }
+
+inline bool has_place(ChunkStore& s) {
+  if (s.free || s.top < s.committed) return true;
+  const int64_t more = std::min(s.committed + s.slab, s.max_chunks);
+  if (more == s.committed || held_with(s, s.slots, more) > s.budget) return false;
+  s.committed = more;
+  return true;
+}
+
+inline int32_t take_place(ChunkStore& s) {
+  const int32_t place = s.free ? stack_of(s)[--s.free] : (int32_t)s.top++;
+  if (s.payload) {
+    std::memset((char*)s.payload + place * s.payload_bytes, 0, s.payload_bytes);
+    std::memset((char*)s.state + place * s.state_bytes, 0, s.state_bytes);
+  }
+  ++s.used;
+  return place;
+}
+
+// A chunk goes: its place is free, its utility counted in the sketch.
+inline void leave(ChunkStore& s, int64_t slot, int64_t chunk, float utility) {
+  const uint64_t key = keys_of(s)[slot];
+  if (s.sketch_lines) cells_of(line_of(s, key), key, chunk).raise(cell_code(utility, 0));
+  int32_t& place = places_of(value_at(s, slot))[chunk];
+  stack_of(s)[s.free++] = place;
+  place = -1;
+  utilities_of(s, value_at(s, slot))[chunk] = 0;
+  --s.used;
+}
+
+}  // namespace shardlab
