@@ -229,7 +229,8 @@ class ReferenceChunkIndex:
         return True
 
     @staticmethod
-    def _draw(store: _Store, own: int, start: int, whole: bool) -> list[tuple[np.float32, int, int]]:
+    def _draw(store: _Store, own: int, start: int,
+              whole: bool) -> list[tuple[np.float32, int, int]]:
         """(worth, key, chunk) of the chunks of the rows that follow a hash, but for one row."""
         keys = sorted(store.rows)
         first, drawn = bisect_left(keys, start), []
