@@ -92,6 +92,15 @@ def _check(local: LocalShard) -> None:
                           f"{spec.width} columns in two; cut the table at multiples of it")
 
 
+def _check_tiers(shards: Sequence[LocalShard], device: torch.device) -> None:
+    """Kernels step chunks where their gradients are."""
+    for local in shards:
+        if pruned_spec(local).tier is Tier.DDR and device.type != "cpu":
+            raise ConfigError(f"table {local.table.name!r}: pruned with tier: ddr on {device}: its "
+                              "chunks must lie on the device that trains them; take tier: hbm, or "
+                              "a storage of rows with a cache above ddr")
+
+
 def _plan(shards: Sequence[LocalShard], blocks: list[int], shared: dict[tuple[object, ...], int],
           optimizer: str) -> StorePlan:
     spec, first = pruned_spec(shards[blocks[0]]), shards[blocks[0]]
@@ -143,8 +152,8 @@ def build_pools(shards: Sequence[LocalShard], plans: Sequence[StorePlan],
                                         table_key=key)
         pools.append((offset, state))
         offset = end
-    device = torch.device("cpu") if any(plan.spec.tier is Tier.DDR for plan in plans) \
-        else options.device
+    device = options.device
+    _check_tiers(shards, device)
     arena = allocate(offset, device, used)
     reached = device.type == "cpu"
     addresses = [(arena.data_ptr() + payload, arena.data_ptr() + state) if reached else (0, 0)

@@ -284,6 +284,13 @@ def test_chunks_cut_in_two_are_refused():
         build_storage([local], StorageOptions("sgd", 0, torch.device("cpu")))
 
 
+def test_chunks_in_host_memory_of_a_cuda_run_are_refused():
+    table = EmbeddingBagConfig(10, 16, "t", storage=pruned(tier="ddr"))
+    local = LocalShard(table, Shard(0, 0, 10, 0, 16), table.storage, False)
+    with pytest.raises(ConfigError, match="table 't': pruned with tier: ddr on cuda:0: its chunks"):
+        build_storage([local], StorageOptions("sgd", 0, torch.device("cuda", 0)))
+
+
 # ---------------------------------------------------------------- ranks
 def _rank(groups, storage, kind, exchange, steps):
     found = tables(storage, exchange=exchange)
