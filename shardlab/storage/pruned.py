@@ -53,6 +53,8 @@ _PART_PAGES = 4 * PAGE_BYTES
 _TOUCH, _DECIDE = 16, 17
 #: Rows of a table whose gradients tell its unit, and the share of them that lie below it.
 _SAMPLE, _PERCENTILE = 256, 0.95
+#: What is tried next where a threshold leaves more than the budget, and the least of all.
+_RAISE, _LEAST = 1.05, 2.0 ** -49
 
 
 class PrunedStorage:
@@ -213,8 +215,13 @@ class PrunedStorage:
         self.thresholds[blocks] = thresholds[blocks] * (1 + plan.spec.hysteresis)
         self.since[store] = self.clock.step
         self.index.set_budget(store, budget)
-        if self.index.held_bytes(store) > budget:
+        # Thresholds come from bins a fifth apart, and pages are whole: a little may be left over.
+        while self.index.held_bytes(store) > budget:
             self.compact(store, tight=False)
+            if self.index.held_bytes(store) <= budget or not self.index.numbers(store).used:
+                break
+            thresholds = (thresholds * _RAISE).clamp(min=_LEAST)
+            self.evicted += self.index.decide(store, 1.0, thresholds, key)
 
     def measure_by(self, units: dict[int, float]) -> None:
         """Sets what gradient norms of some shards are divided by from now on."""
