@@ -93,6 +93,8 @@ class LaunchError(ShardLabError, RuntimeError):
 class ExchangeError(ShardLabError, RuntimeError):
     """Ranks could not talk: one ended, stalled or cannot be reached; names phase and rank."""
 
+    exit_code = FAILURE
+
 
 def nearest_name(wrong: str, known: list[str]) -> str:
     """Returns " (did you mean 'x'?)" for the closest known name, or an empty string."""

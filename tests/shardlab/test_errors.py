@@ -20,6 +20,13 @@ def test_errors_of_the_user_are_value_errors(kind):
     assert issubclass(kind, ValueError)
 
 
+def test_who_is_to_mend_it_decides_the_exit_code():
+    codes = {kind: kind("x").exit_code for kind in (
+        errors.ConfigError, errors.ForecastError, errors.NotFiniteError, errors.StallError,
+        errors.ExchangeError)}
+    assert list(codes.values()) == [2, 3, 4, 5, 1]
+
+
 def test_bounds_error_is_an_input_error():
     assert issubclass(errors.BoundsError, errors.InputError)
 
