@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 #: From overrides of the job, as --set takes them, to what is planned.
 Rebuild = Callable[[list[str]], Request]
 
-_BETWEEN = re.compile(r"\s+(?=no\s|[A-Za-z_][\w.\[\]]*=)")
+_BETWEEN = re.compile(r"[\s,]+(?=no\s|[A-Za-z_][\w.\[\]]*=)")
 _TIERS = {"no ssd": ("ssd", None), "no ddr": ("ddr_bytes", 0)}
 _RELATIVE = re.compile(r"([+\-x/])\s*(.+)")
 _SHORT = {"hbm": "hbm_bytes", "ddr": "ddr_bytes"}

@@ -47,7 +47,7 @@ def run(scenario: str) -> PlanResult:
     ("hosts=-1", "hosts", 1), ("hbm=x2", "hbm_bytes", 8 * GIB),
     ("hbm_bytes=+4 GiB", "hbm_bytes", 8 * GIB), ("ddr=16GiB", "ddr_bytes", 16 * GIB),
     ("no ddr", "ddr_bytes", 0), ("no   ssd", "ssd", None), ("ssd=none", "ssd", None),
-    ("hosts=x2 no ssd hosts=+1", "hosts", 5)])
+    ("hosts=x2 no ssd hosts=+1", "hosts", 5), ("hosts=x2, no ssd,hosts=+1", "hosts", 5)])
 def test_fields_of_the_machine(scenario: str, field: str, value: object) -> None:
     assert getattr(run(scenario).topology, field) == value
 
