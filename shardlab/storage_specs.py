@@ -286,6 +286,9 @@ def has_cache(spec: StorageSpec) -> bool:
     return isinstance(spec, RowsSpec) and len(spec.levels) > 1
 
 
+_LEAST_SHARE = 1e-9
+
+
 def describe_storage(spec: StorageSpec) -> str:
     """A few words: ``int8 on ddr under fp32 5% on hbm``, ``tensor_train rank 32``."""
     if isinstance(spec, TensorTrainSpec):
@@ -294,8 +297,10 @@ def describe_storage(spec: StorageSpec) -> str:
         rank = ", ".join(str(rank) for rank in (ranks[:1] if len(set(ranks)) == 1 else ranks))
         return f"tensor_train rank {rank}{cache}"
     if isinstance(spec, PrunedSpec):
-        budget = f"{spec.ratio:.4g}" if spec.ratio is not None else f"{spec.bytes} B"
-        return f"pruned to {budget}"
+        if spec.ratio is None:
+            return f"pruned to {spec.bytes} B"
+        # The planner takes bytes as a share, which of a table without a bound says nothing.
+        return f"pruned to {spec.ratio:.4g}" if spec.ratio > _LEAST_SHARE else "pruned to its bytes"
     home = spec.home.dtype + (f" on {spec.home.tier.value}" if spec.home.tier else "")
     caches = [f"{level.dtype} {level.fraction:.4g}"
               + (f" on {level.tier.value}" if level.tier else "") for level in spec.levels[:-1]]

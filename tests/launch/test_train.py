@@ -78,7 +78,10 @@ def test_a_job_on_one_rank_fills_its_run_folder(tmp_path, capsys):
     ["model={kind: deepfm, top_mlp: [8]}", "optimizer.dense={kind: sgd, lr: 0.1}"],
     ["model={kind: dcn, top_mlp: [8], cross_layers: 1}", "dense_dtype=bf16",
      "optimizer.schedule={kind: cosine, warmup_steps: 2, steps: 8}"],
-], ids=["deepfm", "dcn, bf16, cosine"])
+    ["tables=[{name: t, num_embeddings: unbounded, embedding_dim: 8, feature_names: [C3, C12], "
+     "storage: {kind: pruned, budget: {bytes: 200kB}, chunks: 1, start: empty}}]",
+     "model={kind: deepfm, top_mlp: [8]}"],
+], ids=["deepfm", "dcn, bf16, cosine", "ids without a bound"])
 def test_every_kind_of_job_runs(tmp_path, overrides):
     job = load_job(None, [*SMALL, *ROWS, *overrides, f"train.run_dir={tmp_path}", "ranks=1",
                           "train.max_steps=8"])

@@ -6,10 +6,11 @@ import pytest
 
 from shardlab.errors import ConfigError, PlanError
 from shardlab.plan import WireDtypes
+from shardlab.planner import plan
 from shardlab.planner.request import build_request
 from shardlab.planner.settings import DenseModel, PlanSettings
-from shardlab.specs import EmbeddingBagConfig
-from shardlab.storage_specs import LevelSpec, RowsSpec, Tier
+from shardlab.specs import UNBOUNDED, EmbeddingBagConfig
+from shardlab.storage_specs import LevelSpec, RowsSpec, Tier, describe_storage
 from tests.planner.fleets import GIB, machine, request_for
 
 
@@ -61,3 +62,15 @@ def test_dense_bytes_come_off_the_capacity() -> None:
     free = request_for(tables, machine("cpu")).capacity
     settings = PlanSettings(DenseModel(bytes=GIB))
     assert request_for(tables, machine("cpu"), settings=settings).capacity == free - GIB
+
+
+def test_a_table_without_a_bound_is_planned_by_its_bytes() -> None:
+    table = EmbeddingBagConfig("unbounded", 16, "users", storage={  # type: ignore[arg-type]
+        "kind": "pruned", "budget": {"bytes": 2_000_000}, "chunks": 1, "start": "empty"})
+    items = EmbeddingBagConfig(1000, 16, "items")
+    result = plan([table, items], machine("2xcpu"), 64, "sgd")
+    entry = next(entry for entry in result.plan.tables if entry.table == "users")
+    assert describe_storage(entry.storage) == "pruned to its bytes"
+    assert sum(shard.rows for shard in entry.shards) == UNBOUNDED
+    held = sum(rank.held.total.hbm for rank in result.ranks)
+    assert 2_000_000 * 0.9 < held < 2_000_000 * 1.1 + 1000 * 16 * 4 * 1.1
