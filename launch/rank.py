@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import logging
 import os
 import signal
 import sys
@@ -20,33 +21,38 @@ LOCAL_RANK_MARK = "SHARDLAB_LOCAL_RANK"
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
-def guarded(work: Callable[[], int]) -> int:
-    """Runs ``work`` in a rank that torchrun, srun or the local launcher started.
+def guarded(work: Callable[[], int]) -> NoReturn:
+    """Runs ``work`` in a rank that torchrun, srun or the local launcher started, and ends it.
 
-    A failing rank reports its exception in torchrun's error file and ends at once, without the
-    usual clean-up: that could wait forever for ranks that wait for this one.
+    A rank ends at once, without the interpreter's clean-up. Where it failed, that could wait
+    forever for ranks that wait for this one, and its exception goes to torchrun's error file.
+    Where it did not, threads that still look after its peers would meet an interpreter that is
+    gone, and abort the process now and then.
 
     Args:
-        work: what the rank does.
-
-    Returns:
-        The exit code that ``work`` returned.
+        work: what the rank does; returns the exit code. It closes what it opened.
     """
     local = os.environ.get(LOCAL_RANK_MARK) == "1"
     if local:
         _end_with_parent()
     try:
-        return work()
+        code = work()
     except Exception as error:
         end_rank(error)
+    _end(code)
 
 
 def end_rank(error: Exception) -> NoReturn:
     """Ends this process with the code of an error, once it is printed and reported."""
     report_failure(error)
+    _end(error.exit_code if isinstance(error, ShardLabError) else FAILURE)
+
+
+def _end(code: int) -> NoReturn:
+    logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(error.exit_code if isinstance(error, ShardLabError) else FAILURE)
+    os._exit(code)
 
 
 def _end_with_parent() -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from rich.console import Console
@@ -137,10 +137,10 @@ def run(options: Options, target: Path) -> int:
     return 0
 
 
-def _main() -> int:
+def _main() -> NoReturn:
     options = Options(**json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
-    return guarded(lambda: run(options, Path(sys.argv[2])))
+    guarded(lambda: run(options, Path(sys.argv[2])))
 
 
 if __name__ == "__main__":
-    sys.exit(_main())
+    _main()

@@ -6,7 +6,7 @@ import os
 import signal
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import click
 
@@ -35,7 +35,7 @@ def train(job: str | None, demo: bool, ranks: int | None, overrides: tuple[str, 
 
     place = find_rank(os.environ)
     if place is not None:
-        return _join(config, place, ranks)
+        _join(config, place, ranks)
     if config.ranks > 1:
         return _start(config)
     from shardlab.launch.train import run_job
@@ -43,8 +43,8 @@ def train(job: str | None, demo: bool, ranks: int | None, overrides: tuple[str, 
     return run_job(config)
 
 
-def _join(config: JobConfig, place: RankInfo, asked: int | None) -> int:
-    """Works as one rank of a job that another program started; returns its exit code."""
+def _join(config: JobConfig, place: RankInfo, asked: int | None) -> NoReturn:
+    """Works as one rank of a job that another program started, and ends with its exit code."""
     if asked not in (None, place.world_size):
         raise LaunchError(f"--ranks {asked} asked, but {place.starter} started "
                           f"{place.world_size} ranks; leave --ranks out")
@@ -56,7 +56,7 @@ def _join(config: JobConfig, place: RankInfo, asked: int | None) -> int:
 
         return run_job(config)
 
-    return guarded(work)
+    guarded(work)
 
 
 def _start(config: JobConfig) -> int:

@@ -75,7 +75,7 @@ def test_dense_optimizers(section, kind, values):
     job = load_job(None, [f"optimizer.dense={section}"])
     weight = torch.nn.Parameter(torch.ones(3))
     optimizer = dense_optimizer(job.optimizer.dense)([weight])
-    assert type(optimizer) is kind
+    assert isinstance(optimizer, kind)
     assert values.items() <= optimizer.param_groups[0].items()
     weight.grad = torch.ones(3)
     optimizer.step()

@@ -77,7 +77,7 @@ def work():
 {body}
     return 0
 
-sys.exit(guarded(work))
+guarded(work)
 """
 
 
@@ -148,7 +148,7 @@ def test_the_cause_is_named_not_its_consequence(tmp_path):
     program = command(tmp_path, "consequence")
     # The cause's report is there before the consequence's; its process ends after it.
     text = Path(program[1]).read_text().replace(
-        "sys.exit(guarded(work))",
+        "guarded(work)",
         "import shardlab.launch.rank as rank\n"
         "real = os._exit\n"
         "def slow_exit(code):\n"
@@ -156,7 +156,7 @@ def test_the_cause_is_named_not_its_consequence(tmp_path):
         "    time.sleep(1.0 if os.environ['RANK'] == '1' else 0.0)\n"
         "    real(code)\n"
         "rank.os._exit = slow_exit\n"
-        "sys.exit(guarded(work))")
+        "guarded(work)")
     Path(program[1]).write_text(text)
     with pytest.raises(LaunchError, match=r"^rank 1 failed: the cause$"):
         start_local_ranks(2, program)

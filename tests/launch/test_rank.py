@@ -19,7 +19,7 @@ def work():
     {body}
     return 0
 
-sys.exit(guarded(work))
+guarded(work)
 """
 
 
@@ -72,3 +72,14 @@ def test_without_an_error_file_the_message_is_printed(tmp_path):
     done = run("raise InputError('no feature x')", tmp_path, TORCHELASTIC_ERROR_FILE=None)
     assert (done.returncode, done.stderr) == (2, "rank 3: error: no feature x\n")
     assert not (tmp_path / "error.json").exists()
+
+
+def test_threads_that_go_on_do_not_disturb_the_end(tmp_path):
+    body = """
+    import threading, torch
+    def go_on():
+        while True:
+            torch.ones(100_000).sum()
+    threading.Thread(target=go_on, daemon=True).start()"""
+    done = run(body, tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "begun\n", "")
