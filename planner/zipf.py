@@ -153,11 +153,16 @@ def fullest_block(rows: Floats, parts: Ints) -> Floats:
 @cache
 def _dealt_share(size: int, parts: int) -> float:
     rows = max(round(2.0 ** (size / _SIZES_PER_OCTAVE)), 1)
-    dealt = min(rows, _DEALT)
-    share = np.arange(1.0, dealt + 1) ** -ZIPF_EXPONENT
-    share /= _power_sum(np.array([float(rows)]), ZIPF_EXPONENT)
-    rest = max(0.0, 1.0 - float(share.sum())) / parts
+    whole = float(_power_sum(np.array([float(rows)]), ZIPF_EXPONENT)[0])
+    fullest, dealt = _dealt_weight(min(rows, _DEALT), parts)
+    return fullest / whole + max(0.0, 1.0 - dealt / whole) / parts
+
+
+@cache
+def _dealt_weight(dealt: int, parts: int) -> tuple[float, float]:
+    """Weight of the fullest block of ids 1 to ``dealt``, and of all of them."""
+    weight = np.arange(1.0, dealt + 1) ** -ZIPF_EXPONENT
     rng = np.random.default_rng(parts)
-    fullest = [np.bincount(rng.permutation(dealt) * parts // dealt, share, parts).max()
+    fullest = [np.bincount(rng.permutation(dealt) * parts // dealt, weight, parts).max()
                for _ in range(_DEALS)]
-    return float(np.mean(fullest)) + rest
+    return float(np.mean(fullest)), float(weight.sum())
