@@ -59,7 +59,7 @@ def _default_ranks() -> int:
 def _table(topology: Topology) -> Table:
     from rich.table import Table
 
-    from shardlab.planner.units import format_bytes
+    from shardlab.planner.units import format_bytes, format_ms
 
     giga = 1e9
     rows = [
@@ -73,9 +73,9 @@ def _table(topology: Topology) -> Table:
                             f"{topology.intra_host.bytes_per_s / giga:.3g} GB/s for large ones"),
         ("products", f"fp32 {topology.fp32_flops_per_s / giga:,.0f} GFLOP/s, bf16 "
                      f"{topology.bf16_flops_per_s / giga:,.0f} GFLOP/s"),
-        ("a step's overhead", f"{topology.step_overhead_s * 1e6:.3g} us, each shard "
-                              f"{topology.shard_overhead_s * 1e6:.3g} us, each dense layer "
-                              f"{topology.layer_overhead_s * 1e6:.3g} us")]
+        ("a step's overhead", f"{format_ms(1e3 * topology.step_overhead_s)}, each shard "
+                              f"{format_ms(1e3 * topology.shard_overhead_s)}, each dense layer "
+                              f"{format_ms(1e3 * topology.layer_overhead_s)}")]
     if topology.device_host is not None:
         rows.append(("device and host", f"{topology.device_host.bytes_per_s / giga:.3g} GB/s"))
     if topology.ssd is not None:

@@ -28,7 +28,7 @@ def test_a_topology_is_written_and_shown(tmp_path: Path, capsys, monkeypatch) ->
     assert code == 0
     assert asked == [(2, "x")]
     assert "here: 2 ranks" in out
-    assert "each dense layer 100 us" in out
+    assert "each dense layer 0.1 ms" in out
     assert "warning: The machine was busy: a rank got 40% of its core" in err
     assert read_topology(target).name == "here"
 
