@@ -30,6 +30,7 @@ def jobs(monkeypatch) -> list[JobConfig]:
     stand_in = types.ModuleType("shardlab.launch.train")
     stand_in.run_job = run_job
     monkeypatch.setitem(sys.modules, "shardlab.launch.train", stand_in)
+    monkeypatch.setattr("shardlab.launch.rank._end", sys.exit)  # a rank ends its process at once
     for name in ("RANK", "WORLD_SIZE", "SLURM_PROCID"):
         monkeypatch.delenv(name, raising=False)
     return seen
