@@ -99,10 +99,9 @@ void encode_byte_reuse(const float* in, uint16_t* out, int64_t n, uint64_t key, 
 void encode_ours(const float* in, uint16_t* out, int64_t n, uint64_t key, uint64_t first,
                  uint64_t rows, int64_t stride) {
   ROWS {
-    const uint64_t word = row_word(key, (int64_t)row);
+    RandomColumns columns(row_word(key, (int64_t)row), 0);
     for (int64_t c = 0; c < n; c += kLanes)
-      store_shorts(out + c, encode_fp16<true>(load(in + c), random_lanes(word, (uint32_t)c)),
-                   kLanes);
+      store_shorts(out + c, encode_fp16<true>(load(in + c), columns.at(c)), kLanes);
   }
 }
 

@@ -173,7 +173,7 @@ extern const CodecOps codec_ops[kCodecs];
 
 // Random counters of a row: its columns, then the parts of its state, then its scale.
 constexpr int kPartBits = 28;
-constexpr uint32_t kScaleCounter = 0xffffffffu;
+constexpr uint32_t kScaleCounter = 0xffffffefu;
 inline uint32_t part_counter(int64_t part, int64_t column) {
   return (uint32_t)(part << kPartBits) + (uint32_t)column;
 }

@@ -35,16 +35,17 @@ void encode_fp32_batch(const CodeBatch& batch) {
 
 template <bool kStochastic, bool kBf16>
 void encode_short_batch(const CodeBatch& batch) {
-  for (int64_t i = 0; i < batch.count; ++i)
+  for (int64_t i = 0; i < batch.count; ++i) {
+    RandomColumns columns(batch.words[i], batch.first);
     for_columns(batch.columns, [&](int64_t c, int lanes) SHARDLAB_INLINE {
-      const Bits random =
-          kStochastic ? random_lanes(batch.words[i], batch.first + (uint32_t)c) : Bits{};
+      const Bits random = kStochastic ? columns.at(c) : Bits{};
       const Vec v = read(batch.values[i] + c, lanes);
       store_shorts(batch.records[i] + 2 * c,
                    kBf16 ? encode_bf16<kStochastic>(v, random)
                          : encode_fp16<kStochastic>(v, random),
                    lanes);
     });
+  }
 }
 
 // ---------------------------------------------------------------- encode: with a scale per row
@@ -129,9 +130,9 @@ void encode_scaled_batch(const CodeBatch& batch) {
       std::memset(codes, 0, code_bytes);
       continue;
     }
+    RandomColumns columns(batch.words[i], batch.first);
     auto write = [&](int64_t c, int lanes, Vec v) SHARDLAB_INLINE {
-      const Bits random =
-          kStochastic ? random_lanes(batch.words[i], batch.first + (uint32_t)c) : Bits{};
+      const Bits random = kStochastic ? columns.at(c) : Bits{};
       Format::template write<kStochastic>(codes, c, lanes, v, scale, inverse, random);
     };
     if (scales.stretched[i])

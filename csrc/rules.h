@@ -65,7 +65,7 @@ inline void for_rows(const Batch& batch, const Rows& rows, const Body& body) {
 struct Sgd {
   template <class Rows>
   static void step(const Batch& batch, const Rows& rows, const Step& s) {
-    for_rows<false>(batch, rows, [&](const auto& row, float*, const float* grad, int64_t) {
+    for_rows<false>(batch, rows, [&](auto row, float*, const float* grad, int64_t) {
       for_columns(batch.columns, [&](int64_t c, int lanes) SHARDLAB_INLINE {
         const Vec w = row.read(c, lanes);
         row.write(c, w - (read(grad + c, lanes) + w * s.weight_decay) * s.lr, lanes);
@@ -77,7 +77,7 @@ struct Sgd {
 struct Adagrad {
   template <class Rows>
   static void step(const Batch& batch, const Rows& rows, const Step& s) {
-    for_rows<false>(batch, rows, [&](const auto& row, float* state, const float* grad, int64_t) {
+    for_rows<false>(batch, rows, [&](auto row, float* state, const float* grad, int64_t) {
       for_columns(batch.columns, [&](int64_t c, int lanes) SHARDLAB_INLINE {
         const Vec g = read(grad + c, lanes);
         const Vec h = read(state + c, lanes) + g * g;
@@ -95,7 +95,7 @@ struct RowWiseAdagrad {
     scatter_state(batch, 0, h);
     float rate[kLanes];
     store(rate, s.lr / (sqrt(h) + s.eps));
-    for_rows<true>(batch, rows, [&](const auto& row, float*, const float* grad, int64_t i) {
+    for_rows<true>(batch, rows, [&](auto row, float*, const float* grad, int64_t i) {
       for_columns(batch.columns, [&](int64_t c, int lanes) SHARDLAB_INLINE {
         row.write(c, row.read(c, lanes) - read(grad + c, lanes) * rate[i], lanes);
       });
@@ -106,7 +106,7 @@ struct RowWiseAdagrad {
 struct Adam {
   template <class Rows>
   static void step(const Batch& batch, const Rows& rows, const Step& s) {
-    for_rows<false>(batch, rows, [&](const auto& row, float* state, const float* grad, int64_t) {
+    for_rows<false>(batch, rows, [&](auto row, float* state, const float* grad, int64_t) {
       float *first = state, *second = state + batch.columns;
       for_columns(batch.columns, [&](int64_t c, int lanes) SHARDLAB_INLINE {
         const Vec g = read(grad + c, lanes);
@@ -129,7 +129,7 @@ struct RowWiseAdam {
     scatter_state(batch, at, v);
     float rate[kLanes];
     store(rate, (s.lr / s.bias1) / (sqrt(v / s.bias2) + s.eps));
-    for_rows<true>(batch, rows, [&](const auto& row, float* state, const float* grad, int64_t i) {
+    for_rows<true>(batch, rows, [&](auto row, float* state, const float* grad, int64_t i) {
       for_columns(batch.columns, [&](int64_t c, int lanes) SHARDLAB_INLINE {
         const Vec m = read(state + c, lanes) * s.beta1 + read(grad + c, lanes) * s.rest1;
         write_lanes(state + c, m, lanes);

@@ -143,14 +143,13 @@ class ShortRows : public Encoded {
  public:
   struct Row {
     char* record;
-    uint64_t word;
-    uint32_t counter;
+    RandomColumns columns;
 
     SHARDLAB_INLINE Vec read(int64_t c, int lanes) const {
       return ShortReader<kBf16>::load_part(record, c, lanes);
     }
-    SHARDLAB_INLINE void write(int64_t c, Vec v, int lanes) const {
-      const Bits random = kStochastic ? random_lanes(word, counter + (uint32_t)c) : Bits{};
+    SHARDLAB_INLINE void write(int64_t c, Vec v, int lanes) {
+      const Bits random = kStochastic ? columns.at(c) : Bits{};
       store_shorts(record + 2 * c,
                    kBf16 ? encode_bf16<kStochastic>(v, random)
                          : encode_fp16<kStochastic>(v, random),
@@ -160,7 +159,7 @@ class ShortRows : public Encoded {
 
   using Encoded::Encoded;
   Row operator[](int64_t i) const {
-    return {row(first_ + i), words_[i], part_counter(0, code_.col_start)};
+    return {row(first_ + i), {words_[i], part_counter(0, code_.col_start)}};
   }
 };
 

@@ -24,6 +24,8 @@ CODECS = {"fp32": 0, "fp16": 1, "bf16": 2, "fp8": 3, "int8": 4, "int4": 5, "fp8_
 
 _WORD, _HALF = 1 << 64, 1 << 32
 _LOW_HALF = _HALF - 1
+#: Counters with this bit take the second half of a mix.
+_SECOND = 16
 _INF = 0x7F800000
 _MAGNITUDE = 0x7FFFFFFF
 
@@ -41,7 +43,7 @@ FLOAT_CODES = {"fp8": 240.0, "fp8_e5m2": 32768.0}
 #: Random counters of a row: its columns, then part p of its state from (p + 1) << 28 on, and its
 #: scale's.
 PART_BITS = 28
-SCALE_COUNTER = _LOW_HALF
+SCALE_COUNTER = _LOW_HALF ^ _SECOND
 
 
 # ---------------------------------------------------------------- keys
@@ -88,13 +90,18 @@ def row_words(key: int, rows: Tensor) -> Tensor:
 def random_bits(words: Tensor, counters: Tensor) -> Tensor:
     """32 random bits, their high ones best, for every row word [n] and counter [c]: int64 [n, c].
 
-    Counters are int64 in [0, 2^32). The same bits on every device, in any order of asking.
+    Counters are int64 in [0, 2^32). The same bits on every device, in any order of asking. Counters
+    n and n + 16 share one mix, whose low half is the second's high one.
     """
     low, high = words[:, None] & _LOW_HALF, _shift(words, 32)[:, None]
-    x = (low + counters * 0x9E3779B9) & _LOW_HALF
+    second = counters & _SECOND
+    x = (low + (counters - second) * 0x9E3779B9) & _LOW_HALF
     x = ((x ^ (x >> 16)) * 0x21F0AAAD) & _LOW_HALF
     x = x ^ high
-    return ((x ^ (x >> 15)) * 0xD35A2D97) & _LOW_HALF
+    x = ((x ^ (x >> 15)) * 0xD35A2D97) & _LOW_HALF
+    stirred = x ^ (x >> 16)
+    turned = ((stirred << 16) & _LOW_HALF) | (stirred >> 16)
+    return torch.where(second != 0, turned, x)
 
 
 def _shift(x: Tensor, bits: int) -> Tensor:

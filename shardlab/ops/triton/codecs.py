@@ -51,10 +51,13 @@ def row_words(key, rows):
 @triton.jit
 def random_bits(low, high, counter):
     """uint32 random bits of the broadcast of row words and counters, uint32."""
-    x = low + counter * 0x9E3779B9
+    second = counter & 16
+    x = low + (counter - second) * 0x9E3779B9
     x = (x ^ (x >> 16)) * 0x21F0AAAD
     x = x ^ high
-    return (x ^ (x >> 15)) * 0xD35A2D97
+    x = (x ^ (x >> 15)) * 0xD35A2D97
+    stirred = x ^ (x >> 16)
+    return tl.where(second != 0, (stirred << 16) | (stirred >> 16), x)
 
 
 # ---------------------------------------------------------------- elements
