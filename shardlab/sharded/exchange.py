@@ -15,32 +15,28 @@ from threading import Lock
 import torch
 from torch import Tensor
 
-from shardlab.codecs import CODECS
 from shardlab.comm import Groups, WireBytes, Work, all_to_all
-from shardlab.ops.unique import fill_affine
 from shardlab.sharded.cells import Buffer, CellIndex
 from shardlab.sharded.clock import PhaseClock
 from shardlab.sharded.direct import DirectExchange, DirectLookup
-from shardlab.sharded.early import EarlyRows, Splitter, row_addresses
+from shardlab.sharded.early import EarlyRows, Splitter
 from shardlab.sharded.gradients import (
     PendingGradients,
-    bag_offsets,
     entry_bags,
     entry_weights,
     owner_chunks,
 )
 from shardlab.sharded.inputs import Batch, InputReader
-from shardlab.sharded.layout import Layout, bag_slots, column
+from shardlab.sharded.layout import Layout, column
 from shardlab.sharded.messages import IdExchange, Incoming
-from shardlab.sharded.pooling import copy_jobs, pool_coded
+from shardlab.sharded.owner import OwnerReads
+from shardlab.sharded.pooling import Pooler
 from shardlab.sharded.routes import Outgoing, Router
 from shardlab.sharded.wire_gradients import GradientSender
-from shardlab.sharded.wire_watch import FORWARD, SAMPLE_ROWS, WireWatch
-from shardlab.specs import PoolingType
-from shardlab.storage import Storage, read_codes
+from shardlab.sharded.wire_watch import WireWatch
+from shardlab.storage import Storage
 from shardlab.storage_specs import RowsSpec
 
-_FP32_BYTES = 4
 #: Late rows begin on a cache line of the buffer.
 _ALIGN_BYTES = 64
 
@@ -101,10 +97,9 @@ class Exchange:
         self._same_length = (DirectExchange(layout, storage, self._router, groups.device,
                                              clock)
                              if self._direct else None)
-        self._has_rows, self._has_pooled = rows, pooled
-        self._set_up_reads()
-        self._set_up_rows_output()
-        self._set_up_bags_output()
+        self._has_pooled = pooled
+        self._reads = OwnerReads(layout, self._cells, storage, groups.device, direct=self._direct)
+        self._pooler = Pooler(layout, self._cells)
 
     def watch_by(self, watch: WireWatch) -> None:
         """Errors are measured by this from now on; announced batches are not sampled for it."""
@@ -113,48 +108,6 @@ class Exchange:
     def wire_error(self, key: tuple[str, str, str]) -> float:
         """Largest error by (direction, table, codec), of all batches."""
         return max(watch.errors.get(key, 0.0) for watch in (self.watch, self._watch_ahead))
-
-    # ------------------------------------------------------------------ set-up
-    def _set_up_reads(self) -> None:
-        mine = self._cells.mine
-        ranks = range(len(self._cells.peers))
-        gather = [(rank, i) for rank in ranks for i, slot in enumerate(mine)
-                  if slot.feature < 0 and bool(self._cells.my_read[rank, i])]
-        bags = [(rank, i) for rank in ranks for i, slot in enumerate(mine) if slot.feature >= 0]
-        self._gather_cells = column([rank * len(mine) + i for rank, i in gather])
-        self._gather_blocks = column([mine[i].block for _, i in gather])
-        self._bag_cells = column([rank * len(mine) + i for rank, i in bags])
-        self._bag_ranks = column([rank for rank, _ in bags])
-        jobs = [[mine[i].block, 0, mine[i].shard.columns, 0, 0, 0, -1, 0, 0,
-                 mine[i].shard.columns, 0] for _, i in bags]
-        self._bag_jobs = column(jobs).reshape(-1, 11)
-        if self._direct:
-            for job, (_, i) in zip(self._bag_jobs, bags, strict=True):
-                job[8], job[9] = self.layout.first_column(mine[i]), self.layout.total_columns
-                job[10] = self.layout.groups[mine[i].group].row_start > 0
-
-    def _set_up_rows_output(self) -> None:
-        """Per column piece c of the ``rows`` tables: its slots, and the pooling jobs."""
-        layout = self.layout
-        self._passes = []
-        slots = [(i, slot) for i, slot in enumerate(layout.slots) if slot.feature < 0 and slot.read]
-        for chunk in sorted({slot.chunk for _, slot in slots}):
-            found = [(i, slot) for i, slot in slots if slot.chunk == chunk]
-            shards = {slot.table: slot.shard for _, slot in found}
-            jobs = [[0, 1, shards[t].columns, 0, 0, f, 0,
-                     layout.tables[t].pooling is PoolingType.MEAN,
-                     layout.feature_columns[f] + shards[t].col_start, layout.total_columns, 0]
-                    for t in shards for f in layout.features_of(t)]
-            self._passes.append((column([i for i, _ in found]), column(jobs)))
-        self._feature_table = column(layout.feature_table)
-        self._table_codecs = column([CODECS[wire.forward] for wire in layout.wires])
-
-    def _set_up_bags_output(self) -> None:
-        """Pooled slots in the order of their rows, so that the first block of a bag overwrites."""
-        slots = bag_slots(self.layout)
-        self._bag_slots = column([i for i, _ in slots])
-        self._bag_columns = column([self.layout.first_column(slot) for _, slot in slots])
-        self._bag_adds = column([self.layout.groups[slot.group].row_start > 0 for _, slot in slots])
 
     # ------------------------------------------------------------------ forward
     def read_ahead(self, batch: Batch) -> Lookup | None:
@@ -172,14 +125,8 @@ class Exchange:
         outgoing = self._router.route(batch)
         incoming = self._ids.exchange(outgoing)
         self._clock.lap("ids")
-        self._prefetch(incoming)
+        self._reads.prefetch(incoming)
         return Lookup(outgoing, incoming)
-
-    def _prefetch(self, incoming: Incoming) -> None:
-        counts = incoming.counts.view(-1)
-        blocks = column([slot.block for slot in self._cells.mine]).repeat(len(incoming.counts))
-        self.storage.prefetch(torch.stack([blocks, counts.cumsum(0) - counts, counts], 1),
-                              incoming.ids)
 
     def look_ahead(self, batch: Batch, in_flight: Sequence[Lookup] | None,
                    lap: Callable[[str], None]) -> Lookup:
@@ -206,7 +153,7 @@ class Exchange:
         lap("ids")
         self._watch_ahead.next_batch()
         with self.storage_lock:
-            self._prefetch(incoming)
+            self._reads.prefetch(incoming)
         lap("prefetch")
         if in_flight is None:
             halves, late = None, None
@@ -222,7 +169,7 @@ class Exchange:
         rows = torch.empty(late_from + (late.total if late else 0), dtype=torch.uint8,
                            device=self.groups.device)
         with self.storage_lock:
-            self._read(asking, place, rows[:place.total], self._watch_ahead,
+            self._reads.read(asking, place, rows[:place.total], self._watch_ahead,
                        pooled=halves is None)
         lap("read")
         self._send(rows, place, owner_sends=True, ahead=sent).wait()
@@ -265,7 +212,7 @@ class Exchange:
         self._clock.lap("ids")
         if self._direct:
             with self.storage_lock:
-                self._read_bags(incoming, None, out)
+                self._reads.read_bags(incoming, None, out)
             return Lookup(outgoing, incoming)
         if ahead is not None and ahead.early is not None:
             self._finish_early(outgoing, ahead.early, out)
@@ -273,11 +220,11 @@ class Exchange:
         place = self._cells.forward(outgoing, incoming)
         rows = torch.empty(place.total, dtype=torch.uint8, device=self.groups.device)
         with self.storage_lock:
-            self._read(incoming, place, rows, self.watch)
+            self._reads.read(incoming, place, rows, self.watch)
         self._clock.lap("read")
         self._send(rows, place, owner_sends=True).wait()
         self._clock.lap("rows")
-        self._pool(outgoing, EarlyRows(None, place, None, rows), out)
+        self._pooler.pool(outgoing, EarlyRows(None, place, None, rows), out)
         return Lookup(outgoing, incoming)
 
     def _finish_early(self, outgoing: Outgoing, early: EarlyRows, out: Tensor) -> None:
@@ -285,11 +232,11 @@ class Exchange:
         if early.halves is not None and early.late is not None:
             late = early.rows[early.late_from:]
             with self.storage_lock:
-                self._read(early.halves.late_in, early.late, late, self.watch)
+                self._reads.read(early.halves.late_in, early.late, late, self.watch)
             self._clock.lap("read")
             self._send(late, early.late, owner_sends=True).wait()
             self._clock.lap("rows")
-        self._pool(outgoing, early, out)
+        self._pooler.pool(outgoing, early, out)
 
     def _send(self, buffer: Tensor, place: Buffer, *, owner_sends: bool,
               ahead: WireBytes | None = None) -> Work:
@@ -312,136 +259,6 @@ class Exchange:
             sizes = self._cells.backward_slots.sizes(place.slot_vectors)
         wire.add(1 if owner_sends else 2, self._tables,
                  self._cells.table_bytes(sizes, cells=owner_sends))
-
-    def _read(self, incoming: Incoming, place: Buffer, rows: Tensor, watch: WireWatch, *,
-              pooled: bool = True) -> None:
-        """Steps 3 and 4: every asked row or bag, encoded into the buffer."""
-        codec = self._cells.forward_cells
-        if self._has_rows:
-            counts = incoming.counts.view(-1)
-            cells = self._gather_cells
-            starts = (counts.cumsum(0) - counts)[cells]
-            if codec.is_plain:
-                segments = torch.stack([self._gather_blocks, starts, counts[cells],
-                                        place.cell_offsets[cells] // _FP32_BYTES], 1)
-                self.storage.read(segments, incoming.ids, rows.view(torch.float32))
-            else:
-                pieces = torch.stack([starts, counts[cells], torch.zeros_like(cells),
-                                      torch.ones_like(cells)], 1)
-                places = fill_affine(pieces, incoming.ids.numel(), rows.device)
-                end = codec.coded_end(rows, place.cell_offsets, place.cell_vectors, places)
-                segments = torch.stack([self._gather_blocks, cells, starts, counts[cells]], 1)
-                read_codes(self.storage, segments, incoming.ids, end)
-                self._watch_read(watch, incoming, segments)
-        bags_too = self._has_pooled and pooled
-        if codec.is_plain and bags_too:
-            self._read_bags(incoming, place.cell_offsets // _FP32_BYTES, rows.view(torch.float32))
-        if codec.is_plain:
-            self._watch_cells(watch, rows.view(torch.float32), place.cell_offsets // _FP32_BYTES,
-                              place.cell_vectors)
-        elif bags_too:
-            # Bags are summed in fp32 first: there are fewer of them than of rows.
-            some = torch.where(self._cells.my_pooled.repeat(len(incoming.sizes)),
-                               place.cell_vectors, 0)
-            start = some * codec.columns
-            start = start.cumsum(0) - start
-            bags = torch.empty(int((some * codec.columns).sum()), device=rows.device)
-            self._read_bags(incoming, start, bags)
-            codec.encode(bags, start, some, (rows, place.cell_offsets))
-            self._watch_cells(watch, bags, start, some)
-
-    def _watch_cells(self, watch: WireWatch, values: Tensor, start: Tensor,
-                     counts: Tensor) -> None:
-        if watch.due:
-            watch.look(FORWARD, self._cells.sent_rows, values, start, counts)
-
-    def _watch_read(self, watch: WireWatch, incoming: Incoming, segments: Tensor) -> None:
-        """Some of the rows once more, as fp32."""
-        if not watch.due:
-            return
-        counts = torch.zeros(len(self._cells.sent_rows), dtype=torch.int64)
-        counts[segments[:, 1]] = segments[:, 3].clamp(max=SAMPLE_ROWS)
-        elements = counts * self._cells.forward_cells.columns
-        start = elements.cumsum(0) - elements
-        rows = torch.empty(int(elements.sum()), device=self.groups.device)
-        some = segments[:, [0, 2, 3, 3]].clone()
-        some[:, 2], some[:, 3] = counts[segments[:, 1]], start[segments[:, 1]]
-        self.storage.read(some, incoming.ids, rows)
-        watch.look(FORWARD, self._cells.sent_rows, rows, start, counts)
-
-    def _read_bags(self, incoming: Incoming, cell_start: Tensor | None, out: Tensor) -> None:
-        """Pools every asked bag to its cell's first element in ``out``, or to the output."""
-        counts = incoming.counts.view(-1)
-        starts = (counts.cumsum(0) - counts)[self._bag_cells]
-        jobs = self._bag_jobs.clone()
-        sizes = column(incoming.sizes)[self._bag_ranks]
-        jobs[:, 3], jobs[:, 4] = sizes, starts
-        if cell_start is not None:
-            jobs[:, 8] = cell_start[self._bag_cells]
-        offsets = None
-        if all(isinstance(length, int) for length in incoming.bag_lengths):
-            jobs[:, 6] = column(incoming.bag_lengths)[self._bag_ranks]  # type: ignore[arg-type]
-        else:
-            offsets = bag_offsets(incoming, starts, len(self._bag_cells) // len(incoming.sizes))
-            first = sizes + 1
-            jobs[:, 5] = first.cumsum(0) - first
-        weights = entry_weights(incoming, self._cells)
-        self.storage.read_pooled(self.storage.place_jobs(jobs), incoming.ids, offsets, weights,
-                                 out.view(-1))
-
-    def _pool(self, outgoing: Outgoing, came: EarlyRows, out: Tensor) -> None:
-        """Step 5: what came back is decoded while it is pooled into the output."""
-        batch, uniques, rows = outgoing.batch, outgoing.uniques, came.rows
-        codec = self._cells.forward_slots
-        # The kernels count in elements where all is fp32, else in bytes.
-        unit = _FP32_BYTES if codec.is_plain else 1
-        source = rows.view(torch.float32) if codec.is_plain else rows
-        steps = codec.vector_bytes // unit
-        if uniques is not None:
-            assert uniques.inverse is not None
-            for slots, jobs in self._passes:
-                at = self._places(outgoing, came, slots, uniques.ids.numel()) // unit
-                # What the inverse -1 of a dropped id points at.
-                at[-1] = -1
-                jobs = jobs.clone()
-                jobs[:, 4] = batch.feature_starts[jobs[:, 5]]
-                jobs[:, 3], jobs[:, 6] = batch.size, batch.length
-                tables = self._feature_table[jobs[:, 5]]
-                jobs[:, 5] *= batch.size
-                pool_coded(source, jobs, self._table_codecs[tables], at[uniques.inverse],
-                                 batch.offsets, batch.weights, out.view(-1))
-        if self._has_pooled:
-            slots = self._bag_slots
-            starts = came.early.slot_offsets if came.late is None else \
-                came.late.slot_offsets + came.late_from
-            jobs = copy_jobs(starts[slots] // unit, steps[slots],
-                             self._cells.columns[slots], batch.size)
-            jobs[:, 8], jobs[:, 9] = self._bag_columns, self.layout.total_columns
-            jobs[:, 10] = self._bag_adds
-            pool_coded(source, jobs, codec.numbers[slots],
-                             torch.arange(batch.size, device=rows.device), None, None,
-                             out.view(-1))
-
-    def _places(self, outgoing: Outgoing, came: EarlyRows, slots: Tensor, count: int) -> Tensor:
-        """int64 [count + 1]: byte where the row of every unique id begins, through these slots.
-
-        The last element is nobody's.
-        """
-        starts, counts = outgoing.starts[slots], outgoing.counts[slots]
-        sizes = self._cells.forward_slots.vector_bytes
-        if came.halves is None:
-            pieces = torch.stack([starts, counts, came.early.slot_offsets[slots],
-                                  sizes[slots]], 1)
-            at = fill_affine(pieces, count + 1, came.rows.device)
-        else:
-            places = row_addresses(outgoing, came, sizes)
-            first = (outgoing.counts.cumsum(0) - outgoing.counts)[slots]
-            pieces = torch.stack([starts, counts, first, torch.ones_like(first)], 1)
-            asked = fill_affine(pieces, count + 1, came.rows.device)
-            # Uniques that these slots leave out are undefined there, and read by no job.
-            at = torch.zeros_like(asked) if not places.numel() else \
-                places[asked.clamp_(0, places.numel() - 1)]
-        return at
 
     def _divide_means(self, batch: Batch, out: Tensor, *, pooled_only: bool) -> None:
         for feature, first, end, divisor in batch.mean_divisors:
