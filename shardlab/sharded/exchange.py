@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from threading import Lock
 
 import torch
 from torch import Tensor
 
-from shardlab.comm import Groups, WireBytes, Work, all_to_all
+from shardlab.comm import Groups, WireBytes, Work
 from shardlab.sharded.cells import Buffer, CellIndex
 from shardlab.sharded.clock import PhaseClock
 from shardlab.sharded.direct import DirectExchange, DirectLookup
@@ -26,13 +26,17 @@ from shardlab.sharded.gradients import (
     entry_weights,
     owner_chunks,
 )
+from shardlab.sharded.host_layouts import across_layout, inside_layout
 from shardlab.sharded.inputs import Batch, InputReader
 from shardlab.sharded.layout import Layout, column
 from shardlab.sharded.messages import IdExchange, Incoming
 from shardlab.sharded.owner import OwnerReads
 from shardlab.sharded.pooling import Pooler
 from shardlab.sharded.routes import Outgoing, Router
-from shardlab.sharded.wire_gradients import GradientSender
+from shardlab.sharded.source_sums import SourceSlots, SourceSums
+from shardlab.sharded.transfer import Transfers
+from shardlab.sharded.two_stage import HostRelay, Inside
+from shardlab.sharded.wire_gradients import GradientSender, SlotSums
 from shardlab.sharded.wire_watch import WireWatch
 from shardlab.storage import Storage
 from shardlab.storage_specs import RowsSpec
@@ -45,15 +49,21 @@ _ALIGN_BYTES = 64
 class Lookup:
     """What a forward leaves for its backward, and `Exchange.look_ahead` for the forward."""
 
-    outgoing: Outgoing
+    outgoing: Outgoing  # in two stages: what this rank asks of the hosts
     incoming: Incoming
     early: EarlyRows | None = None
     sent: WireBytes | None = None
+    inside: Inside | None = None  # in two stages: what came before that, on this host
+
+    @property
+    def own(self) -> Outgoing:
+        """What this rank asks for itself."""
+        return self.outgoing if self.inside is None else self.inside.own
 
     @property
     def batch(self) -> Batch:
         """The batch that was looked up."""
-        return self.outgoing.batch
+        return self.own.batch
 
 
 class Exchange:
@@ -75,12 +85,10 @@ class Exchange:
         self.wire = WireBytes()
         self._tables = [table.name for table in layout.tables]
         self.wire.add(0, self._tables, [0] * len(self._tables))
-        self._ahead = groups.ahead()
-        self._router = Router(layout, reader)
-        self._cells = CellIndex(layout)
-        self._ids = IdExchange(layout, groups, self.wire)
-        self._ids_ahead = IdExchange(layout, self._ahead, WireBytes())
-        self._splitter = Splitter(layout, self._cells, self._ahead)
+        self._set_up_stages(reader)
+        self._ids = IdExchange(self._network, self._lane, self.wire)
+        self._ids_ahead = IdExchange(self._network, self._ahead, WireBytes())
+        self._splitter = Splitter(self._network, self._cells, self._ahead)
         one_level = all(isinstance(local.storage, RowsSpec) and len(local.storage.levels) == 1
                         for local in layout.local_shards)
         #: Held while rows are read or stepped: two threads do it, and caches are for one. Rows of
@@ -89,7 +97,7 @@ class Exchange:
         self.watch = WireWatch()
         #: Of batches that come: two threads must not count in one.
         self._watch_ahead = WireWatch()
-        self.sender = GradientSender(layout, self._cells, groups, seed, self.watch)
+        self.sender = GradientSender(self._network, self._cells, groups.device, seed, self.watch)
         pooled = any(slot.feature >= 0 for slot in layout.slots)
         rows = any(slot.feature < 0 for slot in layout.slots)
         # Everything at home and pooled: bags go from the rows to the output, nothing between.
@@ -98,8 +106,29 @@ class Exchange:
                                              clock)
                              if self._direct else None)
         self._has_pooled = pooled
-        self._reads = OwnerReads(layout, self._cells, storage, groups.device, direct=self._direct)
-        self._pooler = Pooler(layout, self._cells)
+        self._reads = OwnerReads(self._network, self._cells, storage, groups.device,
+                                 direct=self._direct)
+
+    def _set_up_stages(self, reader: InputReader) -> None:
+        """Whom this rank asks, and who asks it: all ranks, or in two stages.
+
+        The network is all ranks, or the hosts: what its members ask and answer is the same code.
+        """
+        stages, layout, groups = self.groups.stages, self.layout, self.groups
+        self._network, self._lane, self._ahead = layout, groups, groups.ahead()
+        if stages is not None:
+            self._network = across_layout(layout, stages)
+            self._lane, self._ahead = stages.across, stages.across_ahead
+        self._cells = CellIndex(self._network)
+        self._transfers = Transfers(self._cells)
+        self._relay = None
+        asked, cells = self._network, self._cells
+        if stages is not None:
+            asked = inside_layout(layout, stages)
+            self._relay = HostRelay(asked, self._cells, stages, self.wire)
+            cells = self._relay.cells
+        self._router, self._pooler = Router(asked, reader), Pooler(asked, cells)
+        self._sources = SourceSlots(asked, cells)
 
     def watch_by(self, watch: WireWatch) -> None:
         """Errors are measured by this from now on; announced batches are not sampled for it."""
@@ -122,11 +151,10 @@ class Exchange:
         if self._same_length is not None and self._same_length.takes(batch):
             self._same_length.look_ahead(batch)
             return None
-        outgoing = self._router.route(batch)
-        incoming = self._ids.exchange(outgoing)
+        lookup = self._ask(batch)
         self._clock.lap("ids")
-        self._reads.prefetch(incoming)
-        return Lookup(outgoing, incoming)
+        self._reads.prefetch(lookup.incoming)
+        return lookup
 
     def look_ahead(self, batch: Batch, in_flight: Sequence[Lookup] | None,
                    lap: Callable[[str], None]) -> Lookup:
@@ -147,9 +175,8 @@ class Exchange:
             BoundsError: an id outside its table.
         """
         sent = WireBytes()  # counted apart: two threads must not add to one number
-        outgoing = self._router.route(batch)
-        self._ids_ahead.wire = sent
-        incoming = self._ids_ahead.exchange(outgoing)
+        lookup = self._ask(batch, sent)
+        outgoing, incoming = lookup.outgoing, lookup.incoming
         lap("ids")
         self._watch_ahead.next_batch()
         with self.storage_lock:
@@ -174,7 +201,7 @@ class Exchange:
         lap("read")
         self._send(rows, place, owner_sends=True, ahead=sent).wait()
         lap("rows")
-        return Lookup(outgoing, incoming, EarlyRows(halves, place, late, rows, late_from), sent)
+        return replace(lookup, early=EarlyRows(halves, place, late, rows, late_from), sent=sent)
 
     def forward(self, batch: Batch, *, training: bool,
                 ahead: Lookup | None = None) -> tuple[Tensor, Lookup | DirectLookup]:
@@ -204,19 +231,16 @@ class Exchange:
                  ahead: Lookup | None) -> Lookup | DirectLookup:
         if self._same_length is not None and self._same_length.takes(batch):
             return self._same_length.forward(batch, out, training)
-        if ahead is None:
-            outgoing = self._router.route(batch)
-            incoming = self._ids.exchange(outgoing)
-        else:
-            outgoing, incoming = ahead.outgoing, ahead.incoming
+        lookup = self._ask(batch) if ahead is None else replace(ahead, early=None, sent=None)
+        outgoing, incoming = lookup.outgoing, lookup.incoming
         self._clock.lap("ids")
         if self._direct:
             with self.storage_lock:
                 self._reads.read_bags(incoming, None, out)
-            return Lookup(outgoing, incoming)
+            return lookup
         if ahead is not None and ahead.early is not None:
-            self._finish_early(outgoing, ahead.early, out)
-            return Lookup(outgoing, incoming)
+            self._finish_early(lookup, ahead.early, out)
+            return lookup
         place = self._cells.forward(outgoing, incoming)
         rows = torch.empty(place.total, dtype=torch.uint8, device=self.groups.device)
         with self.storage_lock:
@@ -224,10 +248,29 @@ class Exchange:
         self._clock.lap("read")
         self._send(rows, place, owner_sends=True).wait()
         self._clock.lap("rows")
-        self._pooler.pool(outgoing, EarlyRows(None, place, None, rows), out)
-        return Lookup(outgoing, incoming)
+        self._pool(lookup, EarlyRows(None, place, None, rows), out)
+        return lookup
 
-    def _finish_early(self, outgoing: Outgoing, early: EarlyRows, out: Tensor) -> None:
+    def _ask(self, batch: Batch, ahead: WireBytes | None = None) -> Lookup:
+        """Exchanges a batch's ids; of a batch that comes, counted in ``ahead``."""
+        outgoing, inside = self._router.route(batch), None
+        if self._relay is not None:
+            inside, outgoing = self._relay.unite(outgoing, ahead)
+        ids = self._ids
+        if ahead is not None:
+            ids = self._ids_ahead
+            ids.wire = ahead
+        return Lookup(outgoing, ids.exchange(outgoing), inside=inside)
+
+    def _pool(self, lookup: Lookup, came: EarlyRows, out: Tensor) -> None:
+        """Step 5, once this rank has what it asked for."""
+        if self._relay is not None:
+            assert lookup.inside is not None
+            came = self._relay.hand_out(lookup.inside, lookup.outgoing, came)
+            self._clock.lap("rows")
+        self._pooler.pool(lookup.own, came, out)
+
+    def _finish_early(self, lookup: Lookup, early: EarlyRows, out: Tensor) -> None:
         """Fetches what had to wait for the last update; then step 5."""
         if early.halves is not None and early.late is not None:
             late = early.rows[early.late_from:]
@@ -236,29 +279,13 @@ class Exchange:
             self._clock.lap("read")
             self._send(late, early.late, owner_sends=True).wait()
             self._clock.lap("rows")
-        self._pooler.pool(outgoing, early, out)
+        self._pool(lookup, early, out)
 
     def _send(self, buffer: Tensor, place: Buffer, *, owner_sends: bool,
               ahead: WireBytes | None = None) -> Work:
-        wire = self.wire if ahead is None else ahead
-        arrives = buffer[place.travels:place.travels + place.arrives]
-        splits = (place.slot_splits, place.cell_splits)
-        if not owner_sends:
-            splits = (place.cell_splits, place.slot_splits)
-        self._count(wire, place, owner_sends=owner_sends)
-        return all_to_all(arrives, buffer[:place.travels], *splits,
-                          self.groups if ahead is None else self._ahead,
-                          "rows" if owner_sends else "grads")
-
-    def _count(self, wire: WireBytes, place: Buffer, *, owner_sends: bool) -> None:
-        if owner_sends:
-            wire.rows_bytes += place.travels
-            sizes = self._cells.forward_cells.sizes(place.cell_vectors)
-        else:
-            wire.gradients_bytes += place.travels
-            sizes = self._cells.backward_slots.sizes(place.slot_vectors)
-        wire.add(1 if owner_sends else 2, self._tables,
-                 self._cells.table_bytes(sizes, cells=owner_sends))
+        wire, groups = (self.wire, self._lane) if ahead is None else (ahead, self._ahead)
+        self._transfers.count(wire, place, groups, owner_sends=owner_sends)
+        return self._transfers.start(buffer, place, groups, owner_sends=owner_sends)
 
     def _divide_means(self, batch: Batch, out: Tensor, *, pooled_only: bool) -> None:
         for feature, first, end, divisor in batch.mean_divisors:
@@ -292,7 +319,13 @@ class Exchange:
             chunks = owner_chunks(self._cells, incoming, base, self.layout.total_columns)
             return PendingGradients(incoming.ids, chunks, bags, weights, grad.view(-1), Work())
         place = self._cells.backward(outgoing, incoming)
-        buffer = self.sender.encode(outgoing, place, grad)
+        sums: SlotSums = SourceSums(self._sources, lookup.own, grad)
+        if self._relay is not None:
+            assert lookup.inside is not None
+            self._clock.lap("pool")
+            sums = self._relay.collect(lookup.inside, sums)
+            self._clock.lap("grads")
+        buffer = self.sender.encode(sums, place, grad.device)
         self._clock.lap("pool")
         work = self._send_behind(buffer, place) if behind else \
             self._send(buffer, place, owner_sends=False)
@@ -302,7 +335,7 @@ class Exchange:
         return PendingGradients(incoming.ids, chunks, bags, weights, grads, work)
 
     def _send_behind(self, buffer: Tensor, place: Buffer) -> Work:
-        self._count(self.wire, place, owner_sends=False)
+        self._transfers.count(self.wire, place, self._lane, owner_sends=False)
 
         def send() -> None:
             lap = self._clock.other_thread().lap
