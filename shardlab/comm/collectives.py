@@ -126,7 +126,8 @@ def all_reduce_(tensor: Tensor, groups: Groups, op: str = "sum") -> Tensor:
 def start_all_reduce(tensor: Tensor, groups: Groups) -> Work:
     """Starts adding up a contiguous ``tensor`` over all ranks, in place.
 
-    Uses the `sums` lane, or `process_group` where there is none. Waits are in the order of starts.
+    Uses the `sums` lane, or two stages where there are some, or `process_group`. Waits are in the
+    order of starts.
 
     Raises:
         ExchangeError: (here or in the wait) a rank ended, stalled or cannot be reached.
@@ -134,7 +135,9 @@ def start_all_reduce(tensor: Tensor, groups: Groups) -> Work:
     if groups.process_group is None:
         return Work()
     with naming(groups, "dense", "all_reduce"):
-        if groups.sums is None:
+        if groups.stages is not None and groups.stages.sums is not None:
+            done = groups.stages.sums.start(tensor)
+        elif groups.sums is None:
             done = dist.all_reduce(tensor, group=groups.process_group, async_op=True).wait
         else:
             done = start_sum(tensor, groups.sums, groups.rank, groups.world_size)

@@ -17,6 +17,8 @@ from torch import Tensor
 from shardlab.comm.groups import Groups, shared_memory_lanes
 from shardlab.comm.lanes import Finish, Lane, TorchLane
 from shardlab.comm.shared_memory import PeerError
+from shardlab.comm.shared_sum import HostSum
+from shardlab.comm.worker import LaneWorker
 from shardlab.errors import LaunchError
 
 #: For the step, and for batches that come.
@@ -35,6 +37,8 @@ class Stages:
         across, across_ahead: lanes to the ranks with this number on all hosts; transfers go by
             number of the host.
         transport: what the lanes run over, in words.
+        sums: adds up gradients of the dense part, where ranks of a host share memory; None: they
+            are added up over all ranks at once (NCCL knows the hosts itself).
     """
 
     host: int
@@ -46,6 +50,7 @@ class Stages:
     across: Groups
     across_ahead: Groups
     transport: str
+    sums: HostSum | None = None
 
 
 def two_stages_refusal(groups: Groups) -> str:
@@ -82,20 +87,28 @@ def with_stages(groups: Groups) -> Groups:
     column = list(range(place, groups.world_size, size))
     inside, words = _inside_lanes(groups, mates)
     across = _torch_lanes(groups, column)
+    sums = None
+    if len(inside) > _LANES:
+        sums = HostSum(PartLane(inside[_LANES], mates), place, size, _torch_group(groups, column),
+                       groups.timeout_s, LaneWorker())
     near = (True,) * size
     far = tuple(rank == groups.rank for rank in column)
     backend = dist.get_backend(groups.process_group)
     return replace(groups, stages=Stages(
         host, hosts, place, size,
-        *(replace(groups, exchange=PartLane(lane, mates), near=near) for lane in inside),
+        *(replace(groups, exchange=PartLane(lane, mates), near=near) for lane in inside[:_LANES]),
         *(replace(groups, exchange=PartLane(lane, column), near=far) for lane in across),
-        transport=f"{words} inside {hosts} hosts of {size} ranks, {backend} between them"))
+        transport=f"{words} inside {hosts} hosts of {size} ranks, {backend} between them",
+        sums=sums))
 
 
 def _inside_lanes(groups: Groups, mates: Sequence[int]) -> tuple[Sequence[Lane], str]:
-    """Lanes of one host, and what they run over in words; all hosts take the same."""
+    """Lanes of one host, and what they run over in words; all hosts take the same.
+
+    Through shared memory there is one more, for sums.
+    """
     if groups.wanted_transport != "gloo":
-        lanes, refusal = shared_memory_lanes(groups, mates, _LANES)
+        lanes, refusal = shared_memory_lanes(groups, mates, _LANES + 1)
         if lanes:
             return lanes, "shared memory"
         if groups.wanted_transport == "shared_memory":
@@ -106,11 +119,16 @@ def _inside_lanes(groups: Groups, mates: Sequence[int]) -> tuple[Sequence[Lane],
 
 def _torch_lanes(groups: Groups, members: Sequence[int]) -> list[Lane]:
     """Lanes of some ranks over the process group's backend."""
+    return [TorchLane(_torch_group(groups, members), groups.timeout_s) for _ in range(_LANES)]
+
+
+def _torch_group(groups: Groups, members: Sequence[int]) -> dist.ProcessGroup:
+    """A process group of some ranks; only these call it."""
     world = dist.get_process_group_ranks(groups.process_group)
-    return [TorchLane(dist.new_group([world[rank] for rank in members],
-                                     timeout=timedelta(seconds=groups.timeout_s),
-                                     use_local_synchronization=True), groups.timeout_s)
-            for _ in range(_LANES)]
+    made: dist.ProcessGroup = dist.new_group(
+        [world[rank] for rank in members], timeout=timedelta(seconds=groups.timeout_s),
+        use_local_synchronization=True)
+    return made
 
 
 class PartLane:
@@ -127,8 +145,13 @@ class PartLane:
     def all_to_all(self, out: Tensor, source: Tensor, out_splits: Sequence[int],
                    source_splits: Sequence[int]) -> Finish:
         """Starts a transfer, by number in the lane."""
-        finish = self._lane.all_to_all(out, source, out_splits, source_splits)
+        return self._naming(self._lane.all_to_all(out, source, out_splits, source_splits))
 
+    def all_gather(self, out: Tensor, source: Tensor, out_splits: Sequence[int]) -> Finish:
+        """Starts sending ``source`` to every rank of the lane."""
+        return self._naming(self._lane.all_gather(out, source, out_splits))
+
+    def _naming(self, finish: Finish) -> Finish:
         def named() -> None:
             try:
                 finish()

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shardlab.comm import Groups, Stages, two_stages_refusal
+from shardlab.comm import Groups, Stages
 from shardlab.plan import ShardingPlan
 from shardlab.sharded.host_layouts import across_layout, inside_layout
 from shardlab.sharded.layout import compile_layout
@@ -47,15 +46,3 @@ def test_both_stages_list_the_same_slots(hosts, size, data):
         for peer in range(place, hosts * size, size):
             assert [slot.shard for slot in across[peer].slots_of(host)] == \
                 [slot.shard for slot in across[rank].slots_of(host)]
-
-
-@pytest.mark.parametrize(("of_rank", "refusal"), [
-    ((0, 0, 1, 1), ""),
-    ((0, 0, 0), "all 3 ranks are on one host"),
-    ((0, 1, 2), "each of 3 hosts has one rank"),
-    ((0, 0, 1), r"hosts have different numbers of ranks: [2, 1]"),
-    ((0, 1, 0, 1), "ranks of a host are not consecutive: their hosts are [0, 1, 0, 1]"),
-])
-def test_refusals_say_what_is_in_the_way(of_rank, refusal):
-    groups = Groups(world_size=len(of_rank), host_of_rank=of_rank)
-    assert two_stages_refusal(groups) == refusal

@@ -10,7 +10,6 @@ import torch
 
 import shardlab as sl
 from shardlab import comm
-from shardlab.errors import LaunchError
 from shardlab.plan import ShardingPlan, WireDtypes
 from shardlab.specs import EmbeddingBagConfig, ExchangeKind, ShardingType
 from tests.fault_ranks import FaultyWorld
@@ -227,16 +226,3 @@ def test_killed_rank_ends_all_others(transport, tmp_path):
         assert f"all_to_all failed on rank {rank} of 4: " in end.error
         assert "rank 1 has ended" in end.error
         assert end.seconds < 20
-
-
-def _refused(groups):
-    with pytest.raises(LaunchError, match="two_stage was asked for, but all 4 ranks are on one"):
-        comm.with_stages(groups)
-    staged = in_stages(groups)
-    return staged.stages.transport, staged.stages.host, staged.stages.place
-
-
-def test_stages_say_what_they_run_over():
-    for rank, (words, host, place) in enumerate(run_ranks(4, _refused)):
-        assert words == "shared memory inside 2 hosts of 2 ranks, gloo between them"
-        assert (host, place) == divmod(rank, 2)
