@@ -94,12 +94,12 @@ def with_stages(groups: Groups) -> Groups:
     near = (True,) * size
     far = tuple(rank == groups.rank for rank in column)
     backend = dist.get_backend(groups.process_group)
-    return replace(groups, stages=Stages(
+    transport = f"{words} inside {hosts} hosts of {size} ranks, {backend} between them"
+    return replace(groups, transport=f"two stages, {transport}", stages=Stages(
         host, hosts, place, size,
         *(replace(groups, exchange=PartLane(lane, mates), near=near) for lane in inside[:_LANES]),
         *(replace(groups, exchange=PartLane(lane, column), near=far) for lane in across),
-        transport=f"{words} inside {hosts} hosts of {size} ranks, {backend} between them",
-        sums=sums))
+        transport=transport, sums=sums))
 
 
 def _inside_lanes(groups: Groups, mates: Sequence[int]) -> tuple[Sequence[Lane], str]:
