@@ -10,11 +10,9 @@ from shardlab.comm import Groups, broadcast_text, two_stages_refusal, with_stage
 from shardlab.errors import ShardLabError
 from shardlab.launch.planning import job_request, job_topology
 from shardlab.plan import ShardingPlan
-from shardlab.planner.units import format_bytes
 
 if TYPE_CHECKING:
     from shardlab.config import JobConfig
-    from shardlab.planner.hierarchy import HierarchyCosts
 
 
 @dataclass(frozen=True)
@@ -73,12 +71,5 @@ def _decide(job: JobConfig, plan: ShardingPlan, groups: Groups) -> HierarchyChoi
         costs = compare_hierarchies(plan, job_request(job, topology))
     except ShardLabError as error:  # of a machine that the plan was not made for
         return HierarchyChoice("flat", f"two stages were not compared: {error}")
-    return HierarchyChoice("two_stage" if costs.two_stage_pays else "flat", _reason(costs),
+    return HierarchyChoice("two_stage" if costs.two_stage_pays else "flat", costs.in_words(),
                            asdict(costs))
-
-
-def _reason(costs: HierarchyCosts) -> str:
-    staged, flat = costs.two_stage, costs.flat
-    return (f"two stages send {format_bytes(staged.across_bytes)} across hosts a step, flat "
-            f"{format_bytes(flat.across_bytes)}, expected to take {staged.ms:.3g} and "
-            f"{flat.ms:.3g} ms")

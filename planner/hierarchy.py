@@ -23,6 +23,7 @@ from shardlab.plan import ShardingPlan, TablePlan
 from shardlab.planner.request import Request
 from shardlab.planner.speeds import Speeds
 from shardlab.planner.topology import Link
+from shardlab.planner.units import format_bytes
 from shardlab.planner.workload import Workload, build_workload
 from shardlab.specs import ExchangeKind
 from shardlab.storage_bytes import payload_bytes
@@ -59,6 +60,13 @@ class HierarchyCosts:
     def two_stage_pays(self) -> bool:
         """Whether two stages take less time."""
         return self.two_stage.ms < self.flat.ms
+
+    def in_words(self) -> str:
+        """Both ways in one line."""
+        staged, flat = self.two_stage, self.flat
+        return (f"two stages send {format_bytes(staged.across_bytes)} across hosts a step, flat "
+                f"{format_bytes(flat.across_bytes)}, expected to take {staged.ms:.3g} and "
+                f"{flat.ms:.3g} ms")
 
 
 @dataclass

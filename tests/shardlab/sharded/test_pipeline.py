@@ -143,10 +143,12 @@ def _train_in_stages(groups, *args):
     return _train(in_stages(groups), *args)
 
 
-@pytest.mark.parametrize("wire", [None, WireDtypes("int8", "fp16")], ids=["fp32", "int8"])
-def test_two_stages_give_the_same_bits(wire):
+@pytest.mark.parametrize(("names", "wire"), [
+    (ALL, None), (ALL, WireDtypes("int8", "fp16")), ((*_OWN_START, "row"), None)],
+    ids=["fp32", "int8", "cores and chunks"])
+def test_two_stages_give_the_same_bits(names, wire):
     """Late rows reach the host's rank late; it hands them out with the early ones."""
-    job = _job(4, ALL, wire=wire)
+    job = _job(4, names, wire=wire)
     _assert_same(run_ranks(4, _train_in_stages, job, 2), run_ranks(4, _train_in_stages, job))
 
 
