@@ -29,6 +29,10 @@ sys.path[:0] = [str(HERE.parent), str(HERE.parent.parent)]
 #: Mode: (depth, staleness) of ours, or TorchRec's pipeline.
 MODES = {"plain": (0, 0), "ahead": (1, 0), "stale": (1, 1)}
 STAGED = " two_stage"
+#: Of a step, over all ranks: ids, rows and gradients inside hosts and across them, and what really
+#: left the hosts, with dense gradients and headers of packets.
+SENT = ("inside", "across", "on_links")
+CARD = "eth0"
 TORCHREC = {"torchrec": "none", "torchrec sparse_dist": "sparse_dist"}
 FREE_MBIT = 40_000
 WARM_UP = 2
@@ -100,7 +104,7 @@ def run_rank(options: argparse.Namespace) -> None:
         seconds = {name: statistics.median(taken) for name, taken in steps.items()}
         if rate == FREE_MBIT:
             compute = seconds
-        sent = {name: sent_bytes(run, groups) for name, run in runs.items()}
+        sent = {name: summed(run.sent, groups) for name, run in runs.items()}
         if groups.rank == 0:
             emit(hosts=options.hosts, ranks=groups.world_size, mbit_per_s=rate, wire=options.wire,
                  step_ms={name: 1e3 * taken for name, taken in seconds.items()},
@@ -109,8 +113,8 @@ def run_rank(options: argparse.Namespace) -> None:
                  hidden=hidden(seconds, compute) if rate != FREE_MBIT else None,
                  two_stage={name: seconds[name] / seconds[name + STAGED] for name in MODES
                             if {name, name + STAGED} <= seconds.keys()},
-                 mb_per_step={name: {"inside": inside / 1e6, "across": across / 1e6}
-                              for name, (inside, across) in sent.items()})
+                 mb_per_step={name: dict(zip(SENT, (part / 1e6 for part in parts), strict=True))
+                              for name, parts in sent.items()})
     comm.shutdown()
     sys.stdout.flush()
     os._exit(0)  # TorchRec's pipeline threads would wait for each other
@@ -127,15 +131,24 @@ def hidden(seconds: dict[str, float], compute: dict[str, float]) -> dict[str, fl
     return found
 
 
-def sent_bytes(run, groups) -> tuple[float, float]:
-    """Bytes of a step of all ranks' exchange, inside hosts and across; TorchRec's are not known."""
+def summed(sent: tuple[float, ...], groups) -> list[float]:
+    """What ranks have sent, of all of them; a host's card counts for each of its ranks alike."""
     import torch
 
     from shardlab import comm
 
-    found = torch.tensor(getattr(run, "sent", (0.0, 0.0)), dtype=torch.float64)
-    inside, across = comm.all_reduce_(found, groups).tolist()
-    return inside, across
+    card = sent[2] / groups.local_world_size
+    found = torch.tensor([*sent[:2], card], dtype=torch.float64)
+    return comm.all_reduce_(found, groups).tolist()
+
+
+def card_bytes() -> int:
+    """What this host has sent over its card, everything included."""
+    for line in Path("/proc/net/dev").read_text().splitlines():
+        name, _, numbers = line.partition(":")
+        if name.strip() == CARD:
+            return int(numbers.split()[8])
+    return 0
 
 
 def set_rate(options: argparse.Namespace, groups, rate: float) -> None:
@@ -195,7 +208,7 @@ class Ours:
             optimizer=sl.optim.RowWiseAdagrad(lr=config.learning_rate),
             dense_optimizer=lambda p: torch.optim.SGD(p, lr=config.learning_rate))
         self.depth, self.staleness = mode
-        self.sent = (0.0, 0.0)
+        self.sent = (0.0, 0.0, 0.0)
         self._batches = [make_batch(*rank_batch(config, step, groups.rank))
                          for step in range(options.steps + WARM_UP)]
 
@@ -206,7 +219,7 @@ class Ours:
 
         loss_of, taken = torch.nn.BCEWithLogitsLoss(), []
         wire = next(iter(self.model.collections().values())).wire
-        inside, across = wire.inside_bytes, wire.across_bytes
+        inside, across, card = wire.inside_bytes, wire.across_bytes, card_bytes()
         mark = time.perf_counter()
         for dense, features, labels in sl.prefetching(
                 iter(self._batches), self.model, lambda batch: batch[1], depth=self.depth,
@@ -218,7 +231,8 @@ class Ours:
             taken.append(now - mark)
             mark = now
         self.sent = ((wire.inside_bytes - inside) / len(taken),
-                     (wire.across_bytes - across) / len(taken))
+                     (wire.across_bytes - across) / len(taken),
+                     (card_bytes() - card) / len(taken))
         return taken[WARM_UP:]
 
 
@@ -227,9 +241,10 @@ class Theirs:
 
     def __init__(self, step, batches, pipelined: bool) -> None:
         self._step, self._batches, self._pipelined = step, batches, pipelined
+        self.sent = (0.0, 0.0, 0.0)
 
     def __call__(self, steps: int) -> list[float]:
-        taken = []
+        taken, card = [], card_bytes()
         iterator = iter(self._batches)
         for batch in self._batches[:steps + WARM_UP]:
             start = time.perf_counter()
@@ -238,6 +253,7 @@ class Theirs:
             except StopIteration:
                 break
             taken.append(time.perf_counter() - start)
+        self.sent = (0.0, 0.0, (card_bytes() - card) / len(taken))
         return taken[WARM_UP:]
 
 
