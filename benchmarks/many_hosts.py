@@ -1,12 +1,17 @@
 """DLRM over slow links: samples/s with and without looking ahead, TorchRec beside it.
 
     sudo python benchmarks/many_hosts.py [--hosts 2] [--ranks-per-host 1] [--mbit 1000 200]
+    sudo python benchmarks/many_hosts.py --ranks-per-host 2 --hierarchy both --no-torchrec
 
 Hosts are network namespaces of this machine (tests/hosts.py). All modes run in turns in one job, on
 the same batches. A free link comes first: its time is what cannot be hidden behind anything, the
 compute. On a slow link, `hidden` is how much of min(compute, exchange) looking ahead saved:
 
     hidden = (T_plain - T_ahead) / min(C, T_plain - C),   C = T_plain on the free link
+
+With `--hierarchy both` every mode runs flat and in two stages; `two_stage` is how many times faster
+that is. Rounds of all modes follow each other, and the median of all rounds' steps counts, so that
+what else the machine does hits all of them.
 """
 
 from __future__ import annotations
@@ -23,6 +28,11 @@ HERE = Path(__file__).resolve()
 sys.path[:0] = [str(HERE.parent), str(HERE.parent.parent)]
 #: Mode: (depth, staleness) of ours, or TorchRec's pipeline.
 MODES = {"plain": (0, 0), "ahead": (1, 0), "stale": (1, 1)}
+STAGED = " two_stage"
+#: Of a step, over all ranks: ids, rows and gradients inside hosts and across them, and what really
+#: left the hosts, with dense gradients and headers of packets.
+SENT = ("inside", "across", "on_links")
+CARD = "eth0"
 TORCHREC = {"torchrec": "none", "torchrec sparse_dist": "sparse_dist"}
 FREE_MBIT = 40_000
 WARM_UP = 2
@@ -37,6 +47,10 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=1024, help="samples per rank")
     parser.add_argument("--dim", type=int, default=64)
     parser.add_argument("--max-rows", type=int, default=200_000)
+    parser.add_argument("--rounds", type=int, default=1, help="of all modes, of --steps each")
+    parser.add_argument("--wire", default="fp32", help="codec of rows and gradients, ours")
+    parser.add_argument("--modes", nargs="+", choices=list(MODES), default=list(MODES))
+    parser.add_argument("--hierarchy", choices=["flat", "two_stage", "both"], default="flat")
     parser.add_argument("--no-torchrec", action="store_true")
     parser.add_argument("--folder", help="set by this program for the ranks")
     options = parser.parse_args()
@@ -83,22 +97,58 @@ def run_rank(options: argparse.Namespace) -> None:
     compute: dict[str, float] = {}
     for rate in options.mbit:
         set_rate(options, groups, rate)
-        seconds = {name: run(options.steps) for name, run in runs.items()}
+        steps: dict[str, list[float]] = {name: [] for name in runs}
+        for _ in range(options.rounds):
+            for name, run in runs.items():
+                steps[name] += run(options.steps)
+        seconds = {name: statistics.median(taken) for name, taken in steps.items()}
         if rate == FREE_MBIT:
             compute = seconds
+        sent = {name: summed(run.sent, groups) for name, run in runs.items()}
         if groups.rank == 0:
-            exchange = seconds["plain"] - compute["plain"]
-            can = min(compute["plain"], exchange)
-            emit(hosts=options.hosts, ranks=groups.world_size, mbit_per_s=rate,
+            emit(hosts=options.hosts, ranks=groups.world_size, mbit_per_s=rate, wire=options.wire,
                  step_ms={name: 1e3 * taken for name, taken in seconds.items()},
                  samples_per_s={name: config.global_batch / taken
                                 for name, taken in seconds.items()},
-                 hidden={name: (seconds["plain"] - seconds[name]) / can
-                         for name in ("ahead", "stale")} if rate != FREE_MBIT else None,
-                 mb_per_step=runs["plain"].sent / 1e6)
+                 hidden=hidden(seconds, compute) if rate != FREE_MBIT else None,
+                 two_stage={name: seconds[name] / seconds[name + STAGED] for name in MODES
+                            if {name, name + STAGED} <= seconds.keys()},
+                 mb_per_step={name: dict(zip(SENT, (part / 1e6 for part in parts), strict=True))
+                              for name, parts in sent.items()})
     comm.shutdown()
     sys.stdout.flush()
     os._exit(0)  # TorchRec's pipeline threads would wait for each other
+
+
+def hidden(seconds: dict[str, float], compute: dict[str, float]) -> dict[str, float]:
+    """By mode that looks ahead, how much of min(compute, exchange) it saved."""
+    found = {}
+    for name in seconds:
+        plain = name.replace("ahead", "plain").replace("stale", "plain")
+        if plain != name and plain in seconds and name.split()[0] in MODES:
+            can = min(compute[plain], seconds[plain] - compute[plain])
+            found[name] = (seconds[plain] - seconds[name]) / can
+    return found
+
+
+def summed(sent: tuple[float, ...], groups) -> list[float]:
+    """What ranks have sent, of all of them; a host's card counts for each of its ranks alike."""
+    import torch
+
+    from shardlab import comm
+
+    card = sent[2] / groups.local_world_size
+    found = torch.tensor([*sent[:2], card], dtype=torch.float64)
+    return comm.all_reduce_(found, groups).tolist()
+
+
+def card_bytes() -> int:
+    """What this host has sent over its card, everything included."""
+    for line in Path("/proc/net/dev").read_text().splitlines():
+        name, _, numbers = line.partition(":")
+        if name.strip() == CARD:
+            return int(numbers.split()[8])
+    return 0
 
 
 def set_rate(options: argparse.Namespace, groups, rate: float) -> None:
@@ -117,8 +167,13 @@ def build_runs(options: argparse.Namespace, config, groups) -> dict:
     """Mode -> run(steps) -> median seconds of a step."""
     from torchrec_dlrm import build_torchrec, torchrec_batch
 
-    runs = {name: Ours(config, groups, depth, staleness, options.steps)
-            for name, (depth, staleness) in MODES.items()}
+    from shardlab import comm
+
+    kinds = {} if options.hierarchy == "two_stage" else {"": groups}
+    if options.hierarchy != "flat":
+        kinds[STAGED] = comm.with_stages(groups)
+    runs: dict = {name + kind: Ours(config, ranks, MODES[name], options)
+                  for name in options.modes for kind, ranks in kinds.items()}
     if not options.no_torchrec:
         case = {"framework": "torchrec", "sharding": "row_wise", "qcomm": "fp32", "dim": config.dim,
                 "optimizer": "rowwise_adagrad", "weights": "fp32", "plan": "manual",
@@ -134,12 +189,13 @@ def build_runs(options: argparse.Namespace, config, groups) -> dict:
 class Ours:
     """Row-wise tables under one depth and staleness."""
 
-    def __init__(self, config, groups, depth: int, staleness: int, steps: int) -> None:
+    def __init__(self, config, groups, mode: tuple[int, int], options: argparse.Namespace) -> None:
         import torch
         from dlrm_data import rank_batch
         from dlrm_shardlab import make_batch, make_plan
 
         import shardlab as sl
+        from shardlab.plan import WireDtypes
 
         torch.manual_seed(config.seed)
         tables = [sl.EmbeddingBagConfig(rows, config.dim, f"t{i}", (f"f{i}",))
@@ -147,21 +203,24 @@ class Ours:
         dlrm = sl.models.DLRM(sl.EmbeddingBagCollection(tables), config.dense_features,
                               config.bottom, config.top[:-1])
         self.model, self.optimizer = sl.shard(
-            dlrm, make_plan(tables, "row_wise", groups), groups=groups, seed=config.seed,
+            dlrm, make_plan(tables, "row_wise", groups).with_wire(
+                WireDtypes(options.wire, options.wire)), groups=groups, seed=config.seed,
             optimizer=sl.optim.RowWiseAdagrad(lr=config.learning_rate),
             dense_optimizer=lambda p: torch.optim.SGD(p, lr=config.learning_rate))
-        self.depth, self.staleness, self.sent = depth, staleness, 0.0
+        self.depth, self.staleness = mode
+        self.sent = (0.0, 0.0, 0.0)
         self._batches = [make_batch(*rank_batch(config, step, groups.rank))
-                         for step in range(steps + WARM_UP)]
+                         for step in range(options.steps + WARM_UP)]
 
-    def __call__(self, steps: int) -> float:
+    def __call__(self, steps: int) -> list[float]:
         import torch
 
         import shardlab as sl
 
         loss_of, taken = torch.nn.BCEWithLogitsLoss(), []
         wire = next(iter(self.model.collections().values())).wire
-        before, mark = wire.total, time.perf_counter()
+        inside, across, card = wire.inside_bytes, wire.across_bytes, card_bytes()
+        mark = time.perf_counter()
         for dense, features, labels in sl.prefetching(
                 iter(self._batches), self.model, lambda batch: batch[1], depth=self.depth,
                 staleness=self.staleness):
@@ -171,8 +230,10 @@ class Ours:
             now = time.perf_counter()
             taken.append(now - mark)
             mark = now
-        self.sent = (wire.total - before) / len(taken)
-        return statistics.median(taken[WARM_UP:])
+        self.sent = ((wire.inside_bytes - inside) / len(taken),
+                     (wire.across_bytes - across) / len(taken),
+                     (card_bytes() - card) / len(taken))
+        return taken[WARM_UP:]
 
 
 class Theirs:
@@ -180,9 +241,10 @@ class Theirs:
 
     def __init__(self, step, batches, pipelined: bool) -> None:
         self._step, self._batches, self._pipelined = step, batches, pipelined
+        self.sent = (0.0, 0.0, 0.0)
 
-    def __call__(self, steps: int) -> float:
-        taken = []
+    def __call__(self, steps: int) -> list[float]:
+        taken, card = [], card_bytes()
         iterator = iter(self._batches)
         for batch in self._batches[:steps + WARM_UP]:
             start = time.perf_counter()
@@ -191,7 +253,8 @@ class Theirs:
             except StopIteration:
                 break
             taken.append(time.perf_counter() - start)
-        return statistics.median(taken[WARM_UP:])
+        self.sent = (0.0, 0.0, (card_bytes() - card) / len(taken))
+        return taken[WARM_UP:]
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from shardlab.launch.building import (
 )
 from shardlab.launch.eager import leave_compiler_out
 from shardlab.launch.forecast import check_memory
+from shardlab.launch.hierarchy import choose_hierarchy
 from shardlab.launch.planning import ChosenPlan, choose_plan
 from shardlab.launch.preflight import check_versions
 from shardlab.launch.rank import end_rank
@@ -63,6 +64,9 @@ def run_job(job: JobConfig) -> int:
         run.write_plan(chosen.text)
     if job.train.check_memory:
         check_memory(job, chosen.plan, groups)
+    hierarchy, groups = choose_hierarchy(job, chosen.plan, groups)
+    if groups.rank == 0 and groups.world_size > 1:
+        run.write_exchange(hierarchy.to_json())
     summary = train(job, chosen, run, groups)
     if groups.rank == 0:
         Console().print(summary.table())

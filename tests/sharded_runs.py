@@ -140,6 +140,16 @@ def _train_one(groups: sl.comm.Groups, job: Job) -> Run:
     return Run(outputs, chunks)
 
 
+def in_stages(groups: sl.comm.Groups) -> sl.comm.Groups:
+    """The same ranks as two hosts that exchange in two stages."""
+    return sl.comm.with_stages(sl.comm.build_groups(groups.process_group, groups.world_size // 2))
+
+
+def train_in_stages(groups: sl.comm.Groups, jobs: Sequence[Job]) -> list[Run]:
+    """As `train`, on two hosts that exchange in two stages."""
+    return train(in_stages(groups), jobs)
+
+
 def train_oracle(job: Job, dtype: torch.dtype = torch.float64) -> tuple[list[Tensor], Oracle]:
     """Outputs of every step for the global batch, and the oracle after the last one."""
     oracle = Oracle(job.tables, job.weights, job.optimizer, dtype)

@@ -82,6 +82,10 @@ def check_prefetching(out: str) -> None:
     assert "ahead: logits differ by at most 0.00e+00, nothing travels" in out
 
 
+def check_two_stages(out: str) -> None:
+    assert "two stages need several hosts with several ranks each: all 1 ranks are on one" in out
+
+
 def check_torchrec_plan_to_json(out: str) -> None:
     tables = [EmbeddingBagConfig(1000, 16, "t_user"), EmbeddingBagConfig(4000, 16, "t_item")]
     plan = import_plan(json.loads(out), tables, 2)
@@ -140,6 +144,15 @@ def test_looking_ahead_changes_no_bit_on_two_ranks():
     assert 0 < stale < 1
     assert "over shared memory: all ranks are on one host" in out
     assert not other
+
+
+def test_two_stages_send_less_across_hosts():
+    out, *others = run_ranks(4, run_example_on_rank, "two_stages")
+    assert numbers(r"logits differ by at most ([\d.e+-]+)", out)[0] < 1e-4
+    flat, staged = re.search(r"sent ([\d,]+) B across hosts flat, ([\d,]+) B in two", out).groups()
+    assert int(staged.replace(",", "")) < 0.9 * int(flat.replace(",", ""))
+    assert "over two stages, shared memory inside 2 hosts of 2 ranks" in out
+    assert not any(others)
 
 
 def test_torchrun_example_counts_the_wire(tmp_path):

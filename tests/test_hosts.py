@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from pathlib import Path
@@ -27,6 +28,18 @@ def test_ranks_on_two_hosts_exchange_over_gloo():
     for rank, (code, output) in enumerate(ends):
         assert code == 0, output
         assert f"rank {rank} got [0.0, 1.0] over gloo: ranks are on 2 hosts" in output
+
+
+def test_two_stages_train_as_flat_does_and_send_less():
+    with Hosts(2, mbit_per_s=1000) as hosts:
+        ends = hosts.torchrun([RANKS, "60", "train"], ranks_per_host=2)
+    words = ("two stages, shared memory inside 2 hosts of 2 ranks, gloo between them; rows at most "
+             "{}; fewer bytes across: True")
+    for host, (code, output) in enumerate(ends):
+        assert code == 0, output
+        for rank in (2 * host, 2 * host + 1):
+            assert re.search(f"rank {rank}: " + words.format(r"(0\.0e\+00|\d\.\de-0[6-9]) apart"),
+                             output), output
 
 
 def test_cut_link_ends_every_rank_and_names_the_host():

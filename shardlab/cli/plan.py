@@ -143,6 +143,17 @@ def _show(request: Request, result: PlanResult, asked: _Asked,
         _compare_plan(console, Path(asked.compare), request, result)
     if not (asked.explain or asked.what_if or asked.compare):
         print_report(result, width=console.width, everything=asked.everything)
+        _show_hierarchy(console, request, result)
+
+
+def _show_hierarchy(console: Console, request: Request, result: PlanResult) -> None:
+    """Whether an exchange in two stages would pay, where there are several hosts."""
+    if request.topology.hosts > 1 and request.topology.ranks_per_host > 1:
+        from shardlab.planner.hierarchy import compare_hierarchies
+
+        costs = compare_hierarchies(result.plan, request)
+        way = "two_stage" if costs.two_stage_pays else "flat"
+        console.print(f"exchange.hierarchy auto: {way}; {costs.in_words()}")
 
 
 def _compare_plan(console: Console, path: Path, request: Request, result: PlanResult) -> None:

@@ -25,6 +25,7 @@ class WireBytes:
     Attributes:
         ids_bytes, rows_bytes, gradients_bytes: by direction. Gradients include the sums of squares
             that column shards of a row-wise optimiser tell each other.
+        inside_bytes: what of all these went to ranks of the same host.
         tables: by table [ids, rows, gradients]; what is common to all tables, the heads of messages
             and the sums of squares, is in no table's.
     """
@@ -32,7 +33,15 @@ class WireBytes:
     ids_bytes: int = 0
     rows_bytes: int = 0
     gradients_bytes: int = 0
+    inside_bytes: int = 0
     tables: dict[str, list[int]] = field(default_factory=dict)
+
+    def count(self, direction: int, sizes: Sequence[int], groups: Groups) -> None:
+        """Counts bytes by rank of a lane; ``direction`` as of `add`."""
+        name = ("ids_bytes", "rows_bytes", "gradients_bytes")[direction]
+        setattr(self, name, getattr(self, name) + sum(sizes))
+        self.inside_bytes += sum(size for size, near in zip(sizes, groups.near, strict=False)
+                                 if near)
 
     def add(self, direction: int, names: Sequence[str], sizes: Sequence[int]) -> None:
         """Counts bytes of tables; ``direction``: 0 ids, 1 rows, 2 gradients."""
@@ -43,6 +52,7 @@ class WireBytes:
         self.ids_bytes += other.ids_bytes
         self.rows_bytes += other.rows_bytes
         self.gradients_bytes += other.gradients_bytes
+        self.inside_bytes += other.inside_bytes
         for name, sizes in other.tables.items():
             for direction, size in enumerate(sizes):
                 self.add(direction, [name], [size])
@@ -51,6 +61,11 @@ class WireBytes:
     @property
     def total(self) -> int:
         return self.ids_bytes + self.rows_bytes + self.gradients_bytes
+
+    @property
+    def across_bytes(self) -> int:
+        """Bytes that went to other hosts."""
+        return self.total - self.inside_bytes
 
 
 class Work:
@@ -111,7 +126,8 @@ def all_reduce_(tensor: Tensor, groups: Groups, op: str = "sum") -> Tensor:
 def start_all_reduce(tensor: Tensor, groups: Groups) -> Work:
     """Starts adding up a contiguous ``tensor`` over all ranks, in place.
 
-    Uses the `sums` lane, or `process_group` where there is none. Waits are in the order of starts.
+    Uses the `sums` lane, or two stages where there are some, or `process_group`. Waits are in the
+    order of starts.
 
     Raises:
         ExchangeError: (here or in the wait) a rank ended, stalled or cannot be reached.
@@ -119,7 +135,9 @@ def start_all_reduce(tensor: Tensor, groups: Groups) -> Work:
     if groups.process_group is None:
         return Work()
     with naming(groups, "dense", "all_reduce"):
-        if groups.sums is None:
+        if groups.stages is not None and groups.stages.sums is not None:
+            done = groups.stages.sums.start(tensor)
+        elif groups.sums is None:
             done = dist.all_reduce(tensor, group=groups.process_group, async_op=True).wait
         else:
             done = start_sum(tensor, groups.sums, groups.rank, groups.world_size)

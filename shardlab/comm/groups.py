@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -24,6 +25,9 @@ TRANSPORT_VARIABLE = "SHARDLAB_TRANSPORT"
 #: `Groups.exchange` and `Groups.look_ahead`; through shared memory also `Groups.sums`.
 _LANES, _SHARED_LANES = 2, 3
 _CPU = torch.device("cpu")
+
+if TYPE_CHECKING:
+    from shardlab.comm.host_lanes import Stages
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,10 @@ class Groups:
         timeout_s: seconds after which a collective has failed.
         worker: talks on the `look_ahead` lane; None: whoever looks ahead does it himself (on
             CUDA, whose collectives run beside the host anyway).
+        host_of_rank: number of every rank's host, counted as ranks first name them.
+        near: by rank of the `exchange` lane, whether it is on this host; () for a world of one.
+        wanted_transport: of `TRANSPORTS`, what was asked for.
+        stages: lanes of an exchange in two stages; None: it has one.
     """
 
     rank: int = 0
@@ -60,6 +68,10 @@ class Groups:
     watch: Watch | None = None
     timeout_s: float = DEFAULT_TIMEOUT_S
     worker: LaneWorker | None = None
+    host_of_rank: tuple[int, ...] = (0,)
+    near: tuple[bool, ...] = ()
+    wanted_transport: str = "auto"
+    stages: Stages | None = None
 
     @property
     def shares_memory(self) -> bool:
@@ -106,7 +118,8 @@ def build_groups(process_group: dist.ProcessGroup | None = None,
 
     Args:
         process_group: None takes the default group, or a world of one when there is none.
-        local_world_size: ranks per host; None reads LOCAL_WORLD_SIZE, else all ranks share one.
+        local_world_size: ranks per host, host by host; None reads LOCAL_WORLD_SIZE, else all ranks
+            share one. What ranks say of their hosts counts where None was given.
         timeout_s: seconds after which a transfer has failed.
         transport: of `TRANSPORTS`; SHARDLAB_TRANSPORT overrules it.
 
@@ -127,8 +140,18 @@ def build_groups(process_group: dist.ProcessGroup | None = None,
     hosts = gather_json(host_identity(), groups)
     watch = Watch(own_address(len(set(hosts)) == 1))
     watch.meet(gather_json(watch.address, groups))
-    groups = replace(groups, watch=watch)
-    return _with_lanes(groups, len(set(hosts)), os.environ.get(TRANSPORT_VARIABLE, transport))
+    of_rank = _numbered([str(number // local) for number in range(world)] if local_world_size
+                        else hosts)
+    groups = replace(groups, watch=watch, host_of_rank=of_rank,
+                     near=tuple(host == of_rank[rank] for host in of_rank),
+                     wanted_transport=os.environ.get(TRANSPORT_VARIABLE, transport))
+    return _with_lanes(groups, len(set(hosts)), groups.wanted_transport)
+
+
+def _numbered(hosts: Sequence[str]) -> tuple[int, ...]:
+    """Numbers of names in the order in which they first occur."""
+    numbers: dict[str, int] = {}
+    return tuple(numbers.setdefault(host, len(numbers)) for host in hosts)
 
 
 def shutdown() -> None:
@@ -145,7 +168,9 @@ def _with_lanes(groups: Groups, hosts: int, wanted: str) -> Groups:
     lanes: list[Any] = []
     refusal = f"{wanted} was asked for"
     if wanted != "gloo":
-        lanes, refusal = _shared_memory_lanes(groups, hosts)
+        refusal = f"ranks are on {hosts} hosts"
+        if groups.device.type != "cpu" or hosts == 1:
+            lanes, refusal = shared_memory_lanes(groups, range(groups.world_size), _SHARED_LANES)
     if lanes:
         return replace(groups, exchange=lanes[0], look_ahead=lanes[1], sums=lanes[2],
                        transport="shared memory: all ranks are on one host")
@@ -160,16 +185,23 @@ def _with_lanes(groups: Groups, hosts: int, wanted: str) -> Groups:
                    transport=f"{backend}: {refusal}")
 
 
-def _shared_memory_lanes(groups: Groups, hosts: int) -> tuple[list[Any], str]:
-    """The lanes, or none and the reason; every rank gets the same answer."""
+def shared_memory_lanes(groups: Groups, members: Sequence[int],
+                        count: int) -> tuple[list[Any], str]:
+    """Lanes of some ranks of one host, or none and the reason; all ranks get the same answer.
+
+    Every rank of ``groups`` calls it, with the ranks it shares lanes with.
+
+    Args:
+        groups: all ranks.
+        members: ranks of the lanes, ascending, this one among them.
+        count: lanes to make.
+    """
     if groups.device.type != "cpu":
         return [], "tensors are on GPUs"
-    if hosts > 1:
-        return [], f"ranks are on {hosts} hosts"
     refusal, meeting, lanes = missing_support(), None, []
     if not refusal:
         try:
-            meeting = Meeting(groups.rank, groups.world_size, _SHARED_LANES,
+            meeting = Meeting(list(members).index(groups.rank), len(members), count,
                               groups.timeout_s)
         except OSError as error:
             refusal = f"rank {groups.rank} got no shared memory: {error}"
@@ -177,7 +209,7 @@ def _shared_memory_lanes(groups: Groups, hosts: int) -> tuple[list[Any], str]:
     refusal = next((reason for _, reason in names if reason), "")
     if not refusal and meeting is not None:
         try:
-            lanes = meeting.make_lanes([name for name, _ in names])
+            lanes = meeting.make_lanes([names[rank][0] for rank in members])
         except (OSError, RuntimeError) as error:
             refusal = f"rank {groups.rank} got no shared memory: {error}"
     elif meeting is not None:

@@ -1,18 +1,36 @@
-"""Adding up over the ranks of one host, through shared memory."""
+"""Adding up over ranks: of one host through shared memory, of several hosts in two stages."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Protocol
+
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from shardlab.comm.lanes import Finish
-from shardlab.comm.shared_memory import SharedMemoryLane
+from shardlab.comm.worker import LaneWorker
 
 #: Pieces begin on a cache line of fp32.
 _ALIGN_ELEMENTS = 16
 
 
-def start_sum(tensor: Tensor, lane: SharedMemoryLane, rank: int, world_size: int) -> Finish:
+class SumLane(Protocol):
+    """What sums need of a lane through shared memory."""
+
+    def all_to_all(self, out: Tensor, source: Tensor, out_splits: Sequence[int],
+                   source_splits: Sequence[int]) -> Finish:
+        """Starts a transfer."""
+
+    def all_gather(self, out: Tensor, source: Tensor, out_splits: Sequence[int]) -> Finish:
+        """Starts sending ``source`` to every rank."""
+
+
+def start_sum(tensor: Tensor, lane: SumLane, rank: int, world_size: int,
+              then: Callable[[Tensor], None] | None = None) -> Finish:
     """Starts adding up ``tensor`` over all ranks, in place.
 
     Every rank adds up one piece, in the order of ranks, and sends the sum to all: all have the same
@@ -23,6 +41,7 @@ def start_sum(tensor: Tensor, lane: SharedMemoryLane, rank: int, world_size: int
         tensor: contiguous, CPU, the same shape on every rank; must be left alone until the wait.
         lane: for sums alone; its transfers are in the same order on every rank.
         rank, world_size: of the lane.
+        then: what is done with this rank's piece of the sum before all get it.
 
     Returns:
         A call that waits; raises RuntimeError if a peer ended or is late. Calls must be made in
@@ -42,6 +61,47 @@ def start_sum(tensor: Tensor, lane: SharedMemoryLane, rank: int, world_size: int
     def finish() -> None:
         scattered()
         torch.sum(parts, 0, out=own)
+        if then is not None:
+            then(own)
         lane.all_gather(flat, own, sizes)()
 
     return finish
+
+
+@dataclass(frozen=True)
+class HostSum:
+    """Adds up over hosts of L ranks each, in two stages.
+
+    A rank adds up one piece over its host, then over all hosts with those that hold the same piece,
+    and sends it to its host. Of B bytes, 2 (H - 1) / H B leave a host of H in all; a ring over all
+    ranks sends 2 (W - 1) / W B over every link between hosts. All of it is done in a thread, so
+    that the backward pass goes on meanwhile.
+
+    Attributes:
+        inside: lane of the host, for sums alone.
+        place, ranks_per_host: of this rank.
+        across: ranks of this number on all hosts; for sums alone.
+        timeout_s: seconds after which the sum over hosts has failed.
+        worker: the thread.
+    """
+
+    inside: SumLane
+    place: int
+    ranks_per_host: int
+    across: dist.ProcessGroup
+    timeout_s: float
+    worker: LaneWorker
+
+    def start(self, tensor: Tensor) -> Finish:
+        """Starts adding up a contiguous CPU tensor in place; every rank does, in the same order."""
+        def add() -> None:
+            start_sum(tensor, self.inside, self.place, self.ranks_per_host, self._over_hosts)()
+
+        return self.worker.submit(add).result
+
+    def _over_hosts(self, piece: Tensor) -> None:
+        if not piece.numel():  # as on all ranks of this number
+            return
+        work = dist.all_reduce(piece, group=self.across, async_op=True)
+        assert work is not None
+        work.wait(timedelta(seconds=self.timeout_s))

@@ -61,7 +61,8 @@ class WireCodec:
         #: Nothing is encoded: cells are fp32.
         self.is_plain = all(kind.codec == "fp32" for kind in kinds)
         self._fp32 = _encodings([Encoding() for _ in kinds])
-        self._coded = _encodings([Encoding(kind.codec, col_start=kind.first_column,
+        #: Of `Blocks`: how cells are encoded.
+        self.coded = _encodings([Encoding(kind.codec, col_start=kind.first_column,
                                            table_key=kind.table_key, stochastic=kind.stochastic)
                                   for kind in kinds])
 
@@ -78,7 +79,7 @@ class WireCodec:
             counts: int64 [cells] on CPU, its rows.
             places: int64, as in `MoveEnd`.
         """
-        return MoveEnd(buffer, Blocks(self._table(at, self.vector_bytes, counts), self._coded),
+        return MoveEnd(buffer, Blocks(self._table(at, self.vector_bytes, counts), self.coded),
                        places)
 
     def encode(self, values: Tensor, start: Tensor, counts: Tensor, out: tuple[Tensor, Tensor],
@@ -167,8 +168,18 @@ def gradient_scale(grad: Tensor, most: Tensor | float, limit: int,
         The scale; NaN where ``grad`` holds an infinity or a NaN, so that no codec saturates it
         to something finite: the receiver's gradients are then all NaN.
     """
+    return scale_for(gradient_bound(grad, most, beside), limit)
+
+
+def gradient_bound(grad: Tensor, most: Tensor | float, beside: Sequence[Tensor] = ()) -> float:
+    """Bound of any sum of gradients; arguments as of `gradient_scale`."""
     largest = float(grad.abs().amax() * most) if grad.numel() else 0.0
-    largest += max((float(part.abs().max()) for part in beside if part.numel()), default=0.0)
+    return largest + max((float(part.abs().max()) for part in beside if part.numel()),
+                         default=0.0)
+
+
+def scale_for(largest: float, limit: int) -> float:
+    """The scale of `gradient_scale` for sums of at most ``largest``."""
     if largest != largest or largest == float("inf"):
         return float("nan")
     # An exponent of fp32; its own inverse must be one, too.

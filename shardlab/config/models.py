@@ -311,6 +311,10 @@ class ExchangeConfig(Section):
     timeout_s: Positive = Field(
         default=600.0, description="seconds after which a collective has failed, and the run with "
         "it; the error names phase and rank")
+    hierarchy: Literal["auto", "flat", "two_stage"] = Field(
+        default="auto", description="how ids, rows and gradients cross hosts: flat, rank by rank, "
+        "or two_stage, united and merged per host first; auto takes what the plan's byte count "
+        "says is faster")
     depth: Index | None = Field(
         default=None, description="batches whose ids and rows are exchanged while earlier ones "
         "train; 0: none; absent: 1, but 0 where ranks share memory and no table is on disk")

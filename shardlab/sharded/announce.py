@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from shardlab.comm import Groups
@@ -123,7 +123,7 @@ class Announcements:
         if lookup is not None and lookup.sent is not None:
             self.exchange.wire += lookup.sent
         if known.outdated and lookup is not None:
-            lookup = Lookup(lookup.outgoing, lookup.incoming)
+            lookup = replace(lookup, early=None, sent=None)
         return known.serial, batch, lookup
 
     def opened(self, serial: int, lookup: Lookup) -> None:

@@ -66,10 +66,11 @@ class CellIndex:
         self.read = column([slot.read for slot in layout.slots])
         self.my_columns = column([slot.shard.columns for slot in self.mine])
         self.my_pooled = column([slot.feature >= 0 for slot in self.mine]).bool()
-        replicated = [layout.local_shards[slot.block].replicated for slot in self.mine]
+        replicated = [layout.plans[slot.table].replicated for slot in self.mine]
         # A replica is read at home only; its gradients come from everywhere.
         self.my_read = torch.ones(len(self.peers), len(self.mine), dtype=torch.int64)
         self.my_read[:-1, column(replicated).bool()] = 0
+        self.my_read[-1] = column([slot.read for slot in self.mine])
 
         self._set_up_codecs()
         self._set_up_merge()

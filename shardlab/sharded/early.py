@@ -129,7 +129,7 @@ class Splitter:
         received = torch.empty(sum(due), dtype=torch.uint8, device=late.device)
         source = torch.cat(sent) if sent else received
         all_to_all(received, source, self._by_rank(due), sent_bytes, self._groups, "ids").wait()
-        wire.ids_bytes += sum(sent_bytes)
+        wire.count(0, sent_bytes, self._groups)
         marks = [_unpack(part, n) for part, n in zip(received.split(due), asked[:-1], strict=True)]
         return torch.cat([*marks, parts[-1]])
 

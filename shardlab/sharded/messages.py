@@ -70,7 +70,7 @@ class IdExchange:
         received = torch.empty(sum(sizes[:-1]), dtype=torch.uint8, device=self.groups.device)
         out_splits, in_splits = self._by_rank(sizes), self._by_rank([len(m) for m in sent])
         all_to_all(received, torch.cat(sent[:-1]), out_splits, in_splits, self.groups, "ids").wait()
-        self.wire.ids_bytes += sum(in_splits)
+        self.wire.count(0, in_splits, self.groups)
         self._count(outgoing, lengths)
         return self._read(torch.cat([received, sent[-1]]), sizes, heads)
 
@@ -116,7 +116,7 @@ class IdExchange:
         all_to_all(received, torch.cat(sent[:-1]).to(device),
                    self._by_rank([width] * (len(self._peers) - 1)), splits, self.groups,
                    "ids").wait()
-        self.wire.ids_bytes += sum(splits) * HEAD_NUMBER_BYTES
+        self.wire.count(0, [HEAD_NUMBER_BYTES * size for size in splits], self.groups)
         return [*received.cpu().view(-1, width).long(), sent[-1].long()]
 
     def _messages(self, outgoing: Outgoing, counts: tuple[Tensor, ...],

@@ -88,7 +88,7 @@ class RowSquares:
         source_splits = [sum(part.numel() for part in parts) for parts in sent]
         all_to_all(out, source, [sum(part) for part in sizes], source_splits, self.groups,
                    "update").wait()
-        self.wire.gradients_bytes += source.numel() * _FP32_BYTES
+        self.wire.count(2, [_FP32_BYTES * size for size in source_splits], self.groups)
         shards = [shard for r in range(self.layout.world_size) if r != self.layout.rank
                   for shard, _ in self._receive[r]]
         every = [size for part in sizes for size in part]

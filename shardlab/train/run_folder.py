@@ -63,6 +63,10 @@ class RunFolder:
         """Writes by what the codecs of the wire were chosen, as JSON text (rank 0 only)."""
         _write_whole(self.path / "wire.json", text)
 
+    def write_exchange(self, text: str) -> None:
+        """Writes how ranks exchange across hosts, and why, as JSON text (rank 0 only)."""
+        _write_whole(self.path / "exchange.json", text)
+
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Writes the final summary (rank 0 only)."""
         _write_whole(self.path / "summary.json", json.dumps(finite(summary), indent=1) + "\n")

@@ -133,7 +133,17 @@ class Summary:
                 **self._hidden_rows(),
                 "waiting for data": f"{pace.wait_share:.1%} of the time",
                 "wire per step": f"{format_bytes(wire.total)}, all ranks: {kinds}",
+                **self._host_rows(),
                 **self._wire_rows()}
+
+    def _host_rows(self) -> Mapping[str, str]:
+        """What of ids, rows and gradients stayed on its host, where there are several."""
+        wire = self.wire_per_step
+        across = wire.total - wire.dense_all_reduce - wire.inside
+        if not wire.inside or not across:
+            return {}
+        return {"wire by host": f"{format_bytes(across)} across hosts, {format_bytes(wire.inside)} "
+                "inside them (dense all-reduce left out)"}
 
     def _wire_rows(self) -> Mapping[str, str]:
         """The tables that send most, and the worst errors of what is sent."""

@@ -209,6 +209,16 @@ def test_nothing_fits_says_what_would(capsys, tmp_path):
     assert "smallest change" in err
 
 
+@pytest.mark.parametrize(("inter_host", "way"), [("10e6", "two_stage"), ("1e11", "flat")])
+def test_several_hosts_are_told_how_to_exchange(inter_host, way, capsys, tmp_path):
+    machine = tmp_path / "machine.yaml"
+    machine.write_text("profile: 2x2xcpu\n"
+                       f"inter_host: {{bytes_per_s: {inter_host}, latency_s: 0.00001}}\n")
+    _, out, _ = run(capsys, "--demo", "--topology", str(machine), *SMALL)
+    assert f"exchange.hierarchy auto: {way}; two stages send" in out
+    assert "exchange.hierarchy" not in run(capsys, "--demo", "--ranks", "2", *SMALL)[1]
+
+
 BAD_FILES = {
     "bad.yaml": "tables: [", "list.yaml": "- 1", "typo.yaml": "profile: 2xcpu\nhbm_byte: 3 GiB\n",
     "machine.yaml": "profile: 2xcpu\n", "torn.json": "{\"version\": 2", "old.json":

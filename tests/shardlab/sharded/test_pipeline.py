@@ -17,6 +17,7 @@ from tests.sharded_runs import (
     Bare,
     Job,
     build_features,
+    in_stages,
     loss_of,
     make_optimizer,
     random_steps,
@@ -136,6 +137,25 @@ def test_tables_of_cores_and_of_chunks_give_the_same_bits(depth):
 def test_four_ranks_give_the_same_bits():
     job = _job(4, ALL)
     _assert_same(run_ranks(4, _train, job, 2), run_ranks(4, _train, job))
+
+
+def _train_in_stages(groups, *args):
+    return _train(in_stages(groups), *args)
+
+
+@pytest.mark.parametrize(("names", "wire"), [
+    (ALL, None), (ALL, WireDtypes("int8", "fp16")), ((*_OWN_START, "row"), None)],
+    ids=["fp32", "int8", "cores and chunks"])
+def test_two_stages_give_the_same_bits(names, wire):
+    """Late rows reach the host's rank late; it hands them out with the early ones."""
+    job = _job(4, names, wire=wire)
+    _assert_same(run_ranks(4, _train_in_stages, job, 2), run_ranks(4, _train_in_stages, job))
+
+
+def test_two_stages_and_stale_rows_repeat_bit_by_bit():
+    job = _job(4, ALL)
+    _assert_same(run_ranks(4, _train_in_stages, job, 1, 1),
+                 run_ranks(4, _train_in_stages, job, 1, 1))
 
 
 @pytest.mark.parametrize("depth", [1, 2], ids="depth_{}".format)

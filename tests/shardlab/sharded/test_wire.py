@@ -23,6 +23,7 @@ from tests.sharded_runs import (
     sharded_model,
     table_plan,
     train,
+    train_in_stages,
     train_oracle,
 )
 from tests.tolerances import UNIT
@@ -115,6 +116,19 @@ def test_every_codec_stays_within_its_bits(world, seed):
     jobs = [_job(world, wire, seed + number, weighted=number % 2 == 1)
             for number, wire in enumerate(wires)]
     for job, runs in zip(jobs, zip(*run_ranks(world, train, jobs), strict=True), strict=True):
+        _assert_within_bits(job, runs)
+
+
+def test_every_codec_stays_within_its_bits_in_two_stages(seed):
+    """Gradients are rounded once a host: what its ranks' sum is rounded by is less than theirs."""
+    names = list(NEAREST)
+    wires = [lambda i: WireDtypes("fp16", "bf16"), lambda i: WireDtypes("int8", "int8"),
+             lambda i: WireDtypes(names[i % 7], names[(3 * i + 1) % 7],
+                                  ["stochastic", "nearest"][i % 2])]
+    jobs = [_job(4, wire, seed + number, weighted=number % 2 == 1)
+            for number, wire in enumerate(wires)]
+    for job, runs in zip(jobs, zip(*run_ranks(4, train_in_stages, jobs), strict=True),
+                         strict=True):
         _assert_within_bits(job, runs)
 
 
