@@ -11,6 +11,7 @@ from shardlab.ops.rows import pool_rows, sum_rows
 from shardlab.ops.unique import pack_ids
 from shardlab.sharded.cells import Buffer, CellIndex
 from shardlab.sharded.error_feedback import ErrorFeedback
+from shardlab.sharded.hot_ids import HotIds
 from shardlab.sharded.layout import Layout, bag_slots, column
 from shardlab.sharded.routes import Outgoing
 from shardlab.sharded.wire_watch import BACKWARD, WireWatch
@@ -34,6 +35,7 @@ class GradientSender:
         self.layout, self._cells, self._rank, self._seed = layout, cells, groups.rank, seed
         self.watch = watch
         self.feedback = ErrorFeedback(layout, groups.device)
+        self._hot = HotIds(layout)
         #: Optimiser steps taken, and backwards since: they address random bits.
         self.step, self._backwards = 0, 0
         every = [i for i, slot in enumerate(layout.slots) if slot.feature < 0]
@@ -142,7 +144,7 @@ class GradientSender:
         device = outgoing.ids.device
         samples = torch.arange(outgoing.batch.size, device=device)
         unique = samples if outgoing.uniques is None else \
-            torch.cat([outgoing.uniques.ids, samples])
+            torch.cat([self._hot.table_rows(outgoing.uniques), samples])
         first = unique.numel() - samples.numel()
         counts = place.slot_vectors
         starts = torch.where(self._cells.pooled, first, outgoing.starts)
