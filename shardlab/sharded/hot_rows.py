@@ -37,8 +37,7 @@ from shardlab.storage import (
     build_storage,
 )
 from shardlab.storage_bytes import TierBytes
-
-_FP32_BYTES = 4
+from shardlab.wire_bytes import FP32_BYTES, HOT_MARKS
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ class _Table:
     @property
     def elements(self) -> int:
         """Elements of its gradients and of the marks behind them."""
-        return self.count * (self.columns + 1)
+        return self.count * (self.columns + HOT_MARKS)
 
 
 class HotRows:
@@ -237,7 +236,7 @@ class HotRows:
         sizes = []
         for table in self._tables:
             own = max(0, min(high, table.first + table.elements) - max(low, table.first))
-            sizes.append(_FP32_BYTES * (table.elements - own + (world - 1) * own))
+            sizes.append(FP32_BYTES * (table.elements - own + (world - 1) * own))
         wire.gradients_bytes += sum(sizes)
         wire.add(2, [table.name for table in self._tables], sizes)
 
