@@ -8,7 +8,6 @@ run keeps them in ``plan.json``. What this costs and saves is in docs/exchange.m
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -18,6 +17,7 @@ import torch
 
 from shardlab.comm import Groups, broadcast_text, gather_objects_json
 from shardlab.config.models import TablesPreset
+from shardlab.launch.hot_balance import HotCounts, relieving_rows
 from shardlab.plan import ShardingPlan, hot_row_obstacle
 from shardlab.planner.statistics import read_statistics
 from shardlab.specs import EmbeddingBagConfig
@@ -30,42 +30,7 @@ if TYPE_CHECKING:
 BATCHES = 32
 #: Rows of a table that a rank tells the others about.
 _MOST_ROWS = 1 << 14
-#: A row that ids of a batch take so often on average is absent from every second batch (Poisson).
-_EVERY_OTHER_BATCH = math.log(2.0)
 Wish = int | str
-
-
-@dataclass(frozen=True)
-class HotCounts:
-    """How often rows of a table were taken.
-
-    Attributes:
-        samples: that were looked at.
-        ids: of the table, in them.
-        rows: (row, ids that took it), the most frequent first, by row where equal.
-    """
-
-    samples: int
-    ids: int
-    rows: tuple[tuple[int, int], ...]
-
-    def pick(self, wish: Wish, batch_size: int) -> list[int]:
-        """The rows to copy.
-
-        Args:
-            wish: how many; or ``auto``: those that at least half of the batches of a rank hold.
-                A copy's gradient travels in every step, a row's only with batches that hold it.
-            batch_size: samples per rank.
-        """
-        if isinstance(wish, int):
-            return [row for row, _ in self.rows[:wish]]
-        least = _EVERY_OTHER_BATCH * self.samples / batch_size
-        return [row for row, ids in self.rows if ids >= least]
-
-    def share(self, rows: Sequence[int]) -> float:
-        """Share of the ids that take one of these rows."""
-        wanted = set(rows)
-        return sum(ids for row, ids in self.rows if row in wanted) / max(self.ids, 1)
 
 
 @dataclass(frozen=True)
@@ -110,7 +75,10 @@ def choose_hot_rows(job: JobConfig, plan: ShardingPlan, reader: JobReader,
               if table.name in asked and table.name not in obstacles]
     counts = _recorded(job, tables, groups)
     counts |= _measured([table for table in tables if table.name not in counts], reader, groups)
-    chosen = {name: found.pick(asked[name], job.batch_size) for name, found in counts.items()}
+    free = {name: found for name, found in counts.items() if asked[name] == "auto"}
+    chosen = {name: [row for row, _ in counts[name].rows[:wish]]
+              for name, wish in asked.items() if isinstance(wish, int) and name in counts}
+    chosen |= relieving_rows(free, plan, job.batch_size)
     return Choice(plan.with_hot_rows(chosen), _lines(chosen, counts, obstacles))
 
 
@@ -146,7 +114,8 @@ def _measured(tables: Sequence[EmbeddingBagConfig], reader: JobReader,
     mine: dict[str, object] = {}
     for table in tables:
         ids = torch.cat(parts[table.name])
-        rows, counts = ids[(ids >= 0) & (ids < table.num_embeddings)].unique(return_counts=True)
+        rows, counts = torch.unique(
+            ids[(ids >= 0) & (ids < table.num_embeddings)], return_counts=True)
         most = counts.argsort(descending=True, stable=True)[:_MOST_ROWS]
         mine[table.name] = [ids.numel(), rows[most].tolist(), counts[most].tolist()]
     return _summed(gather_objects_json([samples, mine], groups))

@@ -65,8 +65,8 @@ Share = Annotated[float, BeforeValidator(_refuse_bool), Field(ge=0, lt=1)]
 Name = Annotated[str, Field(min_length=1)]
 RowRange = tuple[Index, Index | None]
 HotRowCount = Annotated[Count | Literal["auto"] | None, Field(description=(
-    "rows copied to every rank, those that ids take most often: how many, or auto: those that at "
-    "least half of all batches hold; docs/exchange.md"))]
+    "rows copied to every rank, those that ids take most often: how many, or auto: as many as "
+    "relieve the busiest rank; docs/exchange.md"))]
 Sharding = Annotated[tuple[ShardingType, ...] | None, BeforeValidator(_one_or_many),
                      BeforeValidator(_auto_is_none)]
 Storage = Annotated[Any, AfterValidator(_check_storage), Field(description=(
