@@ -178,11 +178,16 @@ def draw(measured: list[dict], path: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 3, 4, 6, 8])
+    parser.add_argument("--ranks", type=int, nargs="*", default=[1, 2, 3, 4, 6, 8])
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--svg", help="draw into this file")
+    parser.add_argument("--results", help="JSON lines of an earlier run, to report with this one's")
     options = parser.parse_args()
     measured = []
+    if options.results:
+        measured = [json.loads(line) for line in
+                    Path(options.results).read_text(encoding="utf-8").splitlines()
+                    if line.startswith("{")]
     for world in options.ranks:
         with socket.create_server(("127.0.0.1", 0)) as probe:
             port = probe.getsockname()[1]
@@ -194,7 +199,7 @@ def main() -> None:
                 measured.append(json.loads(line))
                 print(line, flush=True)
     predicted = {(kind.value, world): predict(kind, world) for kind in KINDS
-                 for world in {*PREDICTED, *options.ranks}}
+                 for world in {*PREDICTED, *(one["ranks"] for one in measured)}}
     print("\n".join(table_lines(measured, predicted)))
     for kind in KINDS:
         print(kind.value, *(f"{world}: {predicted[kind.value, world]['sent']:,.0f} B, "

@@ -1,6 +1,7 @@
 """What hot rows do to the load of ranks: bytes and rows by rank, with and without copies.
 
     python benchmarks/hot_rows.py [--ranks 4] [--hot 0 64 256 1024 auto]
+    python benchmarks/hot_rows.py --count --ranks 64        # rows and gradients, without processes
 
 26 tables of Criteo Kaggle's sizes (at most 200,000 rows), dim 64, row-wise, 2,048 samples per rank
 and step with one id a feature, Zipf ids, rows by frequency: the first block holds the hottest, as
@@ -32,8 +33,9 @@ from dlrm_data import DlrmConfig
 import shardlab as sl
 from shardlab import comm
 from shardlab.launch.hot_balance import HotCounts, relieving_rows
-from shardlab.plan import ShardingPlan, build_table_plan
+from shardlab.plan import ShardingPlan, build_table_plan, even_splits
 from shardlab.specs import EmbeddingBagConfig, ExchangeKind, ShardingType
+from shardlab.wire_bytes import FP32_BYTES, HOT_MARKS
 
 LOOKED_AT, WARM_UP = 16, 2
 
@@ -43,6 +45,11 @@ def rank_ids(config: DlrmConfig, step: int, rank: int) -> np.ndarray:
     rng = np.random.default_rng([config.seed, step, rank])
     return np.stack([zipf_ranks(rows, config.rank_batch, float(config.dist.partition(":")[2]), rng)
                      for rows in config.rows])
+
+
+def config_of(options: argparse.Namespace) -> DlrmConfig:
+    return DlrmConfig(dim=64, rank_batch=2048, world=options.ranks, max_rows=200_000,
+                      dist=f"zipf:{options.alpha}")
 
 
 def hottest(config: DlrmConfig, wish: str, plan: ShardingPlan) -> dict[str, list[int]]:
@@ -100,8 +107,7 @@ def run_rank(rank: int, options: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(options.ranks))
     groups = comm.init()
-    config = DlrmConfig(dim=64, rank_batch=2048, world=options.ranks, max_rows=200_000,
-                        dist=f"zipf:{options.alpha}")
+    config = config_of(options)
     names = [f"f{i}" for i in range(len(config.rows))]
     ids = [torch.from_numpy(rank_ids(config, step, rank)) for step in
            range(options.steps + WARM_UP)]
@@ -118,6 +124,27 @@ def run_rank(rank: int, options: argparse.Namespace) -> None:
             print(json.dumps({"hot_rows": wish, "copies": sum(map(len, hot.values())),
                               **summary(found)}), flush=True)
     comm.shutdown()
+
+
+# ---------------------------------------------------------------- more ranks than there are cores
+def count(config: DlrmConfig, hot: dict[str, list[int]]) -> list[dict]:
+    """What every rank of a step would send: rows it owns, gradients of rows that others own."""
+    world, row_bytes = config.world, FP32_BYTES * config.dim
+    rows, gradients = np.zeros(world), np.zeros(world)
+    for source in range(world):
+        ids = rank_ids(config, 0, source)
+        for t, size in enumerate(config.rows):
+            found = np.setdiff1d(ids[t], hot.get(f"t{t}", []))
+            starts = np.array([start for start, _ in even_splits(size, world)])
+            owners = np.bincount(np.searchsorted(starts, found, side="right") - 1,
+                                 minlength=world)
+            owners[source] = 0
+            rows += owners * row_bytes
+            gradients[source] += owners.sum() * row_bytes
+    copies = sum(map(len, hot.values()))
+    gradients += 2 * (world - 1) / world * copies * (row_bytes + FP32_BYTES * HOT_MARKS)
+    return [{"ids": 0.0, "rows": one, "gradients": two, "cpu_ms": 0.0}
+            for one, two in zip(rows.tolist(), gradients.tolist(), strict=True)]
 
 
 def summary(found: list[dict]) -> dict[str, float]:
@@ -139,7 +166,15 @@ def main() -> None:
     parser.add_argument("--alpha", type=float, default=1.05)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--hot", nargs="+", default=["0", "64", "256", "1024", "auto"])
+    parser.add_argument("--count", action="store_true", help="count a step, run none")
     options = parser.parse_args()
+    if options.count:
+        config = config_of(options)
+        for wish in options.hot:
+            hot = hottest(config, wish, build_plan(config)[1])
+            print(json.dumps({"hot_rows": wish, "copies": sum(map(len, hot.values())),
+                              **summary(count(config, hot))}), flush=True)
+        return
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")

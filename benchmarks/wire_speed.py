@@ -5,10 +5,10 @@
 fbgemm's are those that TorchRec's quantised communication calls: fp16 is its clamp and half(),
 bf16 FloatToBfloat16Quantized, int8 FloatToFused8BitRowwiseQuantized with a scale and a bias of
 4 bytes each a row, int4 FloatToFusedNBitRowwiseQuantizedSBHalf. Equality (fp16) and error bounds
-(the others; fbgemm rounds ties of bf16 up, we to even) are asserted first. Turns run all of them in another order each time; what is
-told is CPU time of the process, median of turns. Prints a JSON line per case: GB/s of all bytes
-read and written, ours over theirs in time (below 1: ours is faster), and, for scale, a copy of the
-fp32 rows.
+(the others; fbgemm rounds ties of bf16 up, we to even) are asserted first. Turns run all of them
+in another order each time; what is told is CPU time of the process, median of turns. Prints a JSON
+line per case: GB/s of all bytes read and written, ours over theirs in time (below 1: ours is
+faster), and, for scale, a copy of the fp32 rows.
 """
 
 from __future__ import annotations
