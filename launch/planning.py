@@ -33,15 +33,17 @@ class ChosenPlan:
         plan: where tables go.
         text: the plan as the run folder keeps it, its predictions beside it.
         wire_is_open: the job leaves codecs open, and no former run has chosen them.
+        hot_rows_are_open: the job wants hot rows, and no former run has found them.
     """
 
     plan: ShardingPlan
     text: str
     wire_is_open: bool = False
+    hot_rows_are_open: bool = False
 
     def with_plan(self, plan: ShardingPlan) -> ChosenPlan:
         """The same predictions beside another plan."""
-        return ChosenPlan(plan, plan.to_json(json.loads(self.text).get("predicted")))
+        return replace(self, plan=plan, text=plan.to_json(json.loads(self.text).get("predicted")))
 
 
 def job_request(job: JobConfig, topology: Topology, time_limit: float | None = None) -> Request:
@@ -142,8 +144,11 @@ def choose_plan(job: JobConfig, groups: Groups, previous: Path | None) -> Chosen
         reason = broadcast_text("" if failure is None else str(failure), groups)
         raise failure or LaunchError(f"rank 0 found no plan: {reason}")
     kept = previous is not None and _world_size(previous) == groups.world_size
-    return ChosenPlan(ShardingPlan.from_json(text), text,
-                      asks_for_choice(job) and job.plan is None and not kept)
+    from shardlab.launch.hot_rows import wishes
+
+    new = job.plan is None and not kept
+    return ChosenPlan(ShardingPlan.from_json(text), text, new and asks_for_choice(job),
+                      new and groups.world_size > 1 and bool(wishes(job)))
 
 
 def _decide(job: JobConfig, groups: Groups, previous: Path | None) -> str:

@@ -25,6 +25,7 @@ from shardlab.launch.building import (
 from shardlab.launch.eager import leave_compiler_out
 from shardlab.launch.forecast import check_memory
 from shardlab.launch.hierarchy import choose_hierarchy
+from shardlab.launch.hot_rows import choose_hot_rows
 from shardlab.launch.planning import ChosenPlan, choose_plan
 from shardlab.launch.preflight import check_versions
 from shardlab.launch.rank import end_rank
@@ -86,6 +87,8 @@ def train(job: JobConfig, chosen: ChosenPlan, run: RunFolder, groups: comm.Group
         groups: the ranks.
     """
     train_reader, validation_reader = build_readers(job, groups)
+    if chosen.hot_rows_are_open:
+        chosen = _choose_hot_rows(job, chosen, train_reader, run)
     model, optimizer = shard(
         build_job_model(job), chosen.plan, optimizer=build_row_optimizer(job.optimizer.sparse),
         dense_optimizer=dense_optimizer(job.optimizer.dense), groups=groups, seed=job.train.seed,
@@ -97,6 +100,17 @@ def train(job: JobConfig, chosen: ChosenPlan, run: RunFolder, groups: comm.Group
                                schedule.final_factor)
     return Trainer(model, optimizer, groups, train_reader, validation_reader, run,
                    build_train_options(job), scheduler, on_stall=end_rank).run()
+
+
+def _choose_hot_rows(job: JobConfig, chosen: ChosenPlan, reader: JobReader,
+                     run: RunFolder) -> ChosenPlan:
+    """Finds the hot rows that the job wants; rank 0 says and writes down which."""
+    choice = choose_hot_rows(job, chosen.plan, reader, reader.groups)
+    chosen = chosen.with_plan(choice.plan)
+    if reader.groups.rank == 0:
+        Console().print("\n".join(choice.lines), highlight=False)
+        run.write_plan(chosen.text)
+    return chosen
 
 
 def _choose_wire(job: JobConfig, chosen: ChosenPlan, model: ShardedModel, reader: JobReader,

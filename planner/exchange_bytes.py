@@ -7,7 +7,7 @@ against what a run measured (``wire_by_table`` of its metrics) to the byte.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,8 +16,10 @@ from shardlab.plan import Shard, ShardingPlan, TablePlan
 from shardlab.specs import ExchangeKind
 from shardlab.storage_bytes import payload_bytes
 from shardlab.wire_bytes import (
+    FP32_BYTES,
     HEAD_NUMBER_BYTES,
     HEAD_NUMBERS,
+    HOT_MARKS,
     SCALE_BYTES,
     SCALED_GRADIENTS,
     cell_bytes,
@@ -62,6 +64,10 @@ def table_bytes(entry: TablePlan, batches: Sequence[RankBatch]) -> ExchangeBytes
         batches: by rank.
     """
     total = ExchangeBytes()
+    if entry.hot_rows and len(batches) > 1:
+        total = _copies(entry, len(batches))
+        batches = [replace(batch, features=[ids[~np.isin(ids, entry.hot_rows)]
+                                            for ids in batch.features]) for batch in batches]
     for source, batch in enumerate(batches):
         for shard in entry.shards:
             if shard.rank != source:
@@ -75,6 +81,13 @@ def head_bytes(plan: ShardingPlan) -> ExchangeBytes:
     scaled = any(entry.wire.backward in SCALED_GRADIENTS for entry in plan.tables)
     return ExchangeBytes(pairs * HEAD_NUMBERS * HEAD_NUMBER_BYTES, 0,
                          pairs * SCALE_BYTES * scaled)
+
+
+def _copies(entry: TablePlan, world_size: int) -> ExchangeBytes:
+    """Of hot rows: a count of ids, none, for every other rank's copy; the sum of gradients."""
+    others, rows = world_size - 1, len(entry.hot_rows)
+    summed = FP32_BYTES * rows * (entry.shards[0].columns + HOT_MARKS)
+    return ExchangeBytes(world_size * others * HEAD_NUMBER_BYTES, 0, 2 * others * summed)
 
 
 def _cell(entry: TablePlan, shard: Shard, batch: RankBatch) -> ExchangeBytes:

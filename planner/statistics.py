@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -47,6 +48,8 @@ class IdStatistics:
             the first use of a row is a miss.
         blocks: (equal blocks that the rows are cut into, share of ids in the fullest one, share
             of different ids of a batch in the fullest one), ascending.
+        hottest: (row, ids that take it) of the most frequent rows, those first; in the file one
+            line of text, ``row:ids row:ids``. Absent where it was not recorded.
     """
 
     features: tuple[str, ...]
@@ -60,6 +63,7 @@ class IdStatistics:
     hot: Points
     miss: Points
     blocks: Points
+    hottest: tuple[tuple[int, int], ...] = ()
 
     @property
     def pooling_factor(self) -> float:
@@ -146,7 +150,8 @@ class Statistics:
     def to_json(self) -> str:
         """JSON text that `read_statistics` reads."""
         data = {"schema": SCHEMA, "version": VERSION, "data": self.data, "samples": self.samples,
-                "records": [asdict(record) for record in self.records]}
+                "records": [{**asdict(record), "hottest": " ".join(
+                    f"{row}:{ids}" for row, ids in record.hottest)} for record in self.records]}
         return json.dumps(data, indent=1)
 
 
@@ -181,6 +186,7 @@ def read_statistics(path: str | Path) -> Statistics:
                       tuple(_record(record) for record in records))
 
 
+_HOTTEST = r"(\d+:\d+( \d+:\d+)*)?"
 #: Curves -> columns of their points.
 _CURVES = {"unique": 2, "hot": 2, "miss": 2, "blocks": 3}
 
@@ -195,7 +201,10 @@ def _problems(record: Any) -> Iterator[str]:
                 if key not in known)
     for key in known:
         value = record.get(key)
-        if key not in record:
+        if key == "hottest":
+            if not re.fullmatch(_HOTTEST, value if isinstance(value, str) else str(value or "")):
+                yield f".{key}: expected text such as '17:900 3:85', found {value!r}"
+        elif key not in record:
             yield f".{key}: missing"
         elif key == "features":
             if not (isinstance(value, list) and value and all(isinstance(x, str) for x in value)):
@@ -225,4 +234,6 @@ def _is_number(value: Any) -> TypeGuard[float]:
 def _record(record: Mapping[str, Any]) -> IdStatistics:
     values = dict(record, features=tuple(record["features"]))
     values.update({key: tuple(tuple(point) for point in record[key]) for key in _CURVES})
+    pairs = [pair.split(":") for pair in (record.get("hottest") or "").split()]
+    values["hottest"] = tuple((int(row), int(ids)) for row, ids in pairs)
     return IdStatistics(**values)

@@ -13,6 +13,7 @@ from itertools import pairwise
 from typing import Any
 
 from shardlab.errors import ConfigError, PlanError, nearest_name
+from shardlab.row_sets import rows_from_text, rows_to_text
 from shardlab.specs import EmbeddingBagConfig, ExchangeKind, ShardingType
 from shardlab.storage_bytes import TierBytes
 from shardlab.storage_specs import (
@@ -85,6 +86,7 @@ class TablePlan:
 
     Attributes:
         storage: how every shard is held; every level names its tier.
+        hot_rows: ascending; of these every rank holds a copy besides, and reads that one.
     """
 
     table: str
@@ -93,6 +95,7 @@ class TablePlan:
     shards: tuple[Shard, ...]
     storage: StorageSpec = field(default_factory=lambda: RowsSpec((LevelSpec(tier=Tier.HBM),)))
     wire: WireDtypes = field(default_factory=WireDtypes)
+    hot_rows: tuple[int, ...] = ()
 
     @property
     def replicated(self) -> bool:
@@ -113,8 +116,8 @@ class ShardingPlan:
         Args:
             predicted: plain data that goes beside the plan, for readers.
         """
-        tables = [{**asdict(entry), "storage": storage_to_data(entry.storage)}
-                  for entry in self.tables]
+        tables = [{**asdict(entry), "storage": storage_to_data(entry.storage),
+                   "hot_rows": rows_to_text(entry.hot_rows)} for entry in self.tables]
         beside = {} if predicted is None else {"predicted": predicted}
         return json.dumps({**asdict(self), "tables": tables, **beside}, indent=1, default=str)
 
@@ -165,6 +168,25 @@ class ShardingPlan:
             raise PlanError("\n".join(problems))
         return replace(self, tables=tuple(entries))
 
+    def with_hot_rows(self, tables: Mapping[str, Sequence[int]]) -> ShardingPlan:
+        """The same placement with other hot rows; tables that are not named keep theirs.
+
+        Args:
+            tables: rows by table, in any order.
+
+        Raises:
+            PlanError: an unknown table, or one that cannot have hot rows, with the reason.
+        """
+        unknown = sorted(tables.keys() - {entry.table for entry in self.tables})
+        if unknown:
+            raise PlanError(f"hot rows: the plan has no tables {unknown}")
+        entries = tuple(replace(entry, hot_rows=tuple(sorted(tables[entry.table])))
+                        if entry.table in tables else entry for entry in self.tables)
+        problems = [problem for entry in entries for problem in hot_row_problems(entry)]
+        if problems:
+            raise PlanError("\n".join(problems))
+        return replace(self, tables=entries)
+
     def check(self, tables: Sequence[EmbeddingBagConfig], world_size: int) -> None:
         """Refuses a plan that does not cover exactly these tables on this world size.
 
@@ -185,6 +207,7 @@ class ShardingPlan:
         for name in planned.keys() & wanted.keys():
             problems += _cover_problems(planned[name], wanted[name], self.world_size)
             problems += wire_problems(planned[name])
+            problems += hot_row_problems(planned[name])
         if problems:
             raise PlanError("\n".join(sorted(problems)))
 
@@ -197,7 +220,8 @@ def _table_from(entry: dict[str, Any]) -> TablePlan:
         raise ValueError(f"table {entry['table']!r}: a plan holds one storage, not a choice")
     return TablePlan(**{**entry, "sharding": ShardingType(entry["sharding"]),
                         "exchange": ExchangeKind(entry["exchange"]), "shards": shards,
-                        "storage": storage, "wire": WireDtypes(**entry.get("wire", {}))})
+                        "storage": storage, "wire": WireDtypes(**entry.get("wire", {})),
+                        "hot_rows": rows_from_text(entry.get("hot_rows", ""))})
 
 
 def _cover_problems(plan: TablePlan, table: EmbeddingBagConfig, world: int) -> list[str]:
@@ -261,6 +285,41 @@ def wire_problems(plan: TablePlan) -> list[str]:
         problems.append(f"{where}.error_feedback: needs exchange rows; a pooled bag's gradient "
                         "belongs to no row that could carry what rounding took")
     return problems
+
+
+#: Sharding types whose row blocks are whole rows on one rank each.
+_WHOLE_ROWS = (ShardingType.ROW_WISE, ShardingType.TABLE_ROW_WISE, ShardingType.TABLE_WISE)
+
+
+def hot_row_obstacle(plan: TablePlan) -> str | None:
+    """Why a table as it is planned cannot have hot rows; None: it can."""
+    if plan.sharding not in _WHOLE_ROWS:
+        reason = "every rank has all rows already" if plan.replicated else \
+            "its columns spread every row over several ranks already"
+        return f"it is {plan.sharding.value}, {reason}"
+    if plan.exchange is ExchangeKind.POOLED:
+        return "its bags are pooled at their owners, which must then have all their rows"
+    if not isinstance(plan.storage, RowsSpec) or len(plan.storage.levels) > 1:
+        return f"its storage is {describe_storage(plan.storage)}, and copies need one level of rows"
+    return None
+
+
+def hot_row_problems(plan: TablePlan) -> list[str]:
+    """What is wrong with a table's hot rows."""
+    if not plan.hot_rows:
+        return []
+    where, rows = f"table {plan.table!r}: hot_rows", plan.hot_rows
+    if obstacle := hot_row_obstacle(plan):
+        return [f"{where}: {obstacle}"]
+    last = max(shard.row_end for shard in plan.shards) - 1
+    outside = [row for row in rows if not 0 <= row <= last]
+    if outside:
+        return [f"{where}: row {outside[0]} is outside the table, whose last row is {last}"]
+    if len(set(rows)) < len(rows) or list(rows) != sorted(rows):
+        twice = sorted({row for row in rows if rows.count(row) > 1})
+        return [f"{where}: rows must be ascending and different; found "
+                + (f"row {twice[0]} twice" if twice else "another order")]
+    return []
 
 
 def _tiles(spans: list[tuple[int, int]], size: int) -> bool:

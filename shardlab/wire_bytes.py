@@ -16,6 +16,8 @@ HEAD_NUMBERS = 4
 #: scaled gradients of a message may reach. fp16 saturates at 65504; the scales of the others at 56
 #: (fp8: 32), which times 448, 57344, 127 and 7 is 2^13.8, 2^20.8, 2^12.8 and 2^8.6.
 SCALED_GRADIENTS = {"fp16": 15, "fp8": 13, "fp8_e5m2": 20, "int8": 12, "int4": 8}
+#: Gradients of hot rows are added up as fp32, with one number a row beside them: who touched it.
+FP32_BYTES, HOT_MARKS = 4, 1
 #: In front of a message of gradients with such a codec: the scale, fp32.
 SCALE_BYTES = 4
 

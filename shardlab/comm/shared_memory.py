@@ -208,6 +208,9 @@ class SharedMemoryLane:
 
     def __init__(self, lane: Any, peers: _Peers, timeout_s: float) -> None:
         self._lane, self._peers, self._timeout_s = lane, peers, timeout_s
+        #: Tensors of transfers under way, by number: the lane has only their addresses, and goes
+        #: on with a transfer that nobody waits for.
+        self._held: dict[int, tuple[Tensor, Tensor]] = {}
 
     def all_to_all(self, out: Tensor, source: Tensor, out_splits: Sequence[int],
                    source_splits: Sequence[int]) -> Finish:
@@ -225,10 +228,10 @@ class SharedMemoryLane:
         size = source.element_size()
         number = self._lane.start(source.data_ptr(), [size * n for n in source_splits],
                                   out.data_ptr(), [size * n for n in out_splits], same)
-        keep = (out, source)  # the lane has only their addresses
-        return lambda: self._finish(number, keep)
+        self._held[number] = (out, source)
+        return lambda: self._finish(number)
 
-    def _finish(self, number: int, keep: tuple[Tensor, Tensor]) -> None:
+    def _finish(self, number: int) -> None:
         deadline = time.monotonic() + self._timeout_s
         while not self._lane.wait(number, _LOOK_MS):
             if self._lane.mismatch():
@@ -239,3 +242,6 @@ class SharedMemoryLane:
                 raise PeerError(ended, ())
             if time.monotonic() > deadline:
                 raise PeerError((), self._lane.awaited())
+        # Rings keep order: transfers before this one are over, too.
+        for over in [other for other in self._held if other <= number]:
+            del self._held[over]

@@ -74,7 +74,8 @@ class Check:
 
 def table_spec(table: TableConfig) -> EmbeddingBagConfig:
     """One entry of a job's list as a spec."""
-    fields: dict[str, Any] = {name: getattr(table, name) for name in type(table).model_fields}
+    fields: dict[str, Any] = {name: getattr(table, name) for name in type(table).model_fields
+                              if name != "hot_rows"}  # which rows is for the plan to say
     return EmbeddingBagConfig(**fields)
 
 

@@ -64,6 +64,9 @@ NotNegative = Annotated[float, BeforeValidator(_refuse_bool), Field(ge=0)]
 Share = Annotated[float, BeforeValidator(_refuse_bool), Field(ge=0, lt=1)]
 Name = Annotated[str, Field(min_length=1)]
 RowRange = tuple[Index, Index | None]
+HotRowCount = Annotated[Count | Literal["auto"] | None, Field(description=(
+    "rows copied to every rank, those that ids take most often: how many, or auto: as many as "
+    "relieve the busiest rank; docs/exchange.md"))]
 Sharding = Annotated[tuple[ShardingType, ...] | None, BeforeValidator(_one_or_many),
                      BeforeValidator(_auto_is_none)]
 Storage = Annotated[Any, AfterValidator(_check_storage), Field(description=(
@@ -102,6 +105,7 @@ class TableConfig(Section):
         default=ExchangeKind.AUTO, description="what crosses the wire: unique rows or pooled bags")
     bounds: BoundsMode = Field(
         default=BoundsMode.ERROR, description="what happens to an id outside the table")
+    hot_rows: HotRowCount = None
     weight_init_min: float | None = Field(
         default=None, description="lower end of the uniform initial weights; absent: -1/sqrt(rows)")
     weight_init_max: float | None = Field(
@@ -127,6 +131,7 @@ class TablesPreset(Section):
         default=ExchangeKind.AUTO, description="what crosses the wire, for every table")
     bounds: BoundsMode = Field(
         default=BoundsMode.ERROR, description="what happens to an id outside its table")
+    hot_rows: HotRowCount = None
 
 
 def _kind_of_tables(value: Any) -> str:

@@ -54,6 +54,7 @@ class IdFigures:
         hot: (rows, share of ids that take one of so many hottest rows).
         miss: (rows of an LRU cache, share of ids that it misses).
         blocks: (equal row blocks, share of ids, share of a batch's different ids in the fullest).
+        hottest: (row, ids that take it) of the most frequent rows, those first.
     """
 
     features: tuple[str, ...]
@@ -67,6 +68,7 @@ class IdFigures:
     hot: tuple[tuple[float, float], ...]
     miss: tuple[tuple[float, float], ...]
     blocks: tuple[tuple[float, float, float], ...]
+    hottest: tuple[tuple[int, int], ...] = ()
 
 
 class _Windows:
@@ -176,7 +178,15 @@ class IdCollector:
         return IdFigures(
             self.features, self.rows, self.samples, self._recent.accesses, self.max_pooling,
             round(whole.distinct, 1), whole.share, tuple(self._unique(whole.distinct)),
-            tuple(self._hot()), tuple(self._miss(whole.distinct)), tuple(self._blocks()))
+            tuple(self._hot()), tuple(self._miss(whole.distinct)), tuple(self._blocks()),
+            tuple(self._hottest()))
+
+    def _hottest(self) -> list[tuple[int, int]]:
+        """Followed for being recent, the hottest are never forgotten: their counts are exact."""
+        counts, ids = self._recent.counts, self._recent.ids
+        order = np.lexsort((ids, -counts))[:round(self.most_ids * _HOT_SHARE)]
+        return [(row, count) for row, count in
+                zip(ids[order].tolist(), counts[order].tolist(), strict=True) if count > 1]
 
     def _unique(self, distinct: float) -> list[tuple[float, float]]:
         means = self._windows.mean(self.samples)

@@ -188,5 +188,7 @@ def _backward(layout: Layout, slot: Slot) -> CellKind:
     """Random bits of pooled gradients follow from the feature and the sample, not from a row."""
     name = layout.tables[slot.table].name if slot.feature < 0 else layout.features[slot.feature]
     wire = layout.wires[slot.table]
+    if slot.hot:  # stays at home; what it is added to over the ranks is fp32
+        return CellKind("fp32", slot.shard.columns)
     return CellKind(wire.backward, slot.shard.columns, table_key(name), slot.shard.col_start,
                     wire.rounding == "stochastic")

@@ -22,8 +22,9 @@ from shardlab.sharded.announce import Announcements
 from shardlab.sharded.clock import PhaseClock
 from shardlab.sharded.exchange import Exchange, Lookup
 from shardlab.sharded.gradients import MergedRows, PendingGradients, RowUpdater
+from shardlab.sharded.hot_rows import HotRows
 from shardlab.sharded.inputs import Batch, InputReader
-from shardlab.sharded.layout import compile_layout
+from shardlab.sharded.layout import Layout, compile_layout
 from shardlab.sharded.pruning import PruningCouncil
 from shardlab.sharded.row_watch import ChangedRows, Snapshot
 from shardlab.sharded.wire_watch import BACKWARD, FORWARD, WireWatch
@@ -93,13 +94,15 @@ class ShardedEmbeddingBagCollection(nn.Module):
         plan.check(tables, groups.world_size)
         self.tables, self.plan, self.groups = tuple(tables), plan, groups
         layout = compile_layout(self.tables, plan, groups.rank)
-        self.storage = build_storage(list(layout.local_shards), StorageOptions(
-            optimizer, seed, groups.device, _folder_of(ssd_dir, groups)))
+        options = StorageOptions(optimizer, seed, groups.device, _folder_of(ssd_dir, groups))
+        #: What the plan puts here, and checkpoints hold; copies of hot rows are beside it.
+        self.storage = build_storage(list(layout.local_shards[:layout.num_homes]), options)
+        self._hot = HotRows(layout, self.storage, groups, options) \
+            if any(layout.hot_rows) else None
         self._reader = InputReader(layout, groups.device)
         self.clock = clock or PhaseClock(groups.device)
         self._seed = seed
-        self._exchange = Exchange(layout, self.storage, groups, self._reader, self.clock, seed)
-        self.updater = RowUpdater(layout, self.storage, groups, self._exchange.wire)
+        self._exchange, self.updater = self._executors(layout)
         self.council = PruningCouncil(self.tables, plan, optimizer, self.storage, groups)
         self.pending: list[PendingGradients] = []
         #: Batches of a world of several ranks that were announced or await their update.
@@ -111,6 +114,15 @@ class ShardedEmbeddingBagCollection(nn.Module):
         self._dims = [tables[t].embedding_dim for t in layout.feature_table]
         # Autograd calls a backward only if some input wants a gradient; no table is a tensor here.
         self._anchor = torch.zeros((), device=groups.device, requires_grad=True)
+
+    def _executors(self, layout: Layout) -> tuple[Exchange, RowUpdater]:
+        storage = self.storage if self._hot is None else self._hot.storage
+        exchange = Exchange(layout, storage, self.groups, self._reader, self.clock, self._seed)
+        return exchange, RowUpdater(layout, storage, self.groups, exchange.wire, self._hot)
+
+    def _refresh_hot_rows(self) -> None:
+        if self._hot is not None:
+            self._hot.refresh()
 
     def forward(self, features: Any) -> KeyedTensor:
         """Looks features up by name and pools them.
@@ -125,6 +137,7 @@ class ShardedEmbeddingBagCollection(nn.Module):
             InputError: a feature is missing, unknown or malformed.
             BoundsError: an id outside its table.
         """
+        self._refresh_hot_rows()
         serial, batch, ahead = self._taken(features)
         if torch.is_grad_enabled() and self.training:
             values = _Lookup.apply(self._anchor, self, (serial, batch, ahead))
@@ -161,6 +174,7 @@ class ShardedEmbeddingBagCollection(nn.Module):
         """
         if self.groups.world_size > 1:
             self.clock.lap(WAIT)
+            self._refresh_hot_rows()
             self.announcements.announce(features, stale=staleness > 0)
             self.clock.lap("overhead")
         elif self.on_disk:
@@ -177,17 +191,17 @@ class ShardedEmbeddingBagCollection(nn.Module):
     def begin_step(self, step: int) -> None:
         """Tells how many optimiser steps were taken: random bits follow from it."""
         with self._exchange.storage_lock:
-            self.storage.begin_step(step)
+            self._exchange.storage.begin_step(step)
         self._exchange.sender.begin_step(step)
 
     @property
     def updates_behind(self) -> bool:
         """Whether rows may be stepped in the thread that looks ahead.
 
-        Shared cores and pruned tables talk to other ranks when they are stepped, as the dense
-        layers do; two threads must not do that at once.
+        Shared cores, pruned tables and hot rows talk to other ranks when they are stepped, as the
+        dense layers do; two threads must not do that at once.
         """
-        return self.announcements.behind and all(
+        return self.announcements.behind and self._hot is None and all(
             isinstance(entry.storage, RowsSpec) for entry in self.plan.tables)
 
     def update_behind(self, number: int, step: StepParameters) -> None:
@@ -246,18 +260,17 @@ class ShardedEmbeddingBagCollection(nn.Module):
                                                         if entry.table in names))
         layout = compile_layout(self.tables, self.plan, self.groups.rank)
         self.announcements.rows_changed()  # those that are here travelled in the old codecs
-        self._exchange = Exchange(layout, self.storage, self.groups, self._reader, self.clock,
-                                  self._seed)
+        watches = self.updater.watches
+        self._exchange, self.updater = self._executors(layout)
         self.announcements.exchange = self._exchange
         if watch is not None:
             self._exchange.watch_by(watch)
-        watches = self.updater.watches
-        self.updater = RowUpdater(layout, self.storage, self.groups, self._exchange.wire)
         self.updater.watches = watches
 
     def tier_bytes(self) -> TierBytes:
         """Bytes of this rank's shards, by tier."""
-        return self.storage.tier_bytes()
+        held = self.storage.tier_bytes()
+        return held if self._hot is None else held + self._hot.tier_bytes()
 
     def cache_counts(self) -> dict[str, list[int]]:
         """Of every table of the plan that has a cache, what this rank's shards counted so far.
@@ -280,9 +293,15 @@ class ShardedEmbeddingBagCollection(nn.Module):
         What error feedback has kept is dropped, so that a run that resumes from these rows equals
         the one that goes on.
         """
+        self._settle_rows()
+        return self.storage.chunks(max_bytes)
+
+    def _settle_rows(self) -> None:
+        """Before rows are saved: nothing is under way, and they are where the plan puts them."""
         self.announcements.settle()
         self._exchange.sender.feedback.forget()
-        return self.storage.chunks(max_bytes)
+        if self._hot is not None:
+            self._hot.write_down(self.updater.watches)
 
     def snapshot(self, changed: ChangedRows | None, buffer_bytes: int) -> Snapshot | None:
         """This rank's rows at this moment, to be written while training goes on.
@@ -296,8 +315,7 @@ class ShardedEmbeddingBagCollection(nn.Module):
         """
         if not isinstance(self.storage, RowReads):
             return None
-        self.announcements.settle()
-        self._exchange.sender.feedback.forget()  # as `chunks` does
+        self._settle_rows()
         self.storage.flush()
         taken = Snapshot(self.storage, self.storage.shards, changed and changed.marks,
                          buffer_bytes)
@@ -319,14 +337,23 @@ class ShardedEmbeddingBagCollection(nn.Module):
 
     def begin_load(self) -> None:
         """Call once before the first `load_chunk` of a checkpoint."""
-        self.announcements.rows_changed()
+        self._rows_change()
         self._exchange.sender.feedback.forget()
         self.storage.begin_load()
 
     def load_chunk(self, chunk: TableChunk) -> None:
-        """Writes the cells of the chunk that this rank holds."""
-        self.announcements.rows_changed()
+        """Writes the cells of the chunk that this rank holds.
+
+        With hot rows, all ranks call `begin_load` before, or this for every chunk: they then bring
+        their copies up to date together.
+        """
+        self._rows_change()
         self.storage.load_chunk(chunk)
+
+    def _rows_change(self) -> None:
+        self.announcements.rows_changed()
+        if self._hot is not None:
+            self._hot.rows_change(self.updater.watches)
 
 
 def _folder_of(ssd_dir: str | None, groups: Groups) -> str | None:

@@ -79,8 +79,10 @@ class Splitter:
         self._first_key = (rows.cumsum(0) - rows)[block] if block.numel() else block
         # Of a chain of levels, reading early would move other rows between levels than reading in
         # turn, and narrow levels round; other kinds change as a whole. Bags wait for all their ids.
-        always = column([not (isinstance(local.storage, RowsSpec)
-                              and len(local.storage.levels) == 1) for local in shards]).bool()
+        # Copies of hot rows change by what other ranks look up; they do not travel.
+        always = column([bool(local.table_rows) or not (
+            isinstance(local.storage, RowsSpec) and len(local.storage.levels) == 1)
+            for local in shards]).bool()
         self._always = (always[block] if block.numel() else block.bool()) | \
             cells.my_pooled.repeat(len(layout.peers))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,6 +19,9 @@ from shardlab.sharded.row_watch import ChangedRows, Snapshot
 from shardlab.sharded.shared_cores import SharedCores
 from shardlab.specs import BoundsMode
 from shardlab.storage import Storage
+
+if TYPE_CHECKING:
+    from shardlab.sharded.hot_rows import HotRows
 
 
 @dataclass(frozen=True)
@@ -159,11 +163,13 @@ class RowUpdater:
         storage: this rank's shards.
         groups: the ranks, for the norm of clipping.
         wire: counts the bytes.
+        hot: the copies among the shards; None: there are none.
     """
 
     def __init__(self, layout: Layout, storage: Storage, groups: Groups,
-                 wire: WireBytes) -> None:
+                 wire: WireBytes, hot: HotRows | None = None) -> None:
         self.layout, self.storage, self.groups = layout, storage, groups
+        self._hot, self._wire = hot, wire
         self._squares = RowSquares(layout, groups, wire)
         self._shared = SharedCores(layout, groups)
         #: Told which rows are about to change: what checkpoints need.
@@ -173,8 +179,13 @@ class RowUpdater:
         self._segments = Segments(column(rows), column(errors))
 
     def merge_rows(self, pending: list[PendingGradients]) -> MergedRows:
-        """Groups everything pending by row; entries of a row keep rank order."""
+        """Groups everything pending by row; entries of a row keep rank order.
+
+        With hot rows every rank must call it, in the same order as other exchanges.
+        """
         one = merge(pending)
+        if self._hot is not None:
+            one = self._hot.add_up(one, self._wire)
         uniques = one.rows
         if uniques is None:
             uniques = unique_segments(one.ids, one.chunks, self._segments, one.bags,

@@ -4,6 +4,10 @@ A *slot* is one stream of ids to one shard: for a table exchanged as ``rows`` th
 its features that fall into the shard's rows, for ``pooled`` the bags of one feature. A *group* is
 what several slots share: column shards of the same rows get the same ids.
 
+A table with hot rows is laid out with K more rows in front, the hot ones, which every rank holds;
+the row blocks of the plan follow, K rows further down. A hot id is renumbered to one of the first K
+(`hot_ids`), and so is read at home; K rows that nobody asks for any more stay behind.
+
 On every rank slots are ordered: all ranks but this one ascending, then this one. What stays here
 then lies behind what travels, in every buffer, and is never copied by a collective.
 """
@@ -11,7 +15,7 @@ then lies behind what travels, in every buffer, and is never copied by a collect
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -39,6 +43,8 @@ class Slot:
         group: number of the group whose ids it gets.
         chunk: which column piece of the table this is, counted among the group's slots.
         read: whether rows come back (replicas elsewhere only get gradients).
+        hot: of copies of hot rows: ids go to this rank's own copy alone, and gradients are added up
+            over the ranks by `hot_rows`.
     """
 
     rank: int
@@ -49,6 +55,7 @@ class Slot:
     group: int
     chunk: int
     read: bool
+    hot: bool = False
 
     @property
     def id_bytes(self) -> int:
@@ -68,7 +75,11 @@ class Group:
 
 @dataclass(frozen=True)
 class Layout:
-    """Everything about a plan that does not change from step to step, seen from one rank."""
+    """Everything about a plan that does not change from step to step, seen from one rank.
+
+    Rows of groups and slots count from the first hot row, those of ``local_shards`` and ``plans``
+    from the table's first.
+    """
 
     rank: int
     world_size: int
@@ -83,6 +94,12 @@ class Layout:
     slots: tuple[Slot, ...]  # over all ranks, this one last
     plans: tuple[TablePlan, ...]  # in the order of the tables
     wires: tuple[WireDtypes, ...]  # per table
+    hot_rows: tuple[tuple[int, ...], ...]  # per table, ascending
+
+    @property
+    def num_homes(self) -> int:
+        """How many of the local shards are no copies of hot rows; they come first."""
+        return sum(not local.table_rows for local in self.local_shards)
 
     @property
     def peers(self) -> list[int]:
@@ -115,15 +132,18 @@ def compile_layout(tables: tuple[EmbeddingBagConfig, ...], plan: ShardingPlan,
     """
     plan.check(tables, plan.world_size)
     placed = {entry.table: entry for entry in plan.tables}
-    plans = [placed[table.name] for table in tables]
+    plans = [placed[table.name] if plan.world_size > 1 else
+             replace(placed[table.name], hot_rows=()) for table in tables]
+    spread = [_with_copies(entry, table, plan.world_size)
+              for entry, table in zip(plans, tables, strict=True)]
     features = [(name, t) for t, table in enumerate(tables) for name in table.feature_names]
     widths = [tables[t].embedding_dim for _, t in features]
     columns = torch.tensor([0, *widths]).cumsum(0).tolist()
     kinds = tuple(_kind(entry, plan.world_size) for entry in plans)
-    groups = _build_groups(kinds, plans, [t for _, t in features])
-    owned = {r: _owned(plans, r) for r in range(plan.world_size)}
+    groups = _build_groups(kinds, spread, [t for _, t in features])
+    owned = {r: _owned(spread, r) for r in range(plan.world_size)}
     order = [r for r in range(plan.world_size) if r != rank] + [rank]
-    slots = [slot for r in order for slot in _slots(r, rank, owned[r], groups, plans)]
+    slots = [slot for r in order for slot in _slots(r, rank, owned[r], groups, spread)]
     # In a world of one nothing travels, so nothing is encoded.
     wires = [entry.wire if plan.world_size > 1 else WireDtypes() for entry in plans]
     return Layout(
@@ -131,9 +151,32 @@ def compile_layout(tables: tuple[EmbeddingBagConfig, ...], plan: ShardingPlan,
         features=tuple(name for name, _ in features),
         feature_table=tuple(t for _, t in features), feature_columns=tuple(columns[:-1]),
         total_columns=columns[-1], kinds=kinds,
-        local_shards=tuple(LocalShard(tables[t], shard, _storage(plans[t], tables[t]),
-                                      plans[t].replicated) for t, shard in owned[rank]),
-        groups=groups, slots=tuple(slots), plans=tuple(plans), wires=tuple(wires))
+        local_shards=tuple(_local_shard(tables[t], plans[t], shard) for t, shard in owned[rank]),
+        groups=groups, slots=tuple(slots), plans=tuple(plans), wires=tuple(wires),
+        hot_rows=tuple(entry.hot_rows for entry in plans))
+
+
+def _with_copies(plan: TablePlan, table: EmbeddingBagConfig, world_size: int) -> TablePlan:
+    """A table with its hot rows in front, a copy on every rank."""
+    count = len(plan.hot_rows)
+    if not count:
+        return plan
+    copies = [Shard(rank, 0, count, 0, table.embedding_dim) for rank in range(world_size)]
+    homes = [replace(shard, row_start=shard.row_start + count, row_end=shard.row_end + count)
+             for shard in plan.shards]
+    return replace(plan, shards=(*copies, *homes))
+
+
+def _is_copy(plan: TablePlan, shard: Shard) -> bool:
+    return shard.row_end <= len(plan.hot_rows)
+
+
+def _local_shard(table: EmbeddingBagConfig, plan: TablePlan, shard: Shard) -> LocalShard:
+    storage, count = _storage(plan, table), len(plan.hot_rows)
+    if _is_copy(plan, shard):
+        return LocalShard(table, shard, storage, replicated=True, table_rows=plan.hot_rows)
+    shard = replace(shard, row_start=shard.row_start - count, row_end=shard.row_end - count)
+    return LocalShard(table, shard, storage, plan.replicated)
 
 
 def _storage(plan: TablePlan, table: EmbeddingBagConfig) -> StorageSpec:
@@ -145,7 +188,7 @@ def _storage(plan: TablePlan, table: EmbeddingBagConfig) -> StorageSpec:
 
 def _kind(plan: TablePlan, world_size: int) -> ExchangeKind:
     """What crosses the wire for a table, where the plan leaves it open or it has no choice."""
-    if plan.replicated and world_size > 1:
+    if (plan.replicated or plan.hot_rows) and world_size > 1:
         return ExchangeKind.ROWS  # replicas need every gradient row, bags would be more
     if plan.exchange is not ExchangeKind.AUTO:
         return plan.exchange
@@ -153,10 +196,12 @@ def _kind(plan: TablePlan, world_size: int) -> ExchangeKind:
 
 
 def _owned(plans: list[TablePlan], rank: int) -> list[tuple[int, Shard]]:
-    """(table, shard) on a rank, in the order of its blocks: one kind of storage after another."""
+    """(table, shard) on a rank, in the order of its blocks: one kind of storage after another, then
+    copies of hot rows."""
     found = [(t, shard) for t, plan in enumerate(plans) for shard in plan.shards
              if shard.rank == rank]
-    return sorted(found, key=lambda pair: (type(plans[pair[0]].storage).__name__, pair[0],
+    return sorted(found, key=lambda pair: (_is_copy(plans[pair[0]], pair[1]),
+                                           type(plans[pair[0]].storage).__name__, pair[0],
                                            pair[1].row_start, pair[1].col_start))
 
 
@@ -198,9 +243,10 @@ def _slots(rank: int, me: int, owned: list[tuple[int, Shard]], groups: tuple[Gro
         for number, group in enumerate(groups):
             inside = shard.row_start <= group.row_start and group.row_end <= shard.row_end
             if group.table == table and inside:
+                copy = _is_copy(plan, shard)
                 slots.append(Slot(rank, block, table, group.feature, shard, number,
-                                  lefts.index(shard.col_start),
-                                  read=not plan.replicated or rank == me))
+                                  lefts.index(shard.col_start), hot=copy,
+                                  read=rank == me or not (copy or plan.replicated)))
     return slots
 
 

@@ -18,6 +18,7 @@ from shardlab.ops.unique import (
     split_sorted,
     unique_segments,
 )
+from shardlab.sharded.hot_ids import HotIds
 from shardlab.sharded.inputs import Batch, InputReader
 from shardlab.sharded.layout import Layout, column
 from shardlab.specs import BoundsMode, ExchangeKind
@@ -33,7 +34,8 @@ class Outgoing:
             first; in a world of one int64 [sum of counts].
         counts: int64 [slots] on CPU.
         starts: int64 [slots] on CPU: first unique of the slot's group (``rows`` slots).
-        uniques: unique ids of the ``rows`` tables; None without such tables.
+        uniques: unique ids of the ``rows`` tables, counted from their first hot rows; None without
+            such tables.
         lengths: int64 [pooled slots, size], or None when every bag has the batch's length.
         weights: fp32, entry by entry of the pooled slots in slot order; or None.
     """
@@ -61,6 +63,7 @@ class Router:
                                for f in layout.features_of(t)]
         self._pooled_features = [f for t in layout.tables_of(ExchangeKind.POOLED)
                                  for f in layout.features_of(t)]
+        self._hot = HotIds(layout)
         self._set_up_rows()
         self._set_up_pooled()
         self._slot_group = column([slot.group for slot in layout.slots])
@@ -69,6 +72,9 @@ class Router:
             for slot in layout.slots])
         self._widths = column([1 if layout.world_size == 1 else slot.id_bytes
                                for slot in layout.slots])
+        # Hot ids are asked of this rank's own copy alone.
+        self._asks = column([int(not slot.hot or slot.rank == layout.rank)
+                             for slot in layout.slots])
         self._pooled_slots = [i for i, slot in enumerate(layout.slots) if slot.feature >= 0]
 
     def _set_up_rows(self) -> None:
@@ -78,7 +84,7 @@ class Router:
         features = self._rows_features
         self._rows_columns = column(features)
         self._segments = Segments(
-            column([layout.tables[t].num_embeddings for t in tables]),
+            column([layout.tables[t].num_embeddings + len(layout.hot_rows[t]) for t in tables]),
             column([BOUNDS_CODE[layout.tables[t].bounds] for t in tables]))
         chunks = [[segment[layout.feature_table[f]], 0, 0, layout.feature_columns[f],
                    layout.total_columns] for f in features]
@@ -133,7 +139,7 @@ class Router:
             starts.append(self._group_starts(batch, routed) + before)
             counts.append(routed.counts)
             sources.append(routed.ids)
-        slot_counts = torch.cat(counts)[self._slot_group]
+        slot_counts = torch.cat(counts)[self._slot_group] * self._asks
         slot_starts = torch.cat(starts)[self._slot_group]
         sizes = slot_counts * self._widths
         targets = sizes.cumsum(0) - sizes
@@ -182,7 +188,7 @@ class Router:
         edges = batch.feature_starts
         chunks[:, 1] = edges[self._rows_columns]
         chunks[:, 2] = edges[self._rows_columns + 1] - chunks[:, 1]
-        return unique_segments(batch.values, chunks, self._segments, batch.bags,
+        return unique_segments(self._hot.renumbered(batch), chunks, self._segments, batch.bags,
                                positions=batch.weights is not None, inverse=True)
 
     def _route_bags(self, batch: Batch) -> RoutedBags:

@@ -11,6 +11,7 @@ from shardlab.comm.wire import gradient_bound
 from shardlab.ops.rows import pool_rows, sum_rows
 from shardlab.ops.unique import pack_ids
 from shardlab.sharded.cells import Buffer, CellIndex
+from shardlab.sharded.hot_ids import HotIds
 from shardlab.sharded.layout import Layout, bag_slots, column
 from shardlab.sharded.routes import Outgoing
 
@@ -24,7 +25,7 @@ class SourceSlots:
     """
 
     def __init__(self, layout: Layout, cells: CellIndex) -> None:
-        self.cells = cells
+        self.cells, self.hot = cells, HotIds(layout)
         every = [i for i, slot in enumerate(layout.slots) if slot.feature < 0]
         self.rows_slots = column(every)
         self.rows_shift = column([layout.slots[i].shard.col_start for i in every])
@@ -55,7 +56,7 @@ class SourceSums:
         device = outgoing.ids.device
         samples = torch.arange(outgoing.batch.size, device=device)
         unique = samples if outgoing.uniques is None else \
-            torch.cat([outgoing.uniques.ids, samples])
+            torch.cat([self._slots.hot.table_rows(outgoing.uniques), samples])
         first = unique.numel() - samples.numel()
         counts = place.slot_vectors
         starts = torch.where(self._slots.cells.pooled, first, outgoing.starts)

@@ -9,7 +9,9 @@ from shardlab.storage.base import (
     TableChunk,
     read_codes,
 )
+from shardlab.storage.mixed import MixedStorage
 from shardlab.storage.registry import build_storage
+from shardlab.storage.rows import RowsStorage
 
-__all__ = ["LocalShard", "PlacedJobs", "RowReads", "Storage", "StorageOptions", "TableChunk",
-           "build_storage", "read_codes"]
+__all__ = ["LocalShard", "MixedStorage", "PlacedJobs", "RowReads", "RowsStorage", "Storage",
+           "StorageOptions", "TableChunk", "build_storage", "read_codes"]

@@ -29,12 +29,15 @@ class LocalShard:
     Attributes:
         storage: of the plan: every level names its tier.
         replicated: every rank holds the same cells.
+        table_rows: rows of the table that the shard's rows are, where they are no range: copies of
+            hot rows. Empty: those of ``shard``.
     """
 
     table: EmbeddingBagConfig
     shard: Shard
     storage: StorageSpec
     replicated: bool
+    table_rows: tuple[int, ...] = ()
 
     @property
     def chain(self) -> RowsSpec:

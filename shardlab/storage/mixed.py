@@ -11,9 +11,10 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
+from shardlab.ops.moves import MoveEnd
 from shardlab.ops.rows import StepParameters
 from shardlab.ops.unique import Uniques
-from shardlab.storage.base import LocalShard, PlacedJobs, Storage, TableChunk
+from shardlab.storage.base import LocalShard, PlacedJobs, Storage, TableChunk, read_codes
 from shardlab.storage.tensor_train import TensorTrainStorage
 from shardlab.storage_bytes import TierBytes
 
@@ -45,6 +46,16 @@ class MixedStorage:
         """Every part decodes its rows into ``out``."""
         for number, part in enumerate(self.parts):
             part.read(self._mine(segments, number), ids, out)
+
+    def read_codes(self, segments: Tensor, ids: Tensor, out: MoveEnd) -> None:
+        """Every part encodes its rows (`storage.base.read_codes`)."""
+        for number, part in enumerate(self.parts):
+            if len(mine := self._mine(segments, number)):
+                read_codes(part, mine, ids, out)
+
+    def part_of(self, block: int) -> tuple[Storage, int]:
+        """The storage that holds a shard, and the shard's number there."""
+        return self.parts[int(self._part[block])], int(self._number[block])
 
     def place_jobs(self, jobs: Tensor) -> PlacedJobs:
         """Jobs as they are: the parts place theirs."""
@@ -96,7 +107,8 @@ class MixedStorage:
 
     def cache_counts(self, block: int) -> list[int]:
         """Of the part that holds the shard."""
-        return self.parts[int(self._part[block])].cache_counts(int(self._number[block]))
+        part, number = self.part_of(block)
+        return part.cache_counts(number)
 
     def tier_bytes(self) -> TierBytes:
         """Of all parts."""
@@ -119,15 +131,15 @@ class MixedStorage:
 
     def shared_gradients(self, block: int, out: Tensor) -> bool:
         """Of the part that holds the shard, a tensor train."""
-        part = self.parts[int(self._part[block])]
-        assert isinstance(part, TensorTrainStorage)
-        return part.shared_gradients(int(self._number[block]), out)
+        part, number = self.part_of(block)
+        assert isinstance(part, TensorTrainStorage | MixedStorage)
+        return part.shared_gradients(number, out)
 
     def step_shared(self, block: int, shared: Tensor, step: StepParameters) -> None:
         """Steps a tensor train whose cores several ranks share."""
-        part = self.parts[int(self._part[block])]
-        assert isinstance(part, TensorTrainStorage)
-        part.step_shared(int(self._number[block]), shared, step)
+        part, number = self.part_of(block)
+        assert isinstance(part, TensorTrainStorage | MixedStorage)
+        part.step_shared(number, shared, step)
 
     def close(self) -> None:
         """Closes all parts."""

@@ -32,7 +32,7 @@ from shardlab.plan import Shard
 from shardlab.storage.base import LocalShard, PlacedJobs, StorageOptions, TableChunk
 from shardlab.storage.cache_level import CacheLevel
 from shardlab.storage.chains import build_chains
-from shardlab.storage.levels import Clock
+from shardlab.storage.levels import Clock, MemoryHome
 from shardlab.storage_bytes import OPTIMIZER_STATE, TierBytes, tier_bytes
 
 _FP32_BYTES = 4
@@ -79,6 +79,7 @@ class RowsStorage:
         self._codecs = None if plain or near.blocks.encodings is None else \
             near.blocks.encodings[:, 0]
         self._payloads = _payloads_of(self.blocks)
+        self._scattered = _scattered_rows(shards, self.arena.device)
         for block, local in enumerate(shards):
             self._initialise(block, local, options.seed)
 
@@ -189,13 +190,18 @@ class RowsStorage:
         """Steps every unique row once (`ops.rows.update_rows`)."""
         placed = self._placed(uniques, write=True)
         if not self.is_plain:
+            moved = bool(self._owner) or self._scattered is not None
             step = replace(step, key=self.clock.key(0),
-                           rows=self._table_rows(uniques) if self._owner else None)
+                           rows=self._table_rows(uniques) if moved else None)
         update_rows(self.arena, self.blocks, placed, weights, grads, step, row_squares)
         for cache in self.chains.caches:
             cache.settle()
 
     def _table_rows(self, uniques: Uniques) -> Tensor:
+        if self._scattered is not None:
+            rows, first = self._scattered
+            shift = torch.repeat_interleave(first, uniques.splits.diff())
+            return rows[uniques.ids + shift.to(rows.device)]
         starts = torch.tensor([local.shard.row_start for local in self.shards])
         shift = torch.repeat_interleave(starts, uniques.splits.diff())
         return uniques.ids + shift.to(uniques.ids.device)
@@ -350,6 +356,18 @@ class RowsStorage:
         records = Records(end.arena, end.blocks, home.numbers[number], end.places)
         return records.read_rows().cpu(), records.read_states().cpu()
 
+    def write_rows(self, block: int, rows: Tensor, weights: Tensor, state: Tensor) -> None:
+        """Writes single rows of a shard of one level and their states; the reverse of `read_rows`.
+
+        Args:
+            block: the shard.
+            rows: int64 [n], rows of the shard.
+            weights, state: fp32 [n, columns], [n, elements].
+        """
+        home, number = self.chains.homes[block]
+        assert isinstance(home, MemoryHome), "rows above a home would go on holding old values"
+        home.write_rows(number, rows, weights, state)
+
     def named_state(self, block: int, state: Tensor) -> dict[str, Tensor]:
         """States [n, elements] by name."""
         return self._split_state(state, self.shards[block].shard.columns)
@@ -358,6 +376,16 @@ class RowsStorage:
         """Gives back what is not memory: files on disk."""
         for home in self.chains.disk_homes:
             home.close()
+
+
+def _scattered_rows(shards: list[LocalShard],
+                    device: torch.device) -> tuple[Tensor, Tensor] | None:
+    """(table rows of all shards' rows, first of every shard) where they are no ranges."""
+    if not any(local.table_rows for local in shards):
+        return None
+    counts = torch.tensor([len(local.table_rows) for local in shards])
+    rows = [row for local in shards for row in local.table_rows]
+    return torch.tensor(rows, device=device), counts.cumsum(0) - counts
 
 
 def _payloads_of(blocks: Blocks) -> Blocks:

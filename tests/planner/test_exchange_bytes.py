@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from shardlab.plan import ShardingPlan, WireDtypes
+from shardlab.plan import ShardingPlan, WireDtypes, hot_row_obstacle
 from shardlab.planner.exchange_bytes import ExchangeBytes, RankBatch, head_bytes, table_bytes
 from shardlab.specs import EmbeddingBagConfig, ExchangeKind, ShardingType
 from tests.harness import run_ranks
@@ -24,7 +24,7 @@ from tests.sharded_runs import (
 CODECS = ["fp32", "fp16", "bf16", "fp8", "fp8_e5m2", "int8", "int4"]
 
 
-def _job(world, generator):
+def _job(world, generator, hot):
     tables = [EmbeddingBagConfig(
         num_embeddings=[3, 300, 70_000][i % 3], embedding_dim=[5, 16, 8, 24][i % 4],
         name=f"{kind.value}_{exchange.value}", sharding=kind, exchange=exchange,
@@ -36,6 +36,12 @@ def _job(world, generator):
                                        first=i),
                             wire=WireDtypes(CODECS[i % 7], CODECS[(2 * i + 1) % 7]))
         for i, table in enumerate(tables)))
+    if hot:
+        plan = plan.with_hot_rows({
+            table.name: {0, 1, table.num_embeddings // 2, table.num_embeddings - 1}
+            for table, entry in zip(tables, plan.tables, strict=True)
+            if hot_row_obstacle(entry) is None})
+        assert sum(bool(entry.hot_rows) for entry in plan.tables) == 3
     steps = random_steps(tables, [list(range(3, 3 + world))], generator=generator)
     return Job(tuple(tables), plan, PlainOptimizer("sgd"), random_weights(tables, generator), steps)
 
@@ -51,11 +57,12 @@ def _sent(groups, job):
     return wire.tables, [wire.ids_bytes, wire.rows_bytes, wire.gradients_bytes]
 
 
+@pytest.mark.parametrize("hot", [False, True], ids=["plain", "hot rows"])
 @pytest.mark.parametrize("world", [2, 4], ids="ranks_{}".format)
-def test_prediction_is_exact(world, seed):
+def test_prediction_is_exact(world, hot, seed):
     import torch
 
-    job = _job(world, torch.Generator().manual_seed(seed))
+    job = _job(world, torch.Generator().manual_seed(seed), hot)
     found = run_ranks(world, _sent, job)
     total = head_bytes(job.plan)
     for table, entry in zip(job.tables, job.plan.tables, strict=True):

@@ -17,7 +17,8 @@ from shardlab.specs import EmbeddingBagConfig
 RECORD = IdStatistics(
     features=("f",), rows=1000, samples=400, ids=800, max_pooling=5, distinct=100.0, followed=1.0,
     unique=((64.0, 40.0), (256.0, 80.0), (400.0, 100.0)), hot=((1.0, 0.3), (100.0, 1.0)),
-    miss=((1.0, 0.9), (100.0, 0.125)), blocks=((1.0, 1.0, 1.0), (2.0, 0.8, 0.6)))
+    miss=((1.0, 0.9), (100.0, 0.125)), blocks=((1.0, 1.0, 1.0), (2.0, 0.8, 0.6)),
+    hottest=((17, 240), (0, 20)))
 FOUND = Statistics("clicks", 400, (RECORD,))
 
 
@@ -33,6 +34,8 @@ def written(folder: Path, **changes: object) -> Path:
 
 def test_files_are_read_as_written(tmp_path: Path) -> None:
     assert read_statistics(written(tmp_path)) == FOUND
+    older = read_statistics(written(tmp_path, hottest=None))
+    assert older.records == (replace(RECORD, hottest=()),)
 
 
 def test_different_ids_between_and_beyond_what_was_counted() -> None:
@@ -73,6 +76,8 @@ def test_plans_take_pooling_and_repetition_from_them() -> None:
 
 @pytest.mark.parametrize(("changes", "text"), [
     ({"rows": None}, "records[0].rows: missing"),
+    ({"hottest": "17:240 x:3"}, "records[0].hottest: expected text such as '17:900 3:85', found"),
+    ({"hottest": [[1, 2]]}, "records[0].hottest: expected text"),
     ({"rows": -1}, "records[0].rows: expected a number of at least 0, found -1"),
     ({"ids": float("nan")}, "records[0].ids: expected a number"),
     ({"row": 3}, "records[0].row: unknown (did you mean 'rows'?)"),

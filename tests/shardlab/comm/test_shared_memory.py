@@ -43,6 +43,23 @@ def test_transfers_of_all_sizes_arrive(world, biggest):
         assert found == ["shared memory: all ranks are on one host"] * world
 
 
+def _forget(groups):
+    """Rank 1 drops a transfer larger than the rings, then does another one."""
+    size, rank = 1 << 20, groups.rank
+    out, source = torch.full((2 * size,), -1), torch.arange(2 * size) + rank
+    work = comm.all_to_all(out, source, [size] * 2, [size] * 2, groups)
+    if rank == 1:
+        del out, source, work
+    others = [torch.full((2 * size,), -1) for _ in range(3)]  # takes up memory that is free
+    comm.all_to_all(torch.empty(2), torch.ones(2), [1, 1], [1, 1], groups).wait()
+    assert all(bool((other == -1).all()) for other in others)
+    return torch.equal(out[size:], torch.arange(size) + 1) if rank == 0 else True
+
+
+def test_transfer_that_nobody_waits_for_keeps_its_memory():
+    assert run_ranks(2, _forget) == [True, True]
+
+
 def _disagree(groups):
     sent, due = ([0, 3], [0, 4]) if groups.rank == 0 else ([3, 0], [3, 0])
     try:

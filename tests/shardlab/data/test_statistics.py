@@ -41,7 +41,11 @@ def test_figures_are_those_of_plain_counting(block: int) -> None:
     for size in (64, 256):
         batches = [len(set(ids[sample // size == batch].tolist())) for batch in range(300 // size)]
         assert unique[size] == pytest.approx(np.mean(batches), abs=1e-3)
-    counts = -np.sort(-np.bincount(ids))
+    taken = np.bincount(ids)
+    expected = sorted(((row, count) for row, count in enumerate(taken.tolist()) if count > 1),
+                      key=lambda pair: (-pair[1], pair[0]))
+    assert list(found.hottest) == expected[:round(10_000 / 32)]
+    counts = -np.sort(-taken)
     for rows, share in found.hot:
         assert share == pytest.approx(counts[:int(rows)].sum() / len(ids), abs=1e-6)
     parts, most, _ = found.blocks[1]
