@@ -45,6 +45,8 @@ class Groups:
         timeout_s: seconds after which a collective has failed.
         worker: talks on the `look_ahead` lane; None: whoever looks ahead does it himself (on
             CUDA, whose collectives run beside the host anyway).
+        asked_transport: of `TRANSPORTS`, what the job asked for.
+        members: where these ranks are a part of the job, their numbers in the job; empty: all.
     """
 
     rank: int = 0
@@ -60,11 +62,18 @@ class Groups:
     watch: Watch | None = None
     timeout_s: float = DEFAULT_TIMEOUT_S
     worker: LaneWorker | None = None
+    asked_transport: str = "auto"
+    members: tuple[int, ...] = ()
 
     @property
     def shares_memory(self) -> bool:
         """Whether ranks exchange through shared memory: copying is work, and hides nothing."""
         return isinstance(self.exchange, SharedMemoryLane)
+
+    @property
+    def job_rank(self) -> int:
+        """This rank as the job counts it."""
+        return self.members[self.rank] if self.members else self.rank
 
     def ahead(self) -> Groups:
         """The same ranks, with the lane for batches that come as their exchange lane."""
@@ -127,8 +136,9 @@ def build_groups(process_group: dist.ProcessGroup | None = None,
     hosts = gather_json(host_identity(), groups)
     watch = Watch(own_address(len(set(hosts)) == 1))
     watch.meet(gather_json(watch.address, groups))
-    groups = replace(groups, watch=watch)
-    return _with_lanes(groups, len(set(hosts)), os.environ.get(TRANSPORT_VARIABLE, transport))
+    wanted = os.environ.get(TRANSPORT_VARIABLE, transport)
+    groups = replace(groups, watch=watch, asked_transport=wanted)
+    return with_lanes(groups, len(set(hosts)), wanted)
 
 
 def shutdown() -> None:
@@ -137,8 +147,17 @@ def shutdown() -> None:
         dist.destroy_process_group()
 
 
-def _with_lanes(groups: Groups, hosts: int, wanted: str) -> Groups:
-    """Makes the lanes over the wanted transport; all ranks take the same one."""
+def with_lanes(groups: Groups, hosts: int, wanted: str) -> Groups:
+    """The groups with lanes over the wanted transport; all of their ranks take the same one.
+
+    Args:
+        groups: with a process group, without lanes; every rank of it calls this.
+        hosts: how many they are on.
+        wanted: of `TRANSPORTS`.
+
+    Raises:
+        LaunchError: the transport cannot be had.
+    """
     if wanted not in TRANSPORTS:
         raise LaunchError(f"transport {wanted!r} is not one of {', '.join(TRANSPORTS)}; look at "
                           f"exchange.transport and {TRANSPORT_VARIABLE}")
@@ -153,7 +172,9 @@ def _with_lanes(groups: Groups, hosts: int, wanted: str) -> Groups:
         raise LaunchError(f"rank {groups.rank}: shared memory was asked for, but {refusal}; use "
                           "transport auto or gloo")
     ranks = dist.get_process_group_ranks(groups.process_group)
-    made = [TorchLane(dist.new_group(ranks, timeout=timedelta(seconds=groups.timeout_s)),
+    # Ranks that are no members of a part do not call this.
+    made = [TorchLane(dist.new_group(ranks, timeout=timedelta(seconds=groups.timeout_s),
+                                     use_local_synchronization=bool(groups.members)),
                       groups.timeout_s) for _ in range(_LANES)]
     backend = dist.get_backend(groups.process_group)
     return replace(groups, exchange=made[0], look_ahead=made[1],

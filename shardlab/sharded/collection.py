@@ -25,6 +25,7 @@ from shardlab.sharded.gradients import MergedRows, PendingGradients, RowUpdater
 from shardlab.sharded.inputs import Batch, InputReader
 from shardlab.sharded.layout import compile_layout
 from shardlab.sharded.pruning import PruningCouncil
+from shardlab.sharded.replicas import Replicas, Replication
 from shardlab.sharded.row_watch import ChangedRows, Snapshot
 from shardlab.sharded.wire_watch import BACKWARD, FORWARD, WireWatch
 from shardlab.specs import EmbeddingBagConfig, check_tables
@@ -95,13 +96,15 @@ class ShardedEmbeddingBagCollection(nn.Module):
         layout = compile_layout(self.tables, plan, groups.rank)
         self.storage = build_storage(list(layout.local_shards), StorageOptions(
             optimizer, seed, groups.device, _folder_of(ssd_dir, groups)))
-        self._reader = InputReader(layout, groups.device)
+        self._reader = InputReader(layout, groups.device, groups.job_rank)
         self.clock = clock or PhaseClock(groups.device)
         self._seed = seed
         self._exchange = Exchange(layout, self.storage, groups, self._reader, self.clock, seed)
         self.updater = RowUpdater(layout, self.storage, groups, self._exchange.wire)
         self.council = PruningCouncil(self.tables, plan, optimizer, self.storage, groups)
         self.pending: list[PendingGradients] = []
+        #: Keeps copies of these shards alike; None: there are none.
+        self.replicas: Replicas | None = None
         #: Batches of a world of several ranks that were announced or await their update.
         self.announcements = Announcements(self._exchange, self._reader, groups, self.clock)
         #: Announced and not looked up yet: the batch that comes, and the one behind it.
@@ -111,6 +114,28 @@ class ShardedEmbeddingBagCollection(nn.Module):
         self._dims = [tables[t].embedding_dim for t in layout.feature_table]
         # Autograd calls a backward only if some input wants a gradient; no table is a tensor here.
         self._anchor = torch.zeros((), device=groups.device, requires_grad=True)
+
+    def replicate(self, replication: Replication) -> None:
+        """Makes this collection one of several copies; every rank calls it before the first batch.
+        """
+        self.replicas = Replicas(replication, self.storage)
+        self.replicas.link(self._exchange.splitter, self.updater)
+
+    @property
+    def summed_ranks(self) -> int:
+        """How many ranks' gradients an update adds up; it steps by their mean."""
+        return self.groups.world_size * (1 if self.replicas is None else self.replicas.summed)
+
+    def sync_replicas(self, step: int | None = None) -> None:
+        """Makes copies of the rows alike where that is due; every rank calls it after every step.
+
+        Args:
+            step: optimiser steps taken; None: whatever the step, as before a checkpoint.
+        """
+        if self.replicas is not None and self.replicas.is_due(step):
+            self.announcements.rows_changed()
+            with self._exchange.storage_lock:
+                self.replicas.average(self.updater.watches, self.wire)
 
     def forward(self, features: Any) -> KeyedTensor:
         """Looks features up by name and pools them.
@@ -228,6 +253,7 @@ class ShardedEmbeddingBagCollection(nn.Module):
         """Drops announced batches that will not be looked up."""
         self._ahead.clear()
         self.announcements.forget()
+
     def wire_errors(self, table: str) -> tuple[float, float]:
         """Largest relative error of sampled rows and gradients that this rank sent."""
         entry = next(entry for entry in self.plan.tables if entry.table == table)
@@ -254,6 +280,8 @@ class ShardedEmbeddingBagCollection(nn.Module):
         watches = self.updater.watches
         self.updater = RowUpdater(layout, self.storage, self.groups, self._exchange.wire)
         self.updater.watches = watches
+        if self.replicas is not None:
+            self.replicas.link(self._exchange.splitter, self.updater)
 
     def tier_bytes(self) -> TierBytes:
         """Bytes of this rank's shards, by tier."""
@@ -331,7 +359,7 @@ class ShardedEmbeddingBagCollection(nn.Module):
 
 def _folder_of(ssd_dir: str | None, groups: Groups) -> str | None:
     """A rank's own folder, so that ranks of a host do not meet."""
-    return None if ssd_dir is None else os.path.join(ssd_dir, f"rank-{groups.rank:05d}")
+    return None if ssd_dir is None else os.path.join(ssd_dir, f"rank-{groups.job_rank:05d}")
 
 
 @dataclass(frozen=True, eq=False)

@@ -84,7 +84,7 @@ class Exchange:
         self._cells = CellIndex(layout)
         self._ids = IdExchange(layout, groups, self.wire)
         self._ids_ahead = IdExchange(layout, self._ahead, WireBytes())
-        self._splitter = Splitter(layout, self._cells, self._ahead)
+        self.splitter = Splitter(layout, self._cells, self._ahead)
         one_level = all(isinstance(local.storage, RowsSpec) and len(local.storage.levels) == 1
                         for local in layout.local_shards)
         #: Held while rows are read or stepped: two threads do it, and caches are for one. Rows of
@@ -212,7 +212,7 @@ class Exchange:
             halves, late = None, None
             asked, asking = outgoing, incoming
         else:
-            halves = self._splitter.split(outgoing, incoming,
+            halves = self.splitter.split(outgoing, incoming,
                                           [other.incoming for other in in_flight], sent)
             asked, asking = halves.early_out, halves.early_in
             late = self._cells.forward(halves.late_out, halves.late_in)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,6 +19,9 @@ from shardlab.sharded.row_watch import ChangedRows, Snapshot
 from shardlab.sharded.shared_cores import SharedCores
 from shardlab.specs import BoundsMode
 from shardlab.storage import Storage
+
+if TYPE_CHECKING:
+    from shardlab.sharded.replicas import GradientSync
 
 
 @dataclass(frozen=True)
@@ -164,6 +168,9 @@ class RowUpdater:
     def __init__(self, layout: Layout, storage: Storage, groups: Groups,
                  wire: WireBytes) -> None:
         self.layout, self.storage, self.groups = layout, storage, groups
+        self._wire = wire
+        #: Merges gradients with other replicas of these shards; None: nobody does.
+        self.replicas: GradientSync | None = None
         self._squares = RowSquares(layout, groups, wire)
         self._shared = SharedCores(layout, groups)
         #: Told which rows are about to change: what checkpoints need.
@@ -173,14 +180,29 @@ class RowUpdater:
         self._segments = Segments(column(rows), column(errors))
 
     def merge_rows(self, pending: list[PendingGradients]) -> MergedRows:
-        """Groups everything pending by row; entries of a row keep rank order."""
+        """Groups everything pending by row, of all replicas; entries of a row keep rank order."""
         one = merge(pending)
         uniques = one.rows
         if uniques is None:
             uniques = unique_segments(one.ids, one.chunks, self._segments, one.bags,
                                       positions=one.weights is not None)
         weights = None if one.weights is None else one.weights[uniques.positions]
-        return MergedRows(uniques, weights, one.grads)
+        merged = MergedRows(uniques, weights, one.grads)
+        if self.replicas is None:
+            return merged
+        return self.replicas.merge(merged, self._all_summed, self._wire)
+
+    def _all_summed(self, rows: MergedRows) -> Tensor:
+        """fp32, flat: summed gradients of all rows, block by block."""
+        splits = rows.uniques.splits
+        columns = column([local.shard.columns for local in self.layout.local_shards])
+        counts, zeros = splits.diff(), torch.zeros_like(columns)
+        ends = (counts * columns).cumsum(0)
+        summed = torch.empty(int(ends[-1]) if len(ends) else 0, device=self.groups.device)
+        pieces = torch.stack([splits[:-1], counts, columns, zeros, ends - counts * columns,
+                              columns], 1)
+        sum_rows(rows.grads, rows.uniques, rows.weights, pieces, 1.0, summed)
+        return summed
 
     def squared_norm(self, rows: MergedRows, scale: float) -> Tensor:
         """fp64 []: squared norm of all tables' summed, scaled gradients, over all ranks."""

@@ -31,7 +31,7 @@ class GradientSender:
 
     def __init__(self, layout: Layout, cells: CellIndex, groups: Groups, seed: int,
                  watch: WireWatch) -> None:
-        self.layout, self._cells, self._rank, self._seed = layout, cells, groups.rank, seed
+        self.layout, self._cells, self._rank, self._seed = layout, cells, groups.job_rank, seed
         self.watch = watch
         self.feedback = ErrorFeedback(layout, groups.device)
         #: Optimiser steps taken, and backwards since: they address random bits.

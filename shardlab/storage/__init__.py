@@ -4,6 +4,7 @@ from shardlab.storage.base import (
     LocalShard,
     PlacedJobs,
     RowReads,
+    RowWrites,
     Storage,
     StorageOptions,
     TableChunk,
@@ -11,5 +12,5 @@ from shardlab.storage.base import (
 )
 from shardlab.storage.registry import build_storage
 
-__all__ = ["LocalShard", "PlacedJobs", "RowReads", "Storage", "StorageOptions", "TableChunk",
-           "build_storage", "read_codes"]
+__all__ = ["LocalShard", "PlacedJobs", "RowReads", "RowWrites", "Storage", "StorageOptions",
+           "TableChunk", "build_storage", "read_codes"]

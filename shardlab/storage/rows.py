@@ -37,6 +37,8 @@ from shardlab.storage_bytes import OPTIMIZER_STATE, TierBytes, tier_bytes
 
 _FP32_BYTES = 4
 _INIT_BYTES = 1 << 20
+#: Stream of the random bits of rows that are replaced: no update or cache level draws from it.
+_REPLACED = 1 << 16
 
 #: Names of the state's parts in a checkpoint, element-wise parts first.
 STATE_NAMES: dict[str, tuple[str, ...]] = {
@@ -349,6 +351,23 @@ class RowsStorage:
         end = home.source(torch.tensor([[number, 0, rows.numel()]]), rows)
         records = Records(end.arena, end.blocks, home.numbers[number], end.places)
         return records.read_rows().cpu(), records.read_states().cpu()
+
+    def write_rows(self, block: int, rows: Tensor, weights: Tensor, state: Tensor) -> None:
+        """Replaces single rows and their states in their home, after a `flush`.
+
+        Args:
+            block: the shard.
+            rows: int64, ascending, on CPU.
+            weights, state: fp32, as `read_rows` gives them.
+        """
+        home, number = self.chains.homes[block]
+        end = home.target(torch.tensor([[number, 0, rows.numel()]]), rows)
+        records = Records(end.arena, end.blocks, home.numbers[number], end.places)
+        table_rows = (rows + self.shards[block].shard.row_start).to(end.arena.device)
+        words = records.words(self.clock.key(_REPLACED), table_rows)
+        records.write_rows(weights.to(end.arena.device), words)
+        records.write_states(state.to(end.arena.device), words)
+        home.commit()
 
     def named_state(self, block: int, state: Tensor) -> dict[str, Tensor]:
         """States [n, elements] by name."""

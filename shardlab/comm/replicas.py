@@ -1,0 +1,135 @@
+"""Ranks as R replica groups of S: who exchanges rows, and who keeps copies of them alike.
+
+    replicas=2, 6 ranks      group 0: 0 1 2      group 1: 3 4 5      copies: 0 3, 1 4, 2 5
+
+A group is S ranks that follow each other, so that its all-to-alls stay on few hosts. Ranks with the
+same place in their groups hold the same shards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from itertools import pairwise
+from math import gcd
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from shardlab.comm.collectives import all_to_all
+from shardlab.comm.gather import gather_json
+from shardlab.comm.groups import Groups, with_lanes
+from shardlab.comm.shared_memory import host_identity
+from shardlab.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class ReplicaGroups:
+    """A rank's two neighbourhoods.
+
+    Attributes:
+        tables: the S ranks that share the tables; this rank's place counts in it.
+        copies: the R ranks that hold the same shards, by replica.
+    """
+
+    tables: Groups
+    copies: Groups
+
+
+def check_replicas(world_size: int, replicas: int) -> int:
+    """Ranks of a replica group.
+
+    Raises:
+        ConfigError: the ranks do not divide into so many groups.
+    """
+    if replicas < 1 or world_size % replicas:
+        fit = [count for count in range(1, world_size + 1) if world_size % count == 0]
+        raise ConfigError(f"parallel.replicas: {world_size} ranks do not divide into {replicas} "
+                          f"groups of equal size; choose one of {', '.join(map(str, fit))}")
+    return world_size // replicas
+
+
+def split_replicas(groups: Groups, replicas: int) -> ReplicaGroups:
+    """Makes both neighbourhoods, each with lanes of its own; every rank of the job must call it.
+
+    Args:
+        groups: all ranks.
+        replicas: R; divides the number of ranks.
+
+    Raises:
+        ConfigError: it does not.
+        LaunchError: the transport that the job asked for cannot be had.
+    """
+    size = check_replicas(groups.world_size, replicas)
+    replica, place = divmod(groups.rank, size)
+    tables = _part(groups, range(replica * size, (replica + 1) * size))
+    return ReplicaGroups(tables, _part(groups, range(place, groups.world_size, size)))
+
+
+def _part(groups: Groups, members: Sequence[int]) -> Groups:
+    """Some ranks of the job, this one among them, numbered anew."""
+    rank = members.index(groups.rank)
+    # Ranks of a part that follow each other lie on one host in runs of this length.
+    local = gcd(groups.local_world_size, len(members)) if members[-1] - members[0] < len(members) \
+        else 1
+    part = replace(groups, rank=rank, world_size=len(members), local_rank=rank % local,
+                   local_world_size=local, process_group=None, exchange=None, look_ahead=None,
+                   sums=None, members=tuple(members), transport="nothing travels: one rank")
+    if len(members) == 1:
+        return part
+    part = replace(part, process_group=dist.new_group(
+        list(members), timeout=timedelta(seconds=groups.timeout_s),
+        use_local_synchronization=True))
+    hosts = len(set(gather_json(host_identity(), part)))
+    return with_lanes(part, hosts, groups.asked_transport)
+
+
+def gather_parts(own: Tensor, sizes: Sequence[int], groups: Groups, phase: str) -> list[Tensor]:
+    """Every rank's tensor, by rank, on every rank; uses the `exchange` lane.
+
+    Args:
+        own: 1-D; this rank's.
+        sizes: elements of every rank's.
+        groups: the ranks.
+        phase: of the step, for the error of a fault.
+
+    Raises:
+        ExchangeError: a rank ended, stalled or cannot be reached.
+    """
+    peers = groups.world_size - 1
+    expected = [0 if rank == groups.rank else size for rank, size in enumerate(sizes)]
+    sent = [0 if rank == groups.rank else own.numel() for rank in range(groups.world_size)]
+    out = torch.empty(sum(expected), dtype=own.dtype, device=own.device)
+    source = own if peers == 1 else own.repeat(peers)
+    all_to_all(out, source, expected, sent, groups, phase).wait()
+    parts = list(out.split(expected))
+    parts[groups.rank] = own
+    return parts
+
+
+def sum_in_order_(flat: Tensor, groups: Groups, phase: str) -> Tensor:
+    """Adds up ``flat`` over the ranks, in place and in the order of ranks.
+
+    Every rank adds up one piece and sends the sum to all, so that all have the same bits. A rank
+    sends 2 (R - 1) / R of the bytes. Uses the `exchange` lane.
+
+    Args:
+        flat: 1-D, the same size on every rank.
+        groups: the ranks.
+        phase: of the step, for the error of a fault.
+
+    Raises:
+        ExchangeError: a rank ended, stalled or cannot be reached.
+    """
+    count = groups.world_size
+    edges = [flat.numel() * rank // count for rank in range(count + 1)]
+    sizes = [end - begin for begin, end in pairwise(edges)]
+    mine = sizes[groups.rank]
+    parts = flat.new_empty(count, mine)
+    all_to_all(parts.view(-1), flat, [mine] * count, sizes, groups, phase).wait()
+    total = parts[0].clone()
+    for part in parts[1:]:
+        total += part
+    return flat.copy_(torch.cat(gather_parts(total, sizes, groups, phase)))
