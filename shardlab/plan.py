@@ -13,6 +13,7 @@ from itertools import pairwise
 from typing import Any
 
 from shardlab.errors import ConfigError, PlanError, nearest_name
+from shardlab.replication import replica_problem
 from shardlab.specs import EmbeddingBagConfig, ExchangeKind, ShardingType
 from shardlab.storage_bytes import TierBytes
 from shardlab.storage_specs import (
@@ -216,6 +217,9 @@ class ShardingPlan:
         for name in planned.keys() & wanted.keys():
             problems += _cover_problems(planned[name], wanted[name], self.world_size)
             problems += wire_problems(planned[name])
+            if self.replicas > 1 and (problem := replica_problem(planned[name].storage,
+                                                                 self.sync_every_steps)):
+                problems.append(f"table {name!r}: {problem}")
         if problems:
             raise PlanError("\n".join(sorted(problems)))
 

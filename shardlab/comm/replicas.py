@@ -22,7 +22,7 @@ from shardlab.comm.collectives import all_to_all
 from shardlab.comm.gather import gather_json
 from shardlab.comm.groups import Groups, with_lanes
 from shardlab.comm.shared_memory import host_identity
-from shardlab.errors import ConfigError
+from shardlab.replication import ranks_of_a_group
 
 
 @dataclass(frozen=True)
@@ -38,19 +38,6 @@ class ReplicaGroups:
     copies: Groups
 
 
-def check_replicas(world_size: int, replicas: int) -> int:
-    """Ranks of a replica group.
-
-    Raises:
-        ConfigError: the ranks do not divide into so many groups.
-    """
-    if replicas < 1 or world_size % replicas:
-        fit = [count for count in range(1, world_size + 1) if world_size % count == 0]
-        raise ConfigError(f"parallel.replicas: {world_size} ranks do not divide into {replicas} "
-                          f"groups of equal size; choose one of {', '.join(map(str, fit))}")
-    return world_size // replicas
-
-
 def split_replicas(groups: Groups, replicas: int) -> ReplicaGroups:
     """Makes both neighbourhoods, each with lanes of its own; every rank of the job must call it.
 
@@ -62,7 +49,7 @@ def split_replicas(groups: Groups, replicas: int) -> ReplicaGroups:
         ConfigError: it does not.
         LaunchError: the transport that the job asked for cannot be had.
     """
-    size = check_replicas(groups.world_size, replicas)
+    size = ranks_of_a_group(groups.world_size, replicas)
     replica, place = divmod(groups.rank, size)
     tables = _part(groups, range(replica * size, (replica + 1) * size))
     return ReplicaGroups(tables, _part(groups, range(place, groups.world_size, size)))

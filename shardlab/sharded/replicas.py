@@ -27,9 +27,7 @@ import torch
 from torch import Tensor
 
 from shardlab.comm import ReplicaGroups, WireBytes, sum_in_order_
-from shardlab.errors import ConfigError
 from shardlab.ops.unique import BOUNDS_CODE, Segments, Uniques, unique_segments
-from shardlab.plan import ShardingPlan
 from shardlab.sharded.early import Splitter
 from shardlab.sharded.gradients import MergedRows, RowUpdater
 from shardlab.sharded.layout import column
@@ -37,7 +35,6 @@ from shardlab.sharded.replica_messages import RowMessages
 from shardlab.sharded.row_watch import ChangedRows, Snapshot
 from shardlab.specs import BoundsMode
 from shardlab.storage import LocalShard, RowWrites, Storage
-from shardlab.storage_specs import RowsSpec, describe_storage
 
 #: fp32 elements of weights and state that are averaged at a time: 16 MiB.
 _STRIPE_ELEMENTS = 4 << 20
@@ -63,36 +60,12 @@ class Replication:
         return self.sync_every_steps == 1
 
 
-def check_replication(plan: ShardingPlan) -> None:
-    """Refuses tables whose copies cannot be kept alike.
-
-    Raises:
-        ConfigError: names every such table, and what to do.
-    """
-    problems = [f"table {entry.table!r}: {reason}" for entry in plan.tables
-                if (reason := _refusal(entry.storage, plan.sync_every_steps))]
-    if problems:
-        raise ConfigError("parallel.replicas: " + "\n".join(problems))
-
-
-def _refusal(storage: object, sync_every_steps: int) -> str:
-    text = describe_storage(storage)  # type: ignore[arg-type]
-    if sync_every_steps > 1:
-        return "" if isinstance(storage, RowsSpec) else (
-            f"{text} has no rows that could be averaged; set parallel.sync_every_steps to 1")
-    if isinstance(storage, RowsSpec) and len({level.dtype for level in storage.levels}) > 1:
-        return (f"{text} rounds rows that leave its cache, and groups of replicas read different "
-                "rows: their copies would drift apart; use levels of one dtype, or "
-                "parallel.sync_every_steps above 1, which makes copies alike again")
-    return ""
-
-
 class Replicas:
     """Keeps the copies of one collection's shards alike.
 
     Args:
         replication: how many groups there are, and when their copies are made alike.
-        storage: of this rank; its tables passed `check_replication`.
+        storage: of this rank; `ShardingPlan.check` accepted its tables.
     """
 
     def __init__(self, replication: Replication, storage: Storage) -> None:

@@ -8,15 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shardlab.comm import Groups, build_groups, check_replicas, split_replicas
+from shardlab.comm import Groups, build_groups, split_replicas
 from shardlab.errors import PlanError, ShardLabError
 from shardlab.optim import RowOptimizer, RowWiseAdagrad
 from shardlab.plan import ShardingPlan, build_table_plan
+from shardlab.replication import ranks_of_a_group
 from shardlab.sharded.clock import PhaseClock
 from shardlab.sharded.collection import EmbeddingBagCollection, ShardedEmbeddingBagCollection
 from shardlab.sharded.dense import DenseReducer
 from shardlab.sharded.optimizer import ShardedOptimizer
-from shardlab.sharded.replicas import Replication, check_replication
+from shardlab.sharded.replicas import Replication
 from shardlab.specs import EmbeddingBagConfig, ShardingType
 from shardlab.storage_specs import PrunedSpec
 
@@ -107,7 +108,6 @@ def shard(model: nn.Module, plan: ShardingPlan | None = None, *,
     Raises:
         ShardLabError: the model holds no collection.
         PlanError: the plan does not fit the tables or the world size.
-        ConfigError: the plan has replicas, and a table whose copies cannot be kept alike.
     """
     rows = optimizer or RowWiseAdagrad(lr=0.05)
     groups = groups or build_groups()
@@ -124,7 +124,6 @@ def shard(model: nn.Module, plan: ShardingPlan | None = None, *,
     replication = None
     table_groups = groups
     if plan.replicas > 1:
-        check_replication(plan)
         split = split_replicas(groups, plan.replicas)
         replication, table_groups = Replication(split, plan.sync_every_steps), split.tables
     collections = []
@@ -178,7 +177,7 @@ def simple_plan(tables: list[EmbeddingBagConfig], groups: Groups, replicas: int 
     """
     if len({table.name for table in tables}) != len(tables):
         raise PlanError("tables of different collections share a name; plans need unique names")
-    world = check_replicas(groups.world_size, replicas)
+    world = ranks_of_a_group(groups.world_size, replicas)
     local = min(groups.local_world_size, world)
     ranks = list(range(world))
     fair = sum(t.num_embeddings * t.embedding_dim for t in tables) / world

@@ -196,14 +196,14 @@ def test_every_storage_keeps_copies_alike(tmp_path):
 
 @pytest.mark.parametrize(("storage", "sync", "text"), [
     (_SPECS["cached int8 averaged"], 1, "table 'user': .* rounds rows that leave its cache"),
-    (_SPECS["pruned"], 4, "table 'user': .* has no rows that could be averaged; set"),
+    (_SPECS["pruned"], 4, "table 'user': .* has no rows that could be averaged over replicas; "),
     (_SPECS["tensor_train"], 4, "table 'user': tensor_train.* no rows that could be averaged")])
 def test_tables_whose_copies_would_differ_are_refused(storage, sync, text):
     table = EmbeddingBagConfig(60, 8, "user", storage=storage)
     entry = table_plan(table, ShardingType.TABLE_WISE, 1)
     plan = ShardingPlan(1, (entry,)).with_replicas(2, sync)
     groups = sl.comm.Groups(world_size=2)
-    with pytest.raises(ConfigError, match=text):
+    with pytest.raises(PlanError, match=text):
         sl.shard(Bare([table]), plan, groups=groups)
 
 
