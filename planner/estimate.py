@@ -35,7 +35,7 @@ touched rows t = g s; what reading, updating and fetching a row costs where it l
               optimiser
     overhead  Python and launches of a step
 
-Between replica groups gradients or rows travel besides, as `replicas` has it; grads count that.
+Between replica groups gradients or rows travel besides, as `replicas` has it: part of the update.
 
 Every exchange also takes a message to each other rank; ids need two (counts first). On one rank
 pooled bags go straight from the table to the model: no pool phase. Of k row blocks the first of
@@ -123,7 +123,7 @@ class Pricer:
         """[phases] milliseconds of a step whatever the plan."""
         fixed = np.zeros(len(PHASES))
         fixed[[_IDS, _ROWS, _GRADS]] = self.speeds.messages * np.array([2, 1, 1])
-        fixed[_GRADS] += sync_ms(self.request, self.work)
+        fixed[_UPDATE] = sync_ms(self.request, self.work)
         fixed[_DENSE] = self.dense_ms
         fixed[_OVERHEAD] = self.speeds.overhead
         return fixed
