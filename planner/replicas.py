@@ -1,12 +1,13 @@
 """Replica groups: the part of a machine that one has, and what keeping their tables alike costs.
 
 A rank sends to each of the R - 1 others that hold its shards, per step and on average over its
-group's S ranks, with g different rows of a table that the group touches, i bytes of an id and D
-columns:
+group's S ranks, with g different rows of a table that the group touches, h that any group does, i
+bytes of an id and D columns:
 
-    every step     sum over tables of g (i + 4 D) / S
-    every N steps  rows that any group touched, h in N steps, their weights and n numbers of state,
-                   as an all-reduce: 2 h (4 D + 4 n) / R / S / N, and as many ids
+    every step     sum over tables of g (i + 4 D) / S; of more than two groups (g + h) (i + 4 D) / R
+                   / S: each merges a part of the rows
+    every N steps  rows of N steps, their weights and n numbers of state, as an all-reduce:
+                   g i / S / N + 2 h (4 D + 4 n) / R / S / N
 
 Copies of a table on every rank of a group are counted as the shards of one.
 """
@@ -76,7 +77,11 @@ def sync_bytes(request: Request, work: Workload) -> float:
     ids = [id_bytes(int(rows)) for rows in work.rows.tolist()]
     others = replicas.groups - 1
     if replicas.sync_every_steps == 1:
-        return float(others * (work.step_unique * (ids + _FP32_BYTES * work.columns)).sum() / ranks)
+        vectors = work.step_unique
+        if replicas.groups > 2:
+            every = work.access.unique(ranks * replicas.groups * request.batch_size)
+            vectors = (vectors + every) / replicas.groups
+        return float(others * (vectors * (ids + _FP32_BYTES * work.columns)).sum() / ranks)
     per_column, per_row = OPTIMIZER_STATE[request.optimizer]
     numbers = work.columns * (1 + per_column) + per_row
     steps, batch = replicas.sync_every_steps, request.batch_size

@@ -23,7 +23,8 @@ from tests.harness import run_ranks
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 SCRIPTS = sorted(path.stem for path in EXAMPLES.glob("*.py"))
 #: Scripts with a test on two ranks below.
-ON_TWO_RANKS = {"checkpoint_resharding", "prefetching", "row_wise_torchrun", "torchrec_user"}
+ON_TWO_RANKS = {"checkpoint_resharding", "prefetching", "replicas", "row_wise_torchrun",
+                "torchrec_user"}
 
 
 def run_example(name: str) -> None:
@@ -80,6 +81,10 @@ def check_row_wise_torchrun(out: str) -> None:
 
 def check_prefetching(out: str) -> None:
     assert "ahead: logits differ by at most 0.00e+00, nothing travels" in out
+
+
+def check_replicas(out: str) -> None:
+    assert "every step: logits differ by at most 0.0e+00; rank 0 sent 0 bytes" in out
 
 
 def check_torchrec_plan_to_json(out: str) -> None:
@@ -139,6 +144,15 @@ def test_looking_ahead_changes_no_bit_on_two_ranks():
     stale, = numbers(r"stale: logits differ by at most ([\d.e+-]+)", out)
     assert 0 < stale < 1
     assert "over shared memory: all ranks are on one host" in out
+    assert not other
+
+
+def test_groups_train_as_one_where_they_merge_every_step_on_two_ranks():
+    out, other = run_ranks(2, run_example_on_rank, "replicas")
+    one, merged, averaged = numbers(r"differ by at most ([\d.e+-]+)", out)
+    assert one == 0 <= merged < 1e-5 < averaged < 1
+    between = numbers(r"([\d,]+) between groups", out)
+    assert between[0] == 0 < between[2] < between[1]
     assert not other
 
 

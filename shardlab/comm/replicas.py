@@ -96,6 +96,30 @@ def gather_parts(own: Tensor, sizes: Sequence[int], groups: Groups, phase: str) 
     return parts
 
 
+def send_parts(parts: Sequence[Tensor], sizes: Sequence[int], groups: Groups,
+               phase: str) -> list[Tensor]:
+    """What every rank has for this one, by rank; uses the `exchange` lane.
+
+    Args:
+        parts: 1-D, one for each rank; the one for this rank is returned as it is.
+        sizes: elements that come from every rank.
+        groups: the ranks.
+        phase: of the step, for the error of a fault.
+
+    Raises:
+        ExchangeError: a rank ended, stalled or cannot be reached.
+    """
+    own = parts[groups.rank]
+    expected = [0 if rank == groups.rank else size for rank, size in enumerate(sizes)]
+    sent = [0 if rank == groups.rank else part.numel() for rank, part in enumerate(parts)]
+    out = own.new_empty(sum(expected))
+    source = torch.cat([part for rank, part in enumerate(parts) if rank != groups.rank])
+    all_to_all(out, source, expected, sent, groups, phase).wait()
+    received = list(out.split(expected))
+    received[groups.rank] = own
+    return received
+
+
 def sum_in_order_(flat: Tensor, groups: Groups, phase: str) -> Tensor:
     """Adds up ``flat`` over the ranks, in place and in the order of ranks.
 

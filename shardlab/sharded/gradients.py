@@ -190,19 +190,7 @@ class RowUpdater:
         merged = MergedRows(uniques, weights, one.grads)
         if self.replicas is None:
             return merged
-        return self.replicas.merge(merged, self._all_summed, self._wire)
-
-    def _all_summed(self, rows: MergedRows) -> Tensor:
-        """fp32, flat: summed gradients of all rows, block by block."""
-        splits = rows.uniques.splits
-        columns = column([local.shard.columns for local in self.layout.local_shards])
-        counts, zeros = splits.diff(), torch.zeros_like(columns)
-        ends = (counts * columns).cumsum(0)
-        summed = torch.empty(int(ends[-1]) if len(ends) else 0, device=self.groups.device)
-        pieces = torch.stack([splits[:-1], counts, columns, zeros, ends - counts * columns,
-                              columns], 1)
-        sum_rows(rows.grads, rows.uniques, rows.weights, pieces, 1.0, summed)
-        return summed
+        return self.replicas.merge(merged, self._wire)
 
     def squared_norm(self, rows: MergedRows, scale: float) -> Tensor:
         """fp64 []: squared norm of all tables' summed, scaled gradients, over all ranks."""
@@ -246,3 +234,18 @@ class MergedRows:
     uniques: Uniques
     weights: Tensor | None
     grads: Tensor
+
+    def summed(self, columns: Tensor) -> Tensor:
+        """fp32, flat: every row's summed gradient, block by block.
+
+        Args:
+            columns: int64 [blocks] on CPU.
+        """
+        splits = self.uniques.splits
+        counts, zeros = splits.diff(), torch.zeros_like(columns)
+        ends = (counts * columns).cumsum(0)
+        out = torch.empty(int(ends[-1]) if len(ends) else 0, device=self.grads.device)
+        pieces = torch.stack([splits[:-1], counts, columns, zeros, ends - counts * columns,
+                              columns], 1)
+        sum_rows(self.grads, self.uniques, self.weights, pieces, 1.0, out)
+        return out

@@ -20,8 +20,9 @@ Source: own; periodic averaging as in local SGD (arXiv 1805.09767), groups of ta
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -31,7 +32,7 @@ from shardlab.ops.unique import BOUNDS_CODE, Segments, Uniques, unique_segments
 from shardlab.sharded.early import Splitter
 from shardlab.sharded.gradients import MergedRows, RowUpdater
 from shardlab.sharded.layout import column
-from shardlab.sharded.replica_messages import RowMessages
+from shardlab.sharded.replica_messages import Part, RowMessages
 from shardlab.sharded.row_watch import ChangedRows, Snapshot
 from shardlab.specs import BoundsMode
 from shardlab.storage import LocalShard, RowWrites, Storage
@@ -114,37 +115,52 @@ class Replicas:
 class GradientSync:
     """Merges a step's gradients over the replicas, so that all take the same step.
 
+    Two replicas send each other all their rows. Of more, each merges a range of every shard and
+    sends the sums to all: rows that several have touched then travel fewer times, and the bits are
+    the same, since sums are in the order of replicas either way.
+
     Args:
         shards: of this rank.
         groups: the ranks that hold the same shards.
+        ranges: whether each merges a range; None: of more than two replicas.
     """
 
-    def __init__(self, shards: Sequence[LocalShard], groups: ReplicaGroups) -> None:
-        self._columns = [local.shard.columns for local in shards]
-        self._step = RowMessages([local.shard.rows for local in shards], groups.copies)
-        self._keys = RowMessages([max(1, sum(local.shard.rows for local in shards))],
-                                 groups.copies.ahead())
+    def __init__(self, shards: Sequence[LocalShard], groups: ReplicaGroups,
+                 ranges: bool | None = None) -> None:
         rows = [local.shard.rows for local in shards]
+        self._ranges = groups.copies.world_size > 2 if ranges is None else ranges
+        self._columns = column([local.shard.columns for local in shards])
+        self._step = RowMessages(rows, groups.copies)
+        self._keys = RowMessages([max(1, sum(rows))], groups.copies.ahead())
         self._segments = Segments(column(rows), column([BOUNDS_CODE[BoundsMode.ERROR]] * len(rows)))
 
-    def merge(self, rows: MergedRows, sums: Callable[[MergedRows], Tensor],
-              wire: WireBytes) -> MergedRows:
-        """The rows that any replica touched, with an entry from every replica that did.
+    def merge(self, rows: MergedRows, wire: WireBytes) -> MergedRows:
+        """The rows that any replica touched, with their gradients' sums as entries.
 
         Args:
             rows: of this replica.
-            sums: gives every row's summed gradient, fp32, flat, block by block.
             wire: counts the bytes.
         """
+        if self._ranges:
+            mine = rows.uniques
+            parts = self._step.scatter(mine.ids, mine.splits, rows.summed(self._columns),
+                                       self._columns, wire)
+            rows = self._joined(parts)
         mine = rows.uniques
-        parts = self._step.exchange(mine.ids, mine.splits, sums(rows), self._columns, wire)
+        return self._joined(self._step.gather(mine.ids, mine.splits, rows.summed(self._columns),
+                                              self._columns, wire))
+
+    def _joined(self, parts: list[Part]) -> MergedRows:
+        """Rows of several replicas; the entries of a row are in their order."""
         chunks, ids_before, grads_before = [], 0, 0
+        columns = self._columns.tolist()
         for splits, _, _ in parts:
-            for block, columns in enumerate(self._columns):
-                first, count = int(splits[block]), int(splits[block + 1] - splits[block])
-                chunks.append([block, ids_before + first, count, grads_before, columns])
-                grads_before += count * columns
-            ids_before += int(splits[-1])
+            edges = splits.tolist()
+            for block, (first, last) in enumerate(pairwise(edges)):
+                chunks.append([block, ids_before + first, last - first, grads_before,
+                               columns[block]])
+                grads_before += (last - first) * columns[block]
+            ids_before += edges[-1]
         chunks.sort(key=lambda chunk: chunk[0])  # stable: replicas stay in order
         ids = torch.cat([ids for _, ids, _ in parts])
         grads = torch.cat([grads for _, _, grads in parts])
@@ -163,7 +179,7 @@ class GradientSync:
         mine = torch.unique(keys)
         splits = torch.tensor([0, mine.numel()])
         nothing = torch.empty(0, device=mine.device)
-        parts = self._keys.exchange(mine, splits, nothing, [0], wire)
+        parts = self._keys.gather(mine, splits, nothing, column([0]), wire)
         return torch.cat([ids for _, ids, _ in parts])
 
 
@@ -211,7 +227,8 @@ class RowAverage:
                                                                     device=device)
         splits = column([0, *(rows.numel() for rows in found)]).cumsum(0)
         nothing = torch.empty(0, device=device)
-        parts = self._messages.exchange(mine, splits, nothing, [0] * len(found), wire)
+        none = column([0] * len(found))
+        parts = self._messages.gather(mine, splits, nothing, none, wire)
         for splits, ids, _ in parts:
             edges, ids = splits.tolist(), ids.cpu()
             for block, mark in enumerate(self.changed.marks):

@@ -56,6 +56,11 @@ def test_bytes_between_groups_follow_the_formula():
     expected = sum(rows * (width + 4 * 32) for rows, width in
                    zip(work.access.unique(4 * 1024), (3, 3, 1), strict=True)) / 4
     assert sync_bytes(request, work) == pytest.approx(expected)
+    three = _request("3x4xh100", 3)
+    expected = sum(2 / 3 * (rows + every) * (width + 4 * 32) for rows, every, width in
+                   zip(work.access.unique(4 * 1024), work.access.unique(12 * 1024), (3, 3, 1),
+                       strict=True)) / 4
+    assert sync_bytes(three, work) == pytest.approx(expected)
     averaged = _request("2x4xh100", 2, sync=10)
     own, touched = work.access.unique(10 * 4 * 1024), work.access.unique(10 * 8 * 1024)
     expected = sum(mine * width + 2 * both * 4 * 3 * 32 / 2 for mine, both, width in

@@ -8,9 +8,14 @@ import pytest
 import torch
 
 import shardlab as sl
+from shardlab import comm
 from shardlab.errors import ConfigError, PlanError
-from shardlab.plan import ShardingPlan
+from shardlab.ops.unique import Uniques
+from shardlab.plan import Shard, ShardingPlan
+from shardlab.sharded.gradients import MergedRows
+from shardlab.sharded.replicas import GradientSync
 from shardlab.specs import EmbeddingBagConfig, ExchangeKind, ShardingType
+from shardlab.storage import LocalShard
 from tests.harness import run_ranks
 from tests.oracle import Oracle, PlainOptimizer, join
 from tests.sharded_runs import (
@@ -84,6 +89,45 @@ def test_merged_gradients_equal_the_oracle(world, replicas, seed):
     for job, runs in zip(jobs, zip(*run_ranks(world, train, jobs), strict=True), strict=True):
         _assert_copies_alike(job, runs)
         assert_equals_oracle(job, _one_group(job, runs))
+
+
+def _merge_both_ways(groups, replicas):
+    """Three shards' gradients, merged at once and by ranges; and the bytes of each."""
+    split = comm.split_replicas(groups, replicas)
+    tables = [EmbeddingBagConfig(rows, columns, name) for name, rows, columns in
+              (("wide", 300, 24), ("one", 1, 3), ("long", 70_000, 8))]
+    shards = [LocalShard(table, Shard(0, 0, table.num_embeddings, 0, table.embedding_dim),
+                         table.storage, False) for table in tables]
+    generator = torch.Generator().manual_seed(groups.rank)
+    found = [torch.randint(table.num_embeddings, (40,), generator=generator).pow(2)
+             .remainder(table.num_embeddings).unique() for table in tables]
+    if groups.rank == 1:
+        found[0] = found[0][:0]
+    splits = torch.tensor([0, *(ids.numel() for ids in found)]).cumsum(0)
+    columns = torch.tensor([table.embedding_dim for table in tables])
+    sizes = torch.repeat_interleave(columns, splits.diff())
+    grads = torch.randn(int(sizes.sum()), generator=generator)
+    uniques = Uniques(torch.cat(found), splits, torch.arange(sizes.numel() + 1),
+                      sizes.cumsum(0) - sizes)
+    answers = []
+    for ranges in (False, True):
+        wire = comm.WireBytes()
+        merged = GradientSync(shards, split, ranges).merge(MergedRows(uniques, None, grads), wire)
+        answers.append((merged.uniques.ids.clone(), merged.uniques.splits, merged.summed(columns),
+                        wire.sync_bytes))
+    return answers
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_ranges_give_the_same_bits_as_all_rows_to_all(world):
+    runs = run_ranks(world, _merge_both_ways, world)
+    for at_once, by_ranges in runs:
+        for one, other, first in zip(at_once[:3], by_ranges[:3], runs[0][0][:3], strict=True):
+            assert torch.equal(one, other)
+            assert torch.equal(one, first)
+        assert at_once[3] > 0
+    if world == 4:  # many rows are touched by several
+        assert sum(run[1][3] for run in runs) < sum(run[0][3] for run in runs)
 
 
 def _average(oracles, dirty):
