@@ -6,8 +6,8 @@ bytes of an id and D columns:
 
     every step     sum over tables of g (i + 4 D) / S; of more than two groups (g + h) (i + 4 D) / R
                    / S: each merges a part of the rows
-    every N steps  rows of N steps, their weights and n numbers of state, as an all-reduce:
-                   g i / S / N + 2 h (4 D + 4 n) / R / S / N
+    every N steps  the same, with g and h the rows of N steps, 4 (D + n) in the place of 4 D for n
+                   numbers of state, over N
 
 Copies of a table on every rank of a group are counted as the shards of one.
 """
@@ -74,21 +74,15 @@ def sync_bytes(request: Request, work: Workload) -> float:
     replicas, ranks = request.settings.replicas, request.topology.world_size
     if replicas.groups == 1:
         return 0.0
-    ids = [id_bytes(int(rows)) for rows in work.rows.tolist()]
-    others = replicas.groups - 1
-    if replicas.sync_every_steps == 1:
-        vectors = work.step_unique
-        if replicas.groups > 2:
-            every = work.access.unique(ranks * replicas.groups * request.batch_size)
-            vectors = (vectors + every) / replicas.groups
-        return float(others * (vectors * (ids + _FP32_BYTES * work.columns)).sum() / ranks)
-    per_column, per_row = OPTIMIZER_STATE[request.optimizer]
+    steps, others = replicas.sync_every_steps, replicas.groups - 1
+    per_column, per_row = OPTIMIZER_STATE[request.optimizer] if steps > 1 else (0, 0)
     numbers = work.columns * (1 + per_column) + per_row
-    steps, batch = replicas.sync_every_steps, request.batch_size
-    own = work.access.unique(steps * ranks * batch)
-    touched = work.access.unique(steps * ranks * replicas.groups * batch)
-    sent = own * ids + 2 * touched * _FP32_BYTES * numbers / replicas.groups
-    return float(others * sent.sum() / ranks / steps)
+    batch = steps * ranks * request.batch_size
+    rows = work.access.unique(batch)
+    if replicas.groups > 2:
+        rows = (rows + work.access.unique(replicas.groups * batch)) / replicas.groups
+    ids = [id_bytes(int(count)) for count in work.rows.tolist()]
+    return float(others * (rows * (ids + _FP32_BYTES * numbers)).sum() / ranks / steps)
 
 
 def sync_ms(request: Request, work: Workload) -> float:

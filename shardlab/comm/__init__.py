@@ -18,10 +18,8 @@ from shardlab.comm.replicas import (
     gather_parts,
     send_parts,
     split_replicas,
-    sum_in_order_,
 )
 
 __all__ = ["Groups", "ReplicaGroups", "WireBytes", "Work", "all_reduce_", "all_to_all", "barrier",
            "broadcast_", "broadcast_text", "build_groups", "gather_objects_json", "gather_parts",
-           "init", "naming", "send_parts", "shutdown", "split_replicas", "start_all_reduce",
-           "sum_in_order_"]
+           "init", "naming", "send_parts", "shutdown", "split_replicas", "start_all_reduce"]

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from itertools import pairwise
 from math import gcd
 
 import torch
@@ -118,29 +117,3 @@ def send_parts(parts: Sequence[Tensor], sizes: Sequence[int], groups: Groups,
     received = list(out.split(expected))
     received[groups.rank] = own
     return received
-
-
-def sum_in_order_(flat: Tensor, groups: Groups, phase: str) -> Tensor:
-    """Adds up ``flat`` over the ranks, in place and in the order of ranks.
-
-    Every rank adds up one piece and sends the sum to all, so that all have the same bits. A rank
-    sends 2 (R - 1) / R of the bytes. Uses the `exchange` lane.
-
-    Args:
-        flat: 1-D, the same size on every rank.
-        groups: the ranks.
-        phase: of the step, for the error of a fault.
-
-    Raises:
-        ExchangeError: a rank ended, stalled or cannot be reached.
-    """
-    count = groups.world_size
-    edges = [flat.numel() * rank // count for rank in range(count + 1)]
-    sizes = [end - begin for begin, end in pairwise(edges)]
-    mine = sizes[groups.rank]
-    parts = flat.new_empty(count, mine)
-    all_to_all(parts.view(-1), flat, [mine] * count, sizes, groups, phase).wait()
-    total = parts[0].clone()
-    for part in parts[1:]:
-        total += part
-    return flat.copy_(torch.cat(gather_parts(total, sizes, groups, phase)))

@@ -15,7 +15,7 @@ from shardlab.sharded.cells import CellIndex
 from shardlab.sharded.layout import Layout, column
 from shardlab.sharded.messages import Incoming
 from shardlab.sharded.row_squares import RowSquares
-from shardlab.sharded.row_watch import ChangedRows, Snapshot
+from shardlab.sharded.row_watch import RowWatch
 from shardlab.sharded.shared_cores import SharedCores
 from shardlab.specs import BoundsMode
 from shardlab.storage import Storage
@@ -173,8 +173,8 @@ class RowUpdater:
         self.replicas: GradientSync | None = None
         self._squares = RowSquares(layout, groups, wire)
         self._shared = SharedCores(layout, groups)
-        #: Told which rows are about to change: what checkpoints need.
-        self.watches: list[ChangedRows | Snapshot] = []
+        #: Told which rows are about to change: what checkpoints and averages need.
+        self.watches: list[RowWatch] = []
         rows = [local.shard.rows for local in layout.local_shards]
         errors = [BOUNDS_CODE[BoundsMode.ERROR]] * len(rows)
         self._segments = Segments(column(rows), column(errors))

@@ -27,20 +27,15 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from shardlab.comm import ReplicaGroups, WireBytes, sum_in_order_
+from shardlab.comm import Groups, ReplicaGroups, WireBytes
 from shardlab.ops.unique import BOUNDS_CODE, Segments, Uniques, unique_segments
 from shardlab.sharded.early import Splitter
 from shardlab.sharded.gradients import MergedRows, RowUpdater
 from shardlab.sharded.layout import column
 from shardlab.sharded.replica_messages import Part, RowMessages
-from shardlab.sharded.row_watch import ChangedRows, Snapshot
+from shardlab.sharded.row_watch import RowWatch
 from shardlab.specs import BoundsMode
 from shardlab.storage import LocalShard, RowWrites, Storage
-
-#: fp32 elements of weights and state that are averaged at a time: 16 MiB.
-_STRIPE_ELEMENTS = 4 << 20
-_FP32_BYTES = 4
-_PHASE = "sync"
 
 
 @dataclass(frozen=True)
@@ -98,74 +93,95 @@ class Replicas:
         if self._gradients is not None:
             splitter.of_all_replicas = self._gradients.keys_of_all
             updater.replicas = self._gradients
-        elif self._average is not None and self._average.changed not in updater.watches:
-            updater.watches.append(self._average.changed)
+        elif self._average is not None and self._average not in updater.watches:
+            updater.watches.append(self._average)
 
     def is_due(self, step: int | None) -> bool:
         """Whether rows are to be averaged after this step; None: whatever the step."""
         return self._average is not None and \
             (step is None or step % self.replication.sync_every_steps == 0)
 
-    def average(self, watches: Sequence[ChangedRows | Snapshot], wire: WireBytes) -> None:
+    def average(self, watches: Sequence[RowWatch], wire: WireBytes) -> None:
         """Averages rows; every rank of the job calls it, and no update is under way."""
         assert self._average is not None
         self._average.apply(watches, wire)
 
 
-class GradientSync:
-    """Merges a step's gradients over the replicas, so that all take the same step.
+class RowSums:
+    """Adds up numbers of rows over the replicas; all get the same bits.
 
     Two replicas send each other all their rows. Of more, each merges a range of every shard and
     sends the sums to all: rows that several have touched then travel fewer times, and the bits are
     the same, since sums are in the order of replicas either way.
 
     Args:
-        shards: of this rank.
-        groups: the ranks that hold the same shards.
+        rows: of every shard.
+        columns: numbers of a row, int64 [shards] on CPU.
+        copies: the ranks that hold the same shards.
         ranges: whether each merges a range; None: of more than two replicas.
     """
 
-    def __init__(self, shards: Sequence[LocalShard], groups: ReplicaGroups,
+    def __init__(self, rows: Sequence[int], columns: Tensor, copies: Groups,
                  ranges: bool | None = None) -> None:
-        rows = [local.shard.rows for local in shards]
-        self._ranges = groups.copies.world_size > 2 if ranges is None else ranges
-        self._columns = column([local.shard.columns for local in shards])
-        self._step = RowMessages(rows, groups.copies)
-        self._keys = RowMessages([max(1, sum(rows))], groups.copies.ahead())
+        self._ranges = copies.world_size > 2 if ranges is None else ranges
+        self._columns = columns
+        self._messages = RowMessages(rows, copies)
         self._segments = Segments(column(rows), column([BOUNDS_CODE[BoundsMode.ERROR]] * len(rows)))
 
     def merge(self, rows: MergedRows, wire: WireBytes) -> MergedRows:
-        """The rows that any replica touched, with their gradients' sums as entries.
+        """The rows of all replicas, with their numbers, or sums of these, as entries.
 
         Args:
             rows: of this replica.
             wire: counts the bytes.
         """
         if self._ranges:
-            mine = rows.uniques
-            parts = self._step.scatter(mine.ids, mine.splits, rows.summed(self._columns),
-                                       self._columns, wire)
-            rows = self._joined(parts)
-        mine = rows.uniques
-        return self._joined(self._step.gather(mine.ids, mine.splits, rows.summed(self._columns),
-                                              self._columns, wire))
+            rows = self._joined(self._messages.scatter(*self._sent(rows), wire))
+        return self._joined(self._messages.gather(*self._sent(rows), wire))
+
+    def _sent(self, rows: MergedRows) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return (rows.uniques.ids, rows.uniques.splits, rows.summed(self._columns), self._columns)
 
     def _joined(self, parts: list[Part]) -> MergedRows:
         """Rows of several replicas; the entries of a row are in their order."""
-        chunks, ids_before, grads_before = [], 0, 0
+        chunks, ids_before, numbers_before = [], 0, 0
         columns = self._columns.tolist()
         for splits, _, _ in parts:
             edges = splits.tolist()
             for block, (first, last) in enumerate(pairwise(edges)):
-                chunks.append([block, ids_before + first, last - first, grads_before,
+                chunks.append([block, ids_before + first, last - first, numbers_before,
                                columns[block]])
-                grads_before += (last - first) * columns[block]
+                numbers_before += (last - first) * columns[block]
             ids_before += edges[-1]
         chunks.sort(key=lambda chunk: chunk[0])  # stable: replicas stay in order
         ids = torch.cat([ids for _, ids, _ in parts])
-        grads = torch.cat([grads for _, _, grads in parts])
+        numbers = torch.cat([numbers for _, _, numbers in parts])
         found = unique_segments(ids, column(chunks).reshape(-1, 5), self._segments)
-        return MergedRows(found, None, grads)
+        return MergedRows(found, None, numbers)
+
+
+class GradientSync:
+    """Merges a step's gradients over the replicas, so that all take the same step.
+
+    Args:
+        shards: of this rank.
+        groups: the ranks that hold the same shards.
+    """
+
+    def __init__(self, shards: Sequence[LocalShard], groups: ReplicaGroups) -> None:
+        rows = [local.shard.rows for local in shards]
+        columns = column([local.shard.columns for local in shards])
+        self._sums = RowSums(rows, columns, groups.copies)
+        self._keys = RowMessages([max(1, sum(rows))], groups.copies.ahead())
+
+    def merge(self, rows: MergedRows, wire: WireBytes) -> MergedRows:
+        """The rows that any replica touched, with their gradients as entries.
+
+        Args:
+            rows: of this replica.
+            wire: counts the bytes.
+        """
+        return self._sums.merge(rows, wire)
 
     def keys_of_all(self, keys: Tensor, wire: WireBytes) -> Tensor:
         """int64: rows that batches of any replica may change, of those that this one's may.
@@ -186,64 +202,87 @@ class GradientSync:
 class RowAverage:
     """Gives rows that steps have changed since the last time the mean over the replicas.
 
+    What a row was before its first change is kept. Each replica sends by how much it has changed
+    its rows; the mean is what the row was, and the sum of all changes over their number. So only
+    rows that a replica has changed travel, and those that it has not are known to it.
+
     Args:
         storage: this rank's shards.
         groups: the ranks that hold the same shards.
-
-    Attributes:
-        changed: the rows that this replica has stepped; a watch of the updates.
     """
 
     def __init__(self, storage: RowWrites, groups: ReplicaGroups) -> None:
         self._storage, self._copies = storage, groups.copies
-        self._messages = RowMessages([local.shard.rows for local in storage.shards], groups.copies)
-        self.changed = ChangedRows(storage.shards)
+        rows = [local.shard.rows for local in storage.shards]
+        self._sizes = [storage.row_elements(block) for block in range(len(rows))]
+        self._sums = RowSums(rows, column(self._sizes), groups.copies)
+        self._changed = [torch.zeros(count, dtype=torch.bool) for count in rows]
+        self._kept: list[list[tuple[Tensor, Tensor]]] = [[] for _ in rows]
 
-    def apply(self, watches: Sequence[ChangedRows | Snapshot], wire: WireBytes) -> None:
+    def before_update(self, uniques: Uniques) -> None:
+        """Keeps rows that are about to change for the first time."""
+        ids, splits = uniques.ids.cpu(), uniques.splits.tolist()
+        for block, changed in enumerate(self._changed):
+            rows = ids[splits[block]:splits[block + 1]]
+            rows = rows[~changed[rows]]
+            if rows.numel():
+                self._kept[block].append((rows, self._read(block, rows)))
+                changed[rows] = True
+
+    def apply(self, watches: Sequence[RowWatch], wire: WireBytes) -> None:
         """Averages; every rank of the job calls it, and no update is under way.
 
         Args:
             watches: are told which rows change.
             wire: counts the bytes.
         """
-        uniques = self._touched(wire)
         self._storage.flush()
+        before = [self._take(block) for block in range(len(self._sizes))]
+        merged = self._sums.merge(self._changes(before), wire)
         for watch in watches:
-            if watch is not self.changed:
-                watch.before_update(uniques)
-        splits = uniques.splits.tolist()
-        for block in range(len(self._storage.shards)):
-            rows = uniques.ids[splits[block]:splits[block + 1]]
-            stripe = max(1, _STRIPE_ELEMENTS // self._storage.row_elements(block))
-            for part in rows.split(stripe) if rows.numel() else ():
-                self._average(block, part, wire)
-        self.changed.clear()
+            if watch is not self:
+                watch.before_update(merged.uniques)
+        ids, splits = merged.uniques.ids.cpu(), merged.uniques.splits.tolist()
+        sums, at = merged.summed(column(self._sizes)).cpu(), 0
+        for block, size in enumerate(self._sizes):
+            rows = ids[splits[block]:splits[block + 1]]
+            change = sums[at:at + rows.numel() * size].view(-1, size)
+            at += change.numel()
+            if rows.numel():
+                self._write(block, rows, before[block], change)
 
-    def _touched(self, wire: WireBytes) -> Uniques:
-        """The rows that any replica has changed, by block, ascending."""
-        found = [mark.nonzero()[:, 0] for mark in self.changed.marks]
+    def _read(self, block: int, rows: Tensor) -> Tensor:
+        """fp32 [n, columns and state], as the home holds them."""
+        return torch.cat(self._storage.read_rows(block, rows), 1)
+
+    def _take(self, block: int) -> tuple[Tensor, Tensor]:
+        """The rows that this replica has changed, ascending, and what they were; forgets them."""
+        parts, self._kept[block] = self._kept[block], []
+        self._changed[block].zero_()
+        rows = torch.cat([column([]), *(rows for rows, _ in parts)])
+        values = torch.cat([torch.empty(0, self._sizes[block]), *(old for _, old in parts)])
+        rows, order = rows.sort()
+        return rows, values[order]
+
+    def _changes(self, before: list[tuple[Tensor, Tensor]]) -> MergedRows:
+        """By how much this replica has changed its rows."""
         device = self._copies.device
-        mine = torch.cat(found).to(device) if found else torch.empty(0, dtype=torch.int64,
-                                                                    device=device)
-        splits = column([0, *(rows.numel() for rows in found)]).cumsum(0)
-        nothing = torch.empty(0, device=device)
-        none = column([0] * len(found))
-        parts = self._messages.gather(mine, splits, nothing, none, wire)
-        for splits, ids, _ in parts:
-            edges, ids = splits.tolist(), ids.cpu()
-            for block, mark in enumerate(self.changed.marks):
-                mark[ids[edges[block]:edges[block + 1]]] = True
-        union = [mark.nonzero()[:, 0] for mark in self.changed.marks]
-        edges = column([0, *(rows.numel() for rows in union)]).cumsum(0)
-        ids = torch.cat(union) if union else torch.empty(0, dtype=torch.int64)
-        return Uniques(ids, edges, torch.arange(ids.numel() + 1), torch.zeros_like(ids))
+        changes = [(self._read(block, rows) - old).view(-1) if rows.numel() else old.view(-1)
+                   for block, (rows, old) in enumerate(before)]
+        counts = column([rows.numel() for rows, _ in before])
+        sizes = torch.repeat_interleave(column(self._sizes), counts)
+        splits = torch.cat([column([0]), counts.cumsum(0)])
+        ids = torch.cat([column([]), *(rows for rows, _ in before)]).to(device)
+        uniques = Uniques(ids, splits, torch.arange(ids.numel() + 1, device=device),
+                          (sizes.cumsum(0) - sizes).to(device))
+        return MergedRows(uniques, None, torch.cat([torch.empty(0), *changes]).to(device))
 
-    def _average(self, block: int, rows: Tensor, wire: WireBytes) -> None:
-        weights, state = self._storage.read_rows(block, rows)
-        flat = torch.cat([weights, state], 1).to(self._copies.device)
-        count = self._copies.world_size
-        wire.sync_bytes += 2 * (count - 1) * flat.numel() * _FP32_BYTES // count
-        sum_in_order_(flat.view(-1), self._copies, _PHASE)
-        flat /= count
-        weights, state = flat.cpu().split([weights.shape[1], state.shape[1]], 1)
-        self._storage.write_rows(block, rows, weights, state)
+    def _write(self, block: int, rows: Tensor, before: tuple[Tensor, Tensor],
+               change: Tensor) -> None:
+        """What rows were, and the mean change."""
+        values = self._read(block, rows)
+        mine, old = before
+        values[torch.searchsorted(rows, mine)] = old
+        values += change / self._copies.world_size
+        columns = self._storage.shards[block].shard.columns
+        self._storage.write_rows(block, rows, values[:, :columns], values[:, columns:])

@@ -62,9 +62,8 @@ def test_bytes_between_groups_follow_the_formula():
                        strict=True)) / 4
     assert sync_bytes(three, work) == pytest.approx(expected)
     averaged = _request("2x4xh100", 2, sync=10)
-    own, touched = work.access.unique(10 * 4 * 1024), work.access.unique(10 * 8 * 1024)
-    expected = sum(mine * width + 2 * both * 4 * 3 * 32 / 2 for mine, both, width in
-                   zip(own, touched, (3, 3, 1), strict=True)) / 4 / 10
+    expected = sum(rows * (width + 4 * 3 * 32) for rows, width in  # two moments
+                   zip(work.access.unique(10 * 4 * 1024), (3, 3, 1), strict=True)) / 4 / 10
     assert sync_bytes(averaged, work) == pytest.approx(expected)
     assert sync_bytes(_request("2x4xh100", 1), work) == 0
 

@@ -38,24 +38,23 @@ def test_ranks_that_do_not_divide_are_refused():
         comm.split_replicas(comm.Groups(world_size=6), 4)
 
 
-def _parts_and_sums(groups, sizes):
-    """What the copies of a group of two send each other, and their sum."""
+def _parts(groups, sizes):
+    """What ranks send to all, and each to each."""
     copies = comm.split_replicas(groups, groups.world_size).copies
     own = torch.arange(sizes[groups.rank], dtype=torch.int16) + 100 * groups.rank
-    parts = comm.gather_parts(own, sizes, copies, "sync")
-    terms = torch.tensor([3e7, 1.0, -3e7, 1.0])[groups.rank].repeat(7)
-    odd = comm.sum_in_order_(terms.clone(), copies, "sync")
-    return [part.clone() for part in parts], odd, comm.sum_in_order_(terms[:0], copies, "sync")
+    gathered = comm.gather_parts(own, sizes, copies, "sync")
+    each = [own[:rank] + 10 * rank for rank in range(groups.world_size)]
+    coming = [min(groups.rank, size) for size in sizes]
+    return [part.tolist() for part in gathered], \
+        [part.tolist() for part in comm.send_parts(each, coming, copies, "sync")]
 
 
 @pytest.mark.parametrize("sizes", [[3, 0, 5, 1], [0, 0, 0, 0]], ids=["some", "none"])
-def test_parts_come_by_rank_and_sums_keep_their_order(sizes):
-    expected = ((torch.tensor(3e7) + 1) - 3e7) + 1  # in another order: 2
-    for parts, odd, empty in run_ranks(4, _parts_and_sums, sizes):
-        for rank, part in enumerate(parts):
-            assert part.tolist() == [100 * rank + i for i in range(sizes[rank])]
-        assert odd.tolist() == [float(expected)] * 7
-        assert empty.numel() == 0
+def test_parts_come_by_rank(sizes):
+    for own, (gathered, received) in enumerate(run_ranks(4, _parts, sizes)):
+        for rank, size in enumerate(sizes):
+            assert gathered[rank] == [100 * rank + i for i in range(size)]
+            assert received[rank] == [100 * rank + 10 * own + i for i in range(min(own, size))]
 
 
 def _sync_forever(groups):

@@ -11,11 +11,10 @@ import shardlab as sl
 from shardlab import comm
 from shardlab.errors import ConfigError, PlanError
 from shardlab.ops.unique import Uniques
-from shardlab.plan import Shard, ShardingPlan
+from shardlab.plan import ShardingPlan
 from shardlab.sharded.gradients import MergedRows
-from shardlab.sharded.replicas import GradientSync
+from shardlab.sharded.replicas import RowSums
 from shardlab.specs import EmbeddingBagConfig, ExchangeKind, ShardingType
-from shardlab.storage import LocalShard
 from tests.harness import run_ranks
 from tests.oracle import Oracle, PlainOptimizer, join
 from tests.sharded_runs import (
@@ -96,8 +95,7 @@ def _merge_both_ways(groups, replicas):
     split = comm.split_replicas(groups, replicas)
     tables = [EmbeddingBagConfig(rows, columns, name) for name, rows, columns in
               (("wide", 300, 24), ("one", 1, 3), ("long", 70_000, 8))]
-    shards = [LocalShard(table, Shard(0, 0, table.num_embeddings, 0, table.embedding_dim),
-                         table.storage, False) for table in tables]
+    rows = [table.num_embeddings for table in tables]
     generator = torch.Generator().manual_seed(groups.rank)
     found = [torch.randint(table.num_embeddings, (40,), generator=generator).pow(2)
              .remainder(table.num_embeddings).unique() for table in tables]
@@ -112,7 +110,8 @@ def _merge_both_ways(groups, replicas):
     answers = []
     for ranges in (False, True):
         wire = comm.WireBytes()
-        merged = GradientSync(shards, split, ranges).merge(MergedRows(uniques, None, grads), wire)
+        merged = RowSums(rows, columns, split.copies, ranges).merge(
+            MergedRows(uniques, None, grads), wire)
         answers.append((merged.uniques.ids.clone(), merged.uniques.splits, merged.summed(columns),
                         wire.sync_bytes))
     return answers
