@@ -361,12 +361,17 @@ class RowsStorage:
             weights, state: fp32, as `read_rows` gives them.
         """
         home, number = self.chains.homes[block]
-        end = home.target(torch.tensor([[number, 0, rows.numel()]]), rows)
-        records = Records(end.arena, end.blocks, home.numbers[number], end.places)
-        table_rows = (rows + self.shards[block].shard.row_start).to(end.arena.device)
-        words = records.words(self.clock.key(_REPLACED), table_rows)
-        records.write_rows(weights.to(end.arena.device), words)
-        records.write_states(state.to(end.arena.device), words)
+        count, columns = weights.shape
+        end = home.target(torch.tensor([[number, 0, count]]), rows)
+        device, step = end.arena.device, _FP32_BYTES * (columns + state.shape[1])
+        plain = Blocks.build(
+            torch.tensor([[0, step, _FP32_BYTES * columns, step, columns, count]]),
+            [Encoding("fp32", "fp32", *OPTIMIZER_STATE[self.optimizer])])
+        given = torch.cat([weights, state], 1).view(-1).view(torch.uint8).to(device)
+        move_rows(MoveEnd(given, plain, torch.arange(count, device=device)), end,
+                  torch.tensor([[0, home.numbers[number], 0, count]]),
+                  self.clock.key(_REPLACED),
+                  (rows + self.shards[block].shard.row_start).to(device))
         home.commit()
 
     def named_state(self, block: int, state: Tensor) -> dict[str, Tensor]:
