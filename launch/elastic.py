@@ -24,7 +24,8 @@ def supervise(job: JobConfig, min_ranks: int, restarts: int, say: Callable[[str]
 
     Args:
         job: the job; its run folder must be named where it is to be survived.
-        min_ranks: one rank fewer is started after each loss, but never fewer than these.
+        min_ranks: one rank fewer is started after each loss, of replica groups one of each, but
+            never fewer than these.
         restarts: losses that are survived.
         say: is told of each.
 
@@ -49,7 +50,7 @@ def supervise(job: JobConfig, min_ranks: int, restarts: int, say: Callable[[str]
             except LaunchError as error:
                 if error.exit_code not in LOST or not left:
                     raise
-                ranks = max(min_ranks, ranks - 1)
+                ranks = _fewer(ranks, min_ranks, job.parallel.replicas)
                 say(f"{error}; goes on with {ranks} ranks from the last checkpoint, "
                     f"{left - 1} restarts left")
             else:
@@ -59,3 +60,9 @@ def supervise(job: JobConfig, min_ranks: int, restarts: int, say: Callable[[str]
                     say(f"stopped by {number.name}")
                 return code
     raise AssertionError("the last start returns or raises")
+
+
+def _fewer(ranks: int, least: int, replicas: int) -> int:
+    """The next lower number of ranks that divides into the replica groups; at least ``least``."""
+    fewer = (ranks - 1) // replicas * replicas
+    return fewer if fewer >= max(least, replicas) else ranks

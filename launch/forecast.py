@@ -78,7 +78,7 @@ def check_memory(job: JobConfig, plan: ShardingPlan, groups: Groups) -> None:
     free = [Free(**entry) for entry in gather_objects_json(vars(measure_free(job, groups)), groups)]
     text = ""
     if groups.rank == 0:
-        request = _request(job, groups)
+        request = _request(job, plan, groups)
         if request is not None:
             text = forecast(plan, request, free, on_device=groups.device.type == "cuda")
     text = broadcast_text(text, groups)
@@ -86,12 +86,13 @@ def check_memory(job: JobConfig, plan: ShardingPlan, groups: Groups) -> None:
         raise ForecastError(text)
 
 
-def _request(job: JobConfig, groups: Groups) -> Request | None:
+def _request(job: JobConfig, plan: ShardingPlan, groups: Groups) -> Request | None:
     """The job on this run's machine; None: its topology describes another one."""
     from shardlab.launch.planning import job_request, run_topology
 
     topology = run_topology(job, groups)
-    return None if topology.world_size != groups.world_size else job_request(job, topology)
+    return None if topology.world_size != groups.world_size else \
+        job_request(job, topology, given=plan)
 
 
 def forecast(plan: ShardingPlan, request: Request, free: Sequence[Free], on_device: bool) -> str:
@@ -99,7 +100,7 @@ def forecast(plan: ShardingPlan, request: Request, free: Sequence[Free], on_devi
 
     Args:
         plan: the plan to be executed.
-        request: the job on the machine that it runs on.
+        request: the job on the machine that it runs on, of replica groups a group's part.
         free: of every rank, by rank.
         on_device: hbm is memory of its own; else it is a part of the host's.
     """
@@ -109,15 +110,15 @@ def forecast(plan: ShardingPlan, request: Request, free: Sequence[Free], on_devi
         result = rate(plan, request)
     except PlanError:  # a plan that the planner has no prices for is executed unforeseen
         return ""
-    size = request.topology.ranks_per_host
-    lines = []
-    for first in range(0, len(result.ranks), size):
-        ranks = result.ranks[first:first + size]
+    size = request.topology.ranks_per_host * request.settings.replicas.per_host
+    lines, everywhere = [], result.ranks * plan.replicas
+    for first in range(0, len(everywhere), size):
+        ranks = everywhere[first:first + size]
         here, host = free[first:first + size], first // size
         needed = sum(rank.bytes.ddr for rank in ranks)
         if on_device:
-            lines += [_line(f"rank {rank.rank}: hbm", rank.bytes.hbm, own.hbm)
-                      for rank, own in zip(ranks, here, strict=True)]
+            lines += [_line(f"rank {number}: hbm", rank.bytes.hbm, own.hbm)
+                      for number, (rank, own) in enumerate(zip(ranks, here, strict=True), first)]
         else:
             needed += sum(rank.bytes.hbm for rank in ranks)
         lines.append(_line(f"host {host}: memory", needed, min(own.host for own in here)))
@@ -162,8 +163,9 @@ def _remedy(request: Request, free: Sequence[Free], on_device: bool) -> list[str
 
     topology = request.topology
     usable = 1 - topology.reserved_fraction
-    host = min(own.host for own in free)
-    disks = [own.ssd for own in free if own.ssd is not None]
+    per_host = request.settings.replicas.per_host  # groups share what is free
+    host = min(own.host for own in free) // per_host
+    disks = [own.ssd // per_host for own in free if own.ssd is not None]
     changes: dict[str, Any] = {"ssd": None}  # without train.ssd_dir no table may lie there
     if disks and topology.ssd is not None:
         changes["ssd"] = replace(topology.ssd, capacity_bytes=min(disks))

@@ -58,6 +58,8 @@ def choose_hierarchy(job: JobConfig, plan: ShardingPlan,
 
 def _decide(job: JobConfig, plan: ShardingPlan, groups: Groups) -> HierarchyChoice:
     asked = job.exchange.hierarchy
+    if plan.replicas > 1:
+        return HierarchyChoice("flat", "replica groups of the tables exchange flat")
     if asked != "auto":
         return HierarchyChoice(asked, "as exchange.hierarchy asks")
     if refusal := two_stages_refusal(groups):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from shardlab.errors import LaunchError, PlanError, ShardLabError
 from shardlab.launch.dense_model import dense_model
 from shardlab.plan import ShardingPlan, WireDtypes
-from shardlab.planner import PlanSettings, Topology, local_cpu, plan, read_topology
+from shardlab.planner import PlanSettings, Topology, group_of, local_cpu, plan, read_topology
 from shardlab.storage_specs import Tier
 
 if TYPE_CHECKING:
@@ -46,13 +46,15 @@ class ChosenPlan:
         return replace(self, plan=plan, text=plan.to_json(json.loads(self.text).get("predicted")))
 
 
-def job_request(job: JobConfig, topology: Topology, time_limit: float | None = None) -> Request:
+def job_request(job: JobConfig, topology: Topology, time_limit: float | None = None,
+                given: ShardingPlan | None = None) -> Request:
     """What there is to plan for a job.
 
     Args:
         job: the job.
-        topology: the machine.
+        topology: the machine, of all replica groups together.
         time_limit: CPU seconds that the search may take; None: as many as it needs.
+        given: a plan that is only to be rated: its replica groups count; None: the job's.
 
     Raises:
         ConfigError: the job asks for what the machine does not have, or its statistics cannot be
@@ -63,9 +65,11 @@ def job_request(job: JobConfig, topology: Topology, time_limit: float | None = N
     from shardlab.planner.statistics import read_statistics
 
     statistics = None if job.statistics is None else read_statistics(job.statistics)
+    groups = job.parallel if given is None else given
+    group, replicas = group_of(topology, groups.replicas, groups.sync_every_steps)
     settings = PlanSettings(dense=dense_model(job), statistics=statistics, time_limit=time_limit,
-                            wire=_wire(job.wire))
-    return build_request(job.table_configs(), topology, job.batch_size, job.optimizer.sparse.kind,
+                            wire=_wire(job.wire), replicas=replicas)
+    return build_request(job.table_configs(), group, job.batch_size, job.optimizer.sparse.kind,
                          settings)
 
 
@@ -113,6 +117,7 @@ def read_job_plan(path: Path, job: JobConfig, world_size: int) -> ShardingPlan:
     try:
         found = ShardingPlan.from_json(path.read_text(encoding="utf-8"))
         found.check(job.table_configs(), world_size)
+        _check_groups(found, job)
     except (OSError, UnicodeDecodeError, PlanError) as error:
         raise PlanError(f"{path}: {error}") from None
     return found
@@ -143,7 +148,7 @@ def choose_plan(job: JobConfig, groups: Groups, previous: Path | None) -> Chosen
     if not text:  # whichever rank is heard first, its message says what is wrong
         reason = broadcast_text("" if failure is None else str(failure), groups)
         raise failure or LaunchError(f"rank 0 found no plan: {reason}")
-    kept = previous is not None and _world_size(previous) == groups.world_size
+    kept = previous is not None and _is_kept(previous, job, groups)
     from shardlab.launch.hot_rows import wishes
 
     new = job.plan is None and not kept
@@ -155,7 +160,7 @@ def _decide(job: JobConfig, groups: Groups, previous: Path | None) -> str:
     """A plan as JSON with its predictions."""
     if job.plan is not None and not _outgrown(job, groups):
         return _rated(read_job_plan(Path(job.plan), job, groups.world_size), job, groups)
-    if previous is not None and _world_size(previous) == groups.world_size:
+    if previous is not None and _is_kept(previous, job, groups):
         read_job_plan(previous, job, groups.world_size)
         return previous.read_text(encoding="utf-8")
     topology = run_topology(job, groups)
@@ -183,11 +188,28 @@ def _rated(given: ShardingPlan, job: JobConfig, groups: Groups) -> str:
     topology = job_topology(job, groups)
     if topology.world_size != groups.world_size:
         return given.to_json()  # a plan for this run, and a topology for another
-    return given.to_json(predicted_data(rate(given, job_request(job, topology))))
+    return given.to_json(predicted_data(rate(given, job_request(job, topology, given=given))))
 
 
 def _world_size(path: Path) -> int:
-    return ShardingPlan.from_json(path.read_text(encoding="utf-8")).world_size
+    return ShardingPlan.from_json(path.read_text(encoding="utf-8")).job_ranks
+
+
+def _is_kept(path: Path, job: JobConfig, groups: Groups) -> bool:
+    """Whether a former run's plan is for these ranks, in the job's replica groups."""
+    found = ShardingPlan.from_json(path.read_text(encoding="utf-8"))
+    return found.job_ranks == groups.world_size and (
+        found.replicas, found.sync_every_steps) == (job.parallel.replicas,
+                                                    job.parallel.sync_every_steps)
+
+
+def _check_groups(plan: ShardingPlan, job: JobConfig) -> None:
+    """Raises PlanError where a job that names a plan asks for other replica groups."""
+    asked = (job.parallel.replicas, job.parallel.sync_every_steps)
+    found = (plan.replicas, plan.sync_every_steps)
+    if asked not in ((1, 1), found):
+        raise PlanError("parallel: the job asks for replicas {} and sync_every_steps {}, its plan "
+                        "has {} and {}; leave parallel out, or plan again".format(*asked, *found))
 
 
 def without_absent_disk(topology: Topology, job: JobConfig) -> Topology:

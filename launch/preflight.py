@@ -72,7 +72,7 @@ def _plan(job: JobConfig, nodes: Nodes) -> list[str]:
         if topology is None:
             return [f"plan      not checked against memory: say what the GPUs are, such as --set "
                     f"topology={nodes.nodes}x{nodes.ranks_per_node}xh100"]
-        request = job_request(job, topology)
+        request = job_request(job, topology, given=given)
         if given is not None:
             return [_given(given, request, job, nodes)]
         result = plan_request(request)
@@ -86,8 +86,9 @@ def _plan(job: JobConfig, nodes: Nodes) -> list[str]:
 def _given(plan: ShardingPlan, request: Request, job: JobConfig, nodes: Nodes) -> str:
     """What is said of the plan that a job names; PlanError where it is too large for the nodes."""
     from shardlab.launch.forecast import Free, forecast
+    from shardlab.planner.replicas import all_groups
 
-    topology = request.topology
+    topology = all_groups(request.topology, request.settings.replicas)
     disk = None if job.train.ssd_dir is None or topology.ssd is None else \
         topology.ssd.capacity_bytes
     if nodes.gpus:

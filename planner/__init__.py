@@ -16,14 +16,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shardlab.planner.settings import DenseModel, PlanSettings
+from shardlab.planner.replicas import group_of
+from shardlab.planner.settings import DenseModel, PlanSettings, Replicas
 from shardlab.planner.topology import Topology, local_cpu, read_topology
 
 if TYPE_CHECKING:
     from shardlab.planner.result import PlanResult
     from shardlab.specs import EmbeddingBagConfig
 
-__all__ = ["DenseModel", "PlanSettings", "Topology", "local_cpu", "plan", "read_topology"]
+__all__ = ["DenseModel", "PlanSettings", "Replicas", "Topology", "group_of", "local_cpu", "plan",
+           "read_topology"]
 
 
 def plan(tables: Sequence[EmbeddingBagConfig], topology: Topology | str | Path, batch_size: int,

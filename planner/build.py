@@ -80,13 +80,20 @@ def build_result(request: Request, pricer: Pricer, solved: Solved,
         assert entry.table == table.name
     topology = request.topology
     return PlanResult(
-        plan=ShardingPlan(problem.world_size, tuple(plans)), topology=topology,
+        plan=_with_groups(ShardingPlan(problem.world_size, tuple(plans)), request),
+        topology=topology,
         batch_size=request.batch_size, optimizer=request.optimizer, settings=request.settings,
         assumption=pricer.work.access.assumption, capacity=request.capacity,
         host_capacity=TierBytes(ddr=topology.ddr_capacity, ssd=topology.ssd_capacity),
         ranks=_rank_predictions(chosen, pricer, shards), tables=tuple(predictions),
         lower_bound_ms=solution.lower_bound_ms, binding=_binding(request, solved),
-        optimal=solution.optimal, start=solution.start, cpu_seconds=cpu_seconds, solved=solved)
+        optimal=solution.optimal, start=solution.start, sync_bytes=pricer.sync_bytes,
+        cpu_seconds=cpu_seconds, solved=solved)
+
+
+def _with_groups(plan: ShardingPlan, request: Request) -> ShardingPlan:
+    replicas = request.settings.replicas
+    return plan.with_replicas(replicas.groups, replicas.sync_every_steps)
 
 
 def _table_plan(chosen: _Chosen, index: int) -> TablePlan:

@@ -35,6 +35,8 @@ touched rows t = g s; what reading, updating and fetching a row costs where it l
               optimiser
     overhead  Python and launches of a step
 
+Between replica groups gradients or rows travel besides, as `replicas` has it: part of the update.
+
 Every exchange also takes a message to each other rank; ids need two (counts first). On one rank
 pooled bags go straight from the table to the model: no pool phase. Of k row blocks the first of
 every column block is priced as the fullest, the others share the rest alike.
@@ -53,6 +55,7 @@ from numpy.typing import NDArray
 
 from shardlab.planner.costs import Costs, Priced
 from shardlab.planner.enumerate import Options
+from shardlab.planner.replicas import all_groups, sync_bytes, sync_ms
 from shardlab.planner.request import Request
 from shardlab.planner.row_costs import RowCosts
 from shardlab.planner.sizes import piece_bytes
@@ -106,7 +109,8 @@ class Pricer:
 
     def __init__(self, request: Request, work: Workload) -> None:
         self.request, self.work = request, work
-        self.speeds = Speeds(request.topology)
+        self.speeds = Speeds(request.topology,
+                             all_groups(request.topology, request.settings.replicas))
         wire = request.settings.wire
         self.forward, self.backward = wire.forward, wire.backward
         self.told = bool((work.ids != work.bags).any())
@@ -119,9 +123,15 @@ class Pricer:
         """[phases] milliseconds of a step whatever the plan."""
         fixed = np.zeros(len(PHASES))
         fixed[[_IDS, _ROWS, _GRADS]] = self.speeds.messages * np.array([2, 1, 1])
+        fixed[_UPDATE] = sync_ms(self.request, self.work)
         fixed[_DENSE] = self.dense_ms
         fixed[_OVERHEAD] = self.speeds.overhead
         return fixed
+
+    @property
+    def sync_bytes(self) -> float:
+        """Bytes that an average rank sends in a step to other replica groups."""
+        return sync_bytes(self.request, self.work)
 
     @property
     def dense_ms(self) -> float:

@@ -27,7 +27,7 @@ class Prediction:
         topology: name of the machine.
         assumption: about ids, in words.
         batch_size: samples of one rank in one step.
-        phase_ms: milliseconds of every rank by phase, in the order of `phases.PHASES`.
+        phase_ms: milliseconds of every rank of the job by phase, in the order of `phases.PHASES`.
         hidden_ms: of every rank, the part of prefetching that runs beside the dense part.
         tables: bytes of every rank's shards, by tier.
     """
@@ -53,11 +53,12 @@ class Prediction:
 
 def prediction_of(result: PlanResult) -> Prediction:
     """The predictions of a plan that was just made or rated."""
+    ranks = result.ranks * result.plan.replicas
     return Prediction(
         topology=result.topology.name, assumption=result.assumption, batch_size=result.batch_size,
-        phase_ms=tuple(rank.phase_ms for rank in result.ranks),
-        hidden_ms=tuple(rank.hidden_ms for rank in result.ranks),
-        tables=tuple(rank.held.total for rank in result.ranks))
+        phase_ms=tuple(rank.phase_ms for rank in ranks),
+        hidden_ms=tuple(rank.hidden_ms for rank in ranks),
+        tables=tuple(rank.held.total for rank in ranks))
 
 
 def plan_to_json(result: PlanResult) -> str:
@@ -76,6 +77,7 @@ def predicted_data(result: PlanResult) -> dict[str, Any]:
         "lower_bound_ms": result.lower_bound_ms, "gap": result.gap, "optimal": result.optimal,
         "binding": list(result.binding), "start": result.start,
         "rank_capacity": {"hbm": result.capacity},
+        "sync_bytes": result.sync_bytes,
         "host_capacity": {"ddr": result.host_capacity.ddr, "ssd": result.host_capacity.ssd},
         "ranks": [_rank(rank) for rank in result.ranks],
         "tables": [_table(table) for table in result.tables]}
@@ -108,16 +110,16 @@ def read_plan_file(path: Path) -> tuple[ShardingPlan, Prediction | None]:
         raise PlanError(f"plan {path}: {error}") from None
     beside = json.loads(text).get("predicted")
     try:
-        return plan, None if beside is None else _prediction(beside)
+        return plan, None if beside is None else _prediction(beside, plan.replicas)
     except (KeyError, TypeError, ValueError) as error:
         raise PlanError(f"plan {path}: 'predicted' is malformed ({type(error).__name__}: {error}); "
                         "plan again, or remove it") from None
 
 
-def _prediction(data: dict[str, Any]) -> Prediction:
+def _prediction(data: dict[str, Any], replicas: int) -> Prediction:
     if tuple(data["phases"]) != PHASES:
         raise ValueError(f"phases {data['phases']}, expected {list(PHASES)}")
-    ranks = data["ranks"]
+    ranks = data["ranks"] * replicas
     return Prediction(
         topology=str(data["topology"]["name"]), assumption=str(data["assumption"]),
         batch_size=int(data["batch_size"]),

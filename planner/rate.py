@@ -58,7 +58,7 @@ def rate(plan: ShardingPlan, request: Request) -> PlanResult:
     Raises:
         PlanError: the plan does not fit tables or ranks, by name.
     """
-    plan.check(request.tables, request.topology.world_size)
+    plan.check(request.tables, request.topology.world_size * request.settings.replicas.groups)
     wires = {entry.wire for entry in plan.tables}
     if len(wires) == 1:
         request = replace(request, settings=replace(request.settings, wire=wires.pop()))
@@ -75,12 +75,12 @@ def rate(plan: ShardingPlan, request: Request) -> PlanResult:
     tables = tuple(_table(rated[index], priced, index, world, request)
                    for index in range(len(rated)))
     return PlanResult(
-        plan=ShardingPlan(world, tuple(table.entry for table in rated)), topology=topology,
+        plan=replace(plan, tables=tuple(table.entry for table in rated)), topology=topology,
         batch_size=request.batch_size, optimizer=request.optimizer, settings=request.settings,
         assumption=pricer.work.access.assumption, capacity=request.capacity,
         host_capacity=TierBytes(ddr=topology.ddr_capacity, ssd=topology.ssd_capacity),
         ranks=_ranks(rated, priced, pricer, world), tables=tables, lower_bound_ms=0.0, binding=(),
-        optimal=False, start="given")
+        optimal=False, start="given", sync_bytes=pricer.sync_bytes)
 
 
 def _ordered(entry: TablePlan) -> TablePlan:
@@ -130,7 +130,7 @@ def choose_exchanges(plan: ShardingPlan, request: Request) -> ShardingPlan:
     """
     works = []
     for kind in (ExchangeKind.ROWS, ExchangeKind.POOLED):
-        result = rate(ShardingPlan(plan.world_size, tuple(
+        result = rate(replace(plan, tables=tuple(
             replace(entry, exchange=_exchange(entry, kind)) for entry in plan.tables)), request)
         works.append({table.table: table.work_ms for table in result.tables})
     rows, pooled = works

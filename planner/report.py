@@ -62,6 +62,7 @@ def _print_summary(console: Console, result: PlanResult) -> None:
     lines = {
         "job": f"{hosts} ranks, batch {result.batch_size} per rank, {result.optimizer}"
                + _wire(result),
+        **_groups(result),
         "step": f"{format_ms(result.step_ms)} on rank {result.slowest.rank}, the slowest: "
                 f"{rate_text(result.samples_per_s)}",
         "bound": _bound(result),
@@ -84,6 +85,18 @@ def _print_line(console: Console, name: str, text: str) -> None:
     line.add_column(overflow="fold")
     line.add_row(f"  {name}", text)
     console.print(line)
+
+
+def _groups(result: PlanResult) -> dict[str, str]:
+    """How many groups hold the tables, and what keeping them alike sends."""
+    plan = result.plan
+    if plan.replicas == 1:
+        return {}
+    how = "gradients merged in every step" if plan.sync_every_steps == 1 else \
+        f"rows averaged every {plan.sync_every_steps} steps"
+    return {"groups": f"{plan.replicas} groups of {plan.world_size} ranks, placed alike, {how}: "
+                        f"{format_bytes(result.sync_bytes)} per rank and step; tables take "
+                        f"{plan.replicas} times the memory"}
 
 
 def _wire(result: PlanResult) -> str:
@@ -118,6 +131,8 @@ def _memory(result: PlanResult) -> dict[str, str]:
         lines["disk"] = disk_text(result)
     total = sum(rank.table_bytes for rank in result.ranks)
     lines["tables"] = f"{format_bytes(total)} with optimiser state and caches, all ranks together"
+    if result.plan.replicas > 1:
+        lines["tables"] += f" of a group; {format_bytes(total * result.plan.replicas)} of all"
     return lines
 
 

@@ -10,6 +10,7 @@ from shardlab.planner.settings import PlanSettings
 from shardlab.planner.topology import Topology
 from shardlab.planner.units import format_bytes
 from shardlab.planner.variants import storage_options
+from shardlab.replication import replica_problem
 from shardlab.specs import EmbeddingBagConfig, ShardingType, check_tables
 from shardlab.storage_bytes import OPTIMIZER_STATE
 from shardlab.storage_specs import DTYPES, RowsSpec, StorageSpec, Tier
@@ -21,7 +22,7 @@ class Request:
 
     Attributes:
         tables: the tables.
-        topology: the machine.
+        topology: the machine; of replica groups, the part that one has.
         batch_size: samples of one rank in one step.
         optimizer: sparse optimiser, a name of `storage_bytes.OPTIMIZER_STATE`.
         settings: everything else.
@@ -52,7 +53,8 @@ def build_request(tables: Sequence[EmbeddingBagConfig], topology: Topology, batc
     problems = [*_setting_problems(batch_size, optimizer, settings)]
     for table in tables:
         problems += [f"table {table.name!r}: {problem}"
-                     for problem in _table_problems(table, topology)]
+                     for problem in (*_table_problems(table, topology),
+                                     *_replica_problems(table, settings))]
     if problems:
         raise ConfigError(problems)
     request = Request(tuple(tables), topology, batch_size, optimizer, settings)
@@ -104,6 +106,13 @@ def _table_problems(table: EmbeddingBagConfig, topology: Topology) -> Iterator[s
     for option in storage_options(table.storage):
         yield from (f"asks for tier {tier.value!r}; a host of {topology.name} has none"
                     for tier, size in sizes.items() if not size and tier in _asked_tiers(option))
+
+
+def _replica_problems(table: EmbeddingBagConfig, settings: PlanSettings) -> Iterator[str]:
+    """Storages whose copies in several replica groups cannot be kept alike."""
+    if settings.replicas.groups > 1:
+        for option in storage_options(table.storage):
+            yield from filter(None, [replica_problem(option, settings.replicas.sync_every_steps)])
 
 
 def _asked_tiers(spec: StorageSpec) -> set[Tier | None]:

@@ -150,6 +150,7 @@ class PlanResult:
             piece takes that long, or nothing but work.
         optimal: the plan was proven to be the best of the options.
         start: where the search found it: greedy, largest_differencing or exact.
+        sync_bytes: what an average rank sends to other replica groups in a step.
         cpu_seconds: CPU time that planning took; not part of equality.
         solved: the search's own account; not part of equality.
     """
@@ -168,6 +169,7 @@ class PlanResult:
     binding: tuple[str, ...]
     optimal: bool
     start: str
+    sync_bytes: float = 0.0
     cpu_seconds: float = field(default=0.0, compare=False)
     solved: Solved | None = field(default=None, compare=False, repr=False)
 
@@ -184,7 +186,7 @@ class PlanResult:
     @property
     def samples_per_s(self) -> float:
         """Samples of all ranks per second."""
-        return self.topology.world_size * self.batch_size / self.step_ms * 1e3
+        return self.plan.job_ranks * self.batch_size / self.step_ms * 1e3
 
     @property
     def mean_ms(self) -> float:

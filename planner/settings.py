@@ -35,6 +35,21 @@ class DenseModel:
 
 
 @dataclass(frozen=True)
+class Replicas:
+    """Groups of ranks that each hold all tables; the topology that is planned for is one group's.
+
+    Attributes:
+        groups: how many.
+        per_host: how many of them share a host; 1 where a group fills its hosts.
+        sync_every_steps: 1: gradients are merged in every step; N: rows are averaged.
+    """
+
+    groups: int = 1
+    per_host: int = 1
+    sync_every_steps: int = 1
+
+
+@dataclass(frozen=True)
 class PlanSettings:
     """What else a plan may take into account.
 
@@ -44,9 +59,11 @@ class PlanSettings:
         statistics: measured ids; None: the Zipf assumption of `zipf`.
         time_limit: CPU seconds after which the search takes the best plan it has; None: effort is
             limited by counts, and the plan is the same on every machine.
+        replicas: groups of ranks that hold all tables.
     """
 
     dense: DenseModel = field(default_factory=DenseModel)
     wire: WireDtypes = field(default_factory=WireDtypes)
     statistics: Statistics | None = None
     time_limit: float | None = None
+    replicas: Replicas = field(default_factory=Replicas)

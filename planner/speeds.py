@@ -25,6 +25,10 @@ _ACTIVATION_BYTES = {"fp32": 4, "bf16": 2}
 class Speeds:
     """Times of one rank while all ranks work.
 
+    Args:
+        topology: the ranks that share the tables.
+        machine: all ranks, where several groups hold the tables; None: the same.
+
     Attributes:
         world: number of ranks.
         memory: speed of hbm and ddr.
@@ -42,8 +46,8 @@ class Speeds:
         page_byte: ms of a byte of long requests, (read, write).
     """
 
-    def __init__(self, topology: Topology) -> None:
-        self.topology = topology
+    def __init__(self, topology: Topology, machine: Topology | None = None) -> None:
+        self.topology, self._machine = topology, machine or topology
         self.world = topology.world_size
         self.memory: dict[Tier, Memory] = {Tier.HBM: topology.hbm, Tier.DDR: topology.ddr}
         near = topology.hbm
@@ -95,13 +99,13 @@ class Speeds:
         size = _FP32_BYTES * model.parameters
         summed = self._all_reduce(size)
         hidden = _BACKWARD_SHARE * layers if self.behind_link else 0.0
-        moved = model.update_bytes + (_REDUCE_COPIES * size if self.world > 1 else 0)
+        moved = model.update_bytes + (_REDUCE_COPIES * size if self._machine.world_size > 1 else 0)
         return layers + max(summed - hidden, 0.0) + self.stream * moved
 
     def _all_reduce(self, size: float) -> float:
         """ms to sum so many bytes of all ranks: in rings inside hosts, then, of each rank's part,
         between hosts over all of a host's links."""
-        topology, inside, hosts = self.topology, self.topology.ranks_per_host, self.topology.hosts
+        topology, inside, hosts = self._machine, self._machine.ranks_per_host, self._machine.hosts
         time = 0.0
         for link, ranks, part in ((topology.intra_host, inside, size),
                                   (topology.inter_host, hosts, size / inside)):

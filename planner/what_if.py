@@ -204,7 +204,7 @@ def _tier(tier: str) -> Callable[[PlanResult], float]:
 
 
 _FIGURES: list[tuple[str, Callable[[PlanResult], float], Callable[[float], str]]] = [
-    ("ranks", lambda result: float(result.topology.world_size), lambda value: f"{value:.0f}"),
+    ("ranks", lambda result: float(result.plan.job_ranks), lambda value: f"{value:.0f}"),
     ("samples/s", lambda result: result.samples_per_s,
      lambda value: rate_text(value).removesuffix(" samples/s")),
     ("slowest / average", lambda result: result.imbalance, number),

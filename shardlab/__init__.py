@@ -24,6 +24,7 @@ _HOMES = {
     "JaggedTensor": "shardlab.jagged",
     "EmbeddingBagCollection": "shardlab.sharded",
     "shard": "shardlab.sharded",
+    "simple_plan": "shardlab.sharded",
     "prefetching": "shardlab.sharded",
     "save": "shardlab.train",
     "load": "shardlab.train",

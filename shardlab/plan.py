@@ -13,6 +13,7 @@ from itertools import pairwise
 from typing import Any
 
 from shardlab.errors import ConfigError, PlanError, nearest_name
+from shardlab.replication import replica_problem
 from shardlab.row_sets import rows_from_text, rows_to_text
 from shardlab.specs import EmbeddingBagConfig, ExchangeKind, ShardingType
 from shardlab.storage_bytes import TierBytes
@@ -34,6 +35,7 @@ from shardlab.storage_text import parse_storage, storage_to_data
 SCHEMA_VERSION = 2
 #: Top-level fields that the planner adds for readers and that a run ignores.
 ANNOTATIONS = ("predicted",)
+_GROUPS = ("replicas", "sync_every_steps")
 
 
 @dataclass(frozen=True)
@@ -104,11 +106,39 @@ class TablePlan:
 
 @dataclass(frozen=True)
 class ShardingPlan:
-    """The placement of all tables over ``world_size`` ranks."""
+    """The placement of all tables over ``world_size`` ranks, or over each of several groups of so
+    many.
+
+    Attributes:
+        world_size: ranks of a group, which numbers its ranks from 0; without groups, of the job.
+        tables: where they go.
+        replicas: groups that hold all tables, each placed alike; ranks of a group follow each
+            other in the job.
+        sync_every_steps: 1: groups merge the gradients of every step, and train as one; N: every N
+            steps, rows that they have changed become the mean over the groups.
+    """
 
     world_size: int
     tables: tuple[TablePlan, ...]
     version: int = SCHEMA_VERSION
+    replicas: int = 1
+    sync_every_steps: int = 1
+
+    @property
+    def job_ranks(self) -> int:
+        """Ranks of a job that executes this plan."""
+        return self.world_size * self.replicas
+
+    def with_replicas(self, replicas: int, sync_every_steps: int = 1) -> ShardingPlan:
+        """The same placement in each of so many groups of ranks.
+
+        Raises:
+            PlanError: a number below 1.
+        """
+        for name, value in (("replicas", replicas), ("sync_every_steps", sync_every_steps)):
+            if value < 1:
+                raise PlanError(f"{name}: must be at least 1, found {value}")
+        return replace(self, replicas=replicas, sync_every_steps=sync_every_steps)
 
     def to_json(self, predicted: Mapping[str, Any] | None = None) -> str:
         """JSON text with a schema version; `from_json` reads it back to an equal plan.
@@ -136,13 +166,14 @@ class ShardingPlan:
         if found != SCHEMA_VERSION:
             raise PlanError(f"plan has schema version {found!r}, this ShardLab reads "
                             f"{SCHEMA_VERSION}; write it again with this version")
-        unknown = sorted(data.keys() - {"world_size", "tables", "version", *ANNOTATIONS})
+        unknown = sorted(data.keys() - {"world_size", "tables", "version", *_GROUPS, *ANNOTATIONS})
         if unknown:
-            raise PlanError(f"plan has unknown fields {unknown}; a plan holds world_size, tables "
-                            "and version")
+            raise PlanError(f"plan has unknown fields {unknown}; a plan holds world_size, tables, "
+                            "version, replicas and sync_every_steps")
         try:
             return ShardingPlan(int(data["world_size"]),
-                                tuple(_table_from(entry) for entry in data["tables"]))
+                                tuple(_table_from(entry) for entry in data["tables"])
+                                ).with_replicas(*(int(data.get(name, 1)) for name in _GROUPS))
         except (KeyError, TypeError, ValueError, ConfigError) as error:
             raise PlanError(f"plan is malformed: {type(error).__name__}: {error}") from None
 
@@ -188,15 +219,16 @@ class ShardingPlan:
         return replace(self, tables=entries)
 
     def check(self, tables: Sequence[EmbeddingBagConfig], world_size: int) -> None:
-        """Refuses a plan that does not cover exactly these tables on this world size.
+        """Refuses a plan that does not cover exactly these tables on so many ranks of a job.
 
         Raises:
             PlanError: lists every mismatch by table name.
         """
         problems = []
-        if self.world_size != world_size:
-            problems.append(f"plan is for {self.world_size} ranks, this job runs {world_size}; "
-                            "plan again for this world size")
+        if self.job_ranks != world_size:
+            groups = "" if self.replicas == 1 else f" ({self.replicas} groups of {self.world_size})"
+            problems.append(f"plan is for {self.job_ranks} ranks{groups}, this job runs "
+                            f"{world_size}; plan again for this world size")
         planned = {entry.table: entry for entry in self.tables}
         if len(planned) != len(self.tables):
             problems.append("plan names a table twice")
@@ -208,6 +240,13 @@ class ShardingPlan:
             problems += _cover_problems(planned[name], wanted[name], self.world_size)
             problems += wire_problems(planned[name])
             problems += hot_row_problems(planned[name])
+            if self.replicas > 1 and planned[name].hot_rows:
+                problems.append(f"table {name!r}: hot rows are copied to the ranks of one group "
+                                "and cannot be kept alike over replicas; leave hot_rows or "
+                                "parallel.replicas out")
+            if self.replicas > 1 and (problem := replica_problem(planned[name].storage,
+                                                                 self.sync_every_steps)):
+                problems.append(f"table {name!r}: {problem}")
         if problems:
             raise PlanError("\n".join(sorted(problems)))
 

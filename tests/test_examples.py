@@ -23,7 +23,8 @@ from tests.harness import run_ranks
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 SCRIPTS = sorted(path.stem for path in EXAMPLES.glob("*.py"))
 #: Scripts with a test on two ranks below.
-ON_TWO_RANKS = {"checkpoint_resharding", "prefetching", "row_wise_torchrun", "torchrec_user"}
+ON_TWO_RANKS = {"checkpoint_resharding", "prefetching", "replicas", "row_wise_torchrun",
+                "torchrec_user"}
 
 
 def run_example(name: str) -> None:
@@ -84,6 +85,10 @@ def check_prefetching(out: str) -> None:
 
 def check_two_stages(out: str) -> None:
     assert "two stages need several hosts with several ranks each: all 1 ranks are on one" in out
+
+
+def check_replicas(out: str) -> None:
+    assert "every step: logits differ by at most 0.0e+00; rank 0 sent 0 bytes" in out
 
 
 def check_torchrec_plan_to_json(out: str) -> None:
@@ -153,6 +158,15 @@ def test_two_stages_send_less_across_hosts():
     assert int(staged.replace(",", "")) < 0.9 * int(flat.replace(",", ""))
     assert "over two stages, shared memory inside 2 hosts of 2 ranks" in out
     assert not any(others)
+
+
+def test_groups_train_as_one_where_they_merge_every_step_on_two_ranks():
+    out, other = run_ranks(2, run_example_on_rank, "replicas")
+    one, merged, averaged = numbers(r"differ by at most ([\d.e+-]+)", out)
+    assert one == 0 <= merged < 1e-5 < averaged < 1
+    between = numbers(r"([\d,]+) between groups", out)
+    assert between[0] == 0 < between[2] < between[1]
+    assert not other
 
 
 def test_torchrun_example_counts_the_wire(tmp_path):

@@ -25,6 +25,7 @@ from shardlab.config.models import (
     ExchangeConfig,
     ModelConfig,
     OptimizerConfig,
+    ParallelConfig,
     ScheduleConfig,
     Section,
     SparseOptimizerConfig,
@@ -155,7 +156,7 @@ SECTIONS: tuple[tuple[str, type[Section]], ...] = (
     ("optimizer", OptimizerConfig), ("optimizer.sparse", SparseOptimizerConfig),
     ("optimizer.dense", DenseOptimizerConfig), ("optimizer.schedule", ScheduleConfig),
     ("exchange", ExchangeConfig), ("wire", WireConfig), ("wire.tables", TableWireConfig),
-    ("train", TrainConfig))
+    ("parallel", ParallelConfig), ("train", TrainConfig))
 
 
 def words_of(annotation: object) -> list[str]:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from shardlab.config import JobConfig
+    from shardlab.plan import ShardingPlan
     from shardlab.planner import Topology
     from shardlab.planner.request import Request
     from shardlab.planner.result import PlanResult
@@ -31,6 +32,7 @@ class _Asked:
     """The command line beside the job's own arguments; see the options' help."""
 
     topology: str | None
+    replicas: int | None
     stats: str | None
     json_file: str | None
     html_file: str | None
@@ -47,6 +49,8 @@ class _Asked:
 @click.option("--topology", metavar="NAME|FILE",
               help="Machine to plan for, such as 8xh100, 16x8xa100-80gb or a YAML file; default: "
                    "the job's, else --ranks ranks of this machine.")
+@click.option("--replicas", metavar="R", type=click.IntRange(min=1),
+              help="Groups of ranks that each hold all tables; default: the job's.")
 @click.option("--stats", metavar="FILE",
               help="Ids as `shardlab stats` measured them; default: the job's, else a Zipf "
                    "assumption.")
@@ -81,8 +85,10 @@ def plan(job: str | None, demo: bool, ranks: int | None, overrides: tuple[str, .
     if run is not None and job is None and not demo:
         job = str(run / "job.yaml")
 
+    groups = [] if asked.replicas is None else [f"parallel.replicas={asked.replicas}"]
+
     def load(*more: str) -> JobConfig:
-        return read_job(job, demo, (*overrides, *more), files=False, ranks=ranks,
+        return read_job(job, demo, (*overrides, *groups, *more), files=False, ranks=ranks,
                         topology=asked.topology, statistics=asked.stats)
 
     if run is not None:
@@ -92,37 +98,48 @@ def plan(job: str | None, demo: bool, ranks: int | None, overrides: tuple[str, .
 
     config = load()
     machine = _machine(config, ranks)
-    request = job_request(config, machine, asked.time_limit)
-    result = _make(config, request, asked)
+    given = _given(config, machine, asked)
+    request = job_request(config, machine, asked.time_limit, given)
+    result = _make(given, request, asked)
     written = _write(result, asked)  # before the report, whose reader may be gone early: `| head`
     _show(request, result, asked,
-          lambda changes: job_request(load(*changes), machine, asked.time_limit))
+          lambda changes, given=None: job_request(load(*changes), machine, asked.time_limit,
+                                                  given))
     for line in written:
         click.echo(line)
     return USER_ERROR if overfull(result) else 0
 
 
-def _make(config: JobConfig, request: Request, asked: _Asked) -> PlanResult:
+def _given(config: JobConfig, machine: Topology, asked: _Asked) -> ShardingPlan | None:
+    """The plan that the job executes, which is then only rated; None: the planner makes one."""
+    from shardlab.launch.planning import read_job_plan
+
+    if config.plan is None or asked.torchrec is not None:
+        return None
+    if asked.what_if or asked.explain:
+        raise ConfigError(f"plan: the job executes {config.plan}, so that nothing is chosen; "
+                          "--set plan= plans anew")
+    return read_job_plan(Path(config.plan), config, machine.world_size)
+
+
+def _make(given: ShardingPlan | None, request: Request, asked: _Asked) -> PlanResult:
     """The planner's plan; or a given one, with what is predicted for it."""
-    from shardlab.launch.planning import plan_request, read_job_plan
+    from shardlab.launch.planning import plan_request
     from shardlab.planner.rate import choose_exchanges, rate
 
     if asked.torchrec is not None:
         from shardlab.planner.torchrec_plan import read_torchrec_plan
 
-        given = read_torchrec_plan(Path(asked.torchrec), request.tables,
-                                   request.topology.world_size)
-        return rate(choose_exchanges(given, request), request)
-    if config.plan is None:
-        return plan_request(request)
-    if asked.what_if or asked.explain:
-        raise ConfigError(f"plan: the job executes {config.plan}, so that nothing is chosen; "
-                          "--set plan= plans anew")
-    return rate(read_job_plan(Path(config.plan), config, request.topology.world_size), request)
+        theirs = read_torchrec_plan(Path(asked.torchrec), request.tables,
+                                    request.topology.world_size)
+        replicas = request.settings.replicas
+        theirs = theirs.with_replicas(replicas.groups, replicas.sync_every_steps)
+        return rate(choose_exchanges(theirs, request), request)
+    return plan_request(request) if given is None else rate(given, request)
 
 
 def _show(request: Request, result: PlanResult, asked: _Asked,
-          rebuild: Callable[[list[str]], Request]) -> None:
+          rebuild: Callable[..., Request]) -> None:
     """Prints what was asked for: explanations, scenarios, a comparison, or the whole report."""
     from shardlab.planner.report import print_report
 
@@ -140,7 +157,7 @@ def _show(request: Request, result: PlanResult, asked: _Asked,
         print_outcomes(console, result, [run_scenario(scenario, request, rebuild)
                                          for scenario in asked.what_if])
     if asked.compare is not None:
-        _compare_plan(console, Path(asked.compare), request, result)
+        _compare_plan(console, Path(asked.compare), rebuild, result)
     if not (asked.explain or asked.what_if or asked.compare):
         print_report(result, width=console.width, everything=asked.everything)
         _show_hierarchy(console, request, result)
@@ -156,14 +173,15 @@ def _show_hierarchy(console: Console, request: Request, result: PlanResult) -> N
         console.print(f"exchange.hierarchy auto: {way}; {costs.in_words()}")
 
 
-def _compare_plan(console: Console, path: Path, request: Request, result: PlanResult) -> None:
+def _compare_plan(console: Console, path: Path, rebuild: Callable[..., Request],
+                  result: PlanResult) -> None:
     from shardlab.planner.compare import print_plans
     from shardlab.planner.plan_file import read_plan_file
     from shardlab.planner.rate import rate
 
     other, _ = read_plan_file(path)
     try:
-        rated = rate(other, request)
+        rated = rate(other, rebuild([], other))
     except PlanError as error:
         raise PlanError(f"--compare {path}: {error}") from None
     print_plans(console, result, rated, path.name)
@@ -182,7 +200,8 @@ def _compare_run(path: Path, load: Callable[..., JobConfig], asked: _Asked,
         from shardlab.planner.rate import rate
 
         config = load("plan=")
-        predicted = prediction_of(rate(executed, job_request(config, _machine(config, ranks))))
+        predicted = prediction_of(rate(executed, job_request(config, _machine(config, ranks),
+                                                             given=executed)))
     print_measured(_console(), predicted, measured)
     return 0
 

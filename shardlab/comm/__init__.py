@@ -14,7 +14,14 @@ from shardlab.comm.collectives import (
 from shardlab.comm.faults import naming
 from shardlab.comm.groups import Groups, build_groups, init, shutdown
 from shardlab.comm.host_lanes import Stages, two_stages_refusal, with_stages
+from shardlab.comm.replicas import (
+    ReplicaGroups,
+    gather_parts,
+    send_parts,
+    split_replicas,
+)
 
-__all__ = ["Groups", "Stages", "WireBytes", "Work", "all_reduce_", "all_to_all", "barrier",
-           "broadcast_", "broadcast_text", "build_groups", "gather_objects_json", "init", "naming",
-           "shutdown", "start_all_reduce", "two_stages_refusal", "with_stages"]
+__all__ = ["Groups", "ReplicaGroups", "Stages", "WireBytes", "Work", "all_reduce_", "all_to_all",
+           "barrier", "broadcast_", "broadcast_text", "build_groups", "gather_objects_json",
+           "gather_parts", "init", "naming", "send_parts", "shutdown", "split_replicas",
+           "start_all_reduce", "two_stages_refusal", "with_stages"]

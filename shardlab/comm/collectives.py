@@ -25,20 +25,22 @@ class WireBytes:
     Attributes:
         ids_bytes, rows_bytes, gradients_bytes: by direction. Gradients include the sums of squares
             that column shards of a row-wise optimiser tell each other.
+        sync_bytes: what replicas of the tables told each other.
         inside_bytes: what of all these went to ranks of the same host.
         tables: by table [ids, rows, gradients]; what is common to all tables, the heads of messages
-            and the sums of squares, is in no table's.
+            and the sums of squares, and what replicas sent, is in no table's.
     """
 
     ids_bytes: int = 0
     rows_bytes: int = 0
     gradients_bytes: int = 0
+    sync_bytes: int = 0
     inside_bytes: int = 0
     tables: dict[str, list[int]] = field(default_factory=dict)
 
     def count(self, direction: int, sizes: Sequence[int], groups: Groups) -> None:
-        """Counts bytes by rank of a lane; ``direction`` as of `add`."""
-        name = ("ids_bytes", "rows_bytes", "gradients_bytes")[direction]
+        """Counts bytes by rank of a lane; ``direction`` as of `add`, 3: between replicas."""
+        name = ("ids_bytes", "rows_bytes", "gradients_bytes", "sync_bytes")[direction]
         setattr(self, name, getattr(self, name) + sum(sizes))
         self.inside_bytes += sum(size for size, near in zip(sizes, groups.near, strict=False)
                                  if near)
@@ -53,6 +55,8 @@ class WireBytes:
         self.rows_bytes += other.rows_bytes
         self.gradients_bytes += other.gradients_bytes
         self.inside_bytes += other.inside_bytes
+        if other.sync_bytes:  # with stale rows another thread adds to it, and this one adds none
+            self.sync_bytes += other.sync_bytes
         for name, sizes in other.tables.items():
             for direction, size in enumerate(sizes):
                 self.add(direction, [name], [size])
@@ -60,7 +64,7 @@ class WireBytes:
 
     @property
     def total(self) -> int:
-        return self.ids_bytes + self.rows_bytes + self.gradients_bytes
+        return self.ids_bytes + self.rows_bytes + self.gradients_bytes + self.sync_bytes
 
     @property
     def across_bytes(self) -> int:
@@ -154,7 +158,7 @@ def broadcast_(tensor: Tensor, groups: Groups) -> Tensor:
     if groups.process_group is not None:
         sent = tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor
         with naming(groups, "overhead", "broadcast"):
-            dist.broadcast(sent, 0, group=groups.process_group)
+            dist.broadcast(sent, group=groups.process_group, group_src=0)
     return tensor
 
 

@@ -52,15 +52,17 @@ def _is_fault(error: RuntimeError) -> bool:
 
 def _explain(error: RuntimeError, groups: Groups, phase: str, collective: str) -> str:
     assert groups.watch is not None
-    start = f"{phase}: {collective} failed on rank {groups.rank} of {groups.world_size}: "
+    ranks = groups.members or range(groups.world_size)  # as the job counts them
+    among = f"of ranks {list(groups.members)}" if groups.members else f"of {groups.world_size}"
+    start = f"{phase}: {collective} failed on rank {groups.job_rank} {among}: "
     if isinstance(error, PeerError) and error.text:
         return f"{start}{error.text}; all ranks must run the same job and version"
-    others = [rank for rank in range(groups.world_size) if rank != groups.rank]
-    answers = groups.watch.ask(others)
+    answers = groups.watch.ask([rank for rank in ranks if rank != groups.job_rank])
     if isinstance(error, PeerError):
-        answers |= dict.fromkeys(error.ended, ENDED)
+        answers |= dict.fromkeys((ranks[peer] for peer in error.ended), ENDED)
         late = {rank: f"{answers[rank]} and is {groups.timeout_s:g} s late"
-                for rank in error.late if answers[rank] not in (ENDED, SILENT, UNREACHABLE)}
+                for rank in (ranks[peer] for peer in error.late)
+                if answers[rank] not in (ENDED, SILENT, UNREACHABLE)}
         answers |= late
     else:
         late = {}

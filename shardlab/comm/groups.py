@@ -53,6 +53,7 @@ class Groups:
         near: by rank of the `exchange` lane, whether it is on this host; () for a world of one.
         wanted_transport: of `TRANSPORTS`, what was asked for.
         stages: lanes of an exchange in two stages; None: it has one.
+        members: where these ranks are a part of the job, their numbers in the job; empty: all.
     """
 
     rank: int = 0
@@ -72,11 +73,17 @@ class Groups:
     near: tuple[bool, ...] = ()
     wanted_transport: str = "auto"
     stages: Stages | None = None
+    members: tuple[int, ...] = ()
 
     @property
     def shares_memory(self) -> bool:
         """Whether ranks exchange through shared memory: copying is work, and hides nothing."""
         return isinstance(self.exchange, SharedMemoryLane)
+
+    @property
+    def job_rank(self) -> int:
+        """This rank as the job counts it."""
+        return self.members[self.rank] if self.members else self.rank
 
     def ahead(self) -> Groups:
         """The same ranks, with the lane for batches that come as their exchange lane."""
@@ -145,7 +152,7 @@ def build_groups(process_group: dist.ProcessGroup | None = None,
     groups = replace(groups, watch=watch, host_of_rank=of_rank,
                      near=tuple(host == of_rank[rank] for host in of_rank),
                      wanted_transport=os.environ.get(TRANSPORT_VARIABLE, transport))
-    return _with_lanes(groups, len(set(hosts)), groups.wanted_transport)
+    return with_lanes(groups, len(set(hosts)), groups.wanted_transport)
 
 
 def _numbered(hosts: Sequence[str]) -> tuple[int, ...]:
@@ -160,8 +167,17 @@ def shutdown() -> None:
         dist.destroy_process_group()
 
 
-def _with_lanes(groups: Groups, hosts: int, wanted: str) -> Groups:
-    """Makes the lanes over the wanted transport; all ranks take the same one."""
+def with_lanes(groups: Groups, hosts: int, wanted: str) -> Groups:
+    """The groups with lanes over the wanted transport; all of their ranks take the same one.
+
+    Args:
+        groups: with a process group, without lanes; every rank of it calls this.
+        hosts: how many they are on.
+        wanted: of `TRANSPORTS`.
+
+    Raises:
+        LaunchError: the transport cannot be had.
+    """
     if wanted not in TRANSPORTS:
         raise LaunchError(f"transport {wanted!r} is not one of {', '.join(TRANSPORTS)}; look at "
                           f"exchange.transport and {TRANSPORT_VARIABLE}")
@@ -178,7 +194,9 @@ def _with_lanes(groups: Groups, hosts: int, wanted: str) -> Groups:
         raise LaunchError(f"rank {groups.rank}: shared memory was asked for, but {refusal}; use "
                           "transport auto or gloo")
     ranks = dist.get_process_group_ranks(groups.process_group)
-    made = [TorchLane(dist.new_group(ranks, timeout=timedelta(seconds=groups.timeout_s)),
+    # Ranks that are no members of a part do not call this.
+    made = [TorchLane(dist.new_group(ranks, timeout=timedelta(seconds=groups.timeout_s),
+                                     use_local_synchronization=bool(groups.members)),
                       groups.timeout_s) for _ in range(_LANES)]
     backend = dist.get_backend(groups.process_group)
     return replace(groups, exchange=made[0], look_ahead=made[1],

@@ -21,6 +21,7 @@ from shardlab.config.models import (
     ModelConfig,
     Name,
     OptimizerConfig,
+    ParallelConfig,
     Section,
     Tables,
     TrainConfig,
@@ -61,6 +62,8 @@ class JobConfig(Section):
     wire: Annotated[WireConfig, BeforeValidator(one_wire)] = Field(
         default=WireConfig(), description="codecs of what ranks exchange; a codec's name stands "
         "for both directions")
+    parallel: ParallelConfig = Field(
+        default=ParallelConfig(), description="replica groups of the tables")
     topology: Name | None = Field(
         default=None, description="machine to plan for: a name or a file; absent: this one")
     statistics: Name | None = Field(

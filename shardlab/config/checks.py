@@ -236,6 +236,18 @@ def _plan_problems(plan: str | None) -> Problems:
         yield f"plan: no file {plan!r} (looked in {os.getcwd()})"
 
 
+def _parallel_problems(replicas: int, sync_every_steps: int) -> Problems:
+    if sync_every_steps > 1 and replicas == 1:
+        yield (f"parallel.sync_every_steps: {sync_every_steps} steps between averages of one "
+               "replica mean nothing; set parallel.replicas, or leave it out")
+
+
+def _hierarchy_problems(replicas: int, hierarchy: str) -> Problems:
+    if replicas > 1 and hierarchy == "two_stage":
+        yield ("exchange.hierarchy: two_stage was asked for, but replica groups of the tables "
+               "exchange flat; leave exchange.hierarchy or parallel.replicas out")
+
+
 CHECKS: tuple[Check, ...] = (
     *_kind_checks(),
     Check((VALID_TABLES,), _table_problems),
@@ -253,6 +265,8 @@ CHECKS: tuple[Check, ...] = (
     Check(("wire.tables", "tables"), _wire_problems),
     Check(("train.resume",), _resume_problems, of_files=True),
     Check(("plan",), _plan_problems),
+    Check(("parallel.replicas", "parallel.sync_every_steps"), _parallel_problems),
+    Check(("parallel.replicas", "exchange.hierarchy"), _hierarchy_problems),
 )
 
 

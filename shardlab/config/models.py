@@ -328,6 +328,17 @@ class ExchangeConfig(Section):
         "lack the last update, so that their whole exchange can be hidden")
 
 
+class ParallelConfig(Section):
+    """Groups of ranks that each hold all tables; docs/exchange.md."""
+
+    replicas: Count = Field(
+        default=1, description="groups of ranks that each hold all tables and exchange rows among "
+        "themselves alone; divides the number of ranks")
+    sync_every_steps: Count = Field(
+        default=1, description="1: groups merge the gradients of every step, and train as one; N: "
+        "each steps by its own, and every N steps rows that they have changed become the mean")
+
+
 class TrainConfig(Section):
     """How long to train, and what to write down on the way."""
 

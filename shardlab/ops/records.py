@@ -52,14 +52,15 @@ class Records:
 
     def read_rows(self) -> Tensor:
         """fp32 [n, columns]."""
-        payloads = self.blocks.payloads(self.arena, self.block)[self.places]
+        # On bytes, twenty times as fast as indexing.
+        payloads = self.blocks.payloads(self.arena, self.block).index_select(0, self.places)
         return decode(payloads, self.encoding.codec, self.columns)
 
     def read_states(self) -> Tensor:
         """fp32 [n, elements of a row's state]."""
         encoding = self.encoding
         elements = encoding.element_states * self.columns + encoding.row_states
-        states = self.blocks.states(self.arena, self.block)[self.places]
+        states = self.blocks.states(self.arena, self.block).index_select(0, self.places)
         return decode(states, encoding.state_codec, elements)
 
     def write_rows(self, values: Tensor, words: Tensor | None) -> None:

@@ -26,6 +26,7 @@ from shardlab.sharded.hot_rows import HotRows
 from shardlab.sharded.inputs import Batch, InputReader
 from shardlab.sharded.layout import Layout, compile_layout
 from shardlab.sharded.pruning import PruningCouncil
+from shardlab.sharded.replicas import Replicas, Replication
 from shardlab.sharded.row_watch import ChangedRows, Snapshot
 from shardlab.sharded.wire_watch import BACKWARD, FORWARD, WireWatch
 from shardlab.specs import EmbeddingBagConfig, check_tables
@@ -99,12 +100,14 @@ class ShardedEmbeddingBagCollection(nn.Module):
         self.storage = build_storage(list(layout.local_shards[:layout.num_homes]), options)
         self._hot = HotRows(layout, self.storage, groups, options) \
             if any(layout.hot_rows) else None
-        self._reader = InputReader(layout, groups.device)
+        self._reader = InputReader(layout, groups.device, groups.job_rank)
         self.clock = clock or PhaseClock(groups.device)
         self._seed = seed
         self._exchange, self.updater = self._executors(layout)
         self.council = PruningCouncil(self.tables, plan, optimizer, self.storage, groups)
         self.pending: list[PendingGradients] = []
+        #: Keeps copies of these shards alike; None: there are none.
+        self.replicas: Replicas | None = None
         #: Batches of a world of several ranks that were announced or await their update.
         self.announcements = Announcements(self._exchange, self._reader, groups, self.clock)
         #: Announced and not looked up yet: the batch that comes, and the one behind it.
@@ -123,6 +126,27 @@ class ShardedEmbeddingBagCollection(nn.Module):
     def _refresh_hot_rows(self) -> None:
         if self._hot is not None:
             self._hot.refresh()
+    def replicate(self, replication: Replication) -> None:
+        """Makes this collection one of several copies; every rank calls it before the first batch.
+        """
+        self.replicas = Replicas(replication, self.storage)
+        self.replicas.link(self._exchange.splitter, self.updater)
+
+    @property
+    def summed_ranks(self) -> int:
+        """How many ranks' gradients an update adds up; it steps by their mean."""
+        return self.groups.world_size * (1 if self.replicas is None else self.replicas.summed)
+
+    def sync_replicas(self, step: int | None = None) -> None:
+        """Makes copies of the rows alike where that is due; every rank calls it after every step.
+
+        Args:
+            step: optimiser steps taken; None: whatever the step, as before a checkpoint.
+        """
+        if self.replicas is not None and self.replicas.is_due(step):
+            self.announcements.rows_changed()
+            with self._exchange.storage_lock:
+                self.replicas.average(self.updater.watches, self.wire)
 
     def forward(self, features: Any) -> KeyedTensor:
         """Looks features up by name and pools them.
@@ -242,6 +266,7 @@ class ShardedEmbeddingBagCollection(nn.Module):
         """Drops announced batches that will not be looked up."""
         self._ahead.clear()
         self.announcements.forget()
+
     def wire_errors(self, table: str) -> tuple[float, float]:
         """Largest relative error of sampled rows and gradients that this rank sent."""
         entry = next(entry for entry in self.plan.tables if entry.table == table)
@@ -266,6 +291,8 @@ class ShardedEmbeddingBagCollection(nn.Module):
         if watch is not None:
             self._exchange.watch_by(watch)
         self.updater.watches = watches
+        if self.replicas is not None:
+            self.replicas.link(self._exchange.splitter, self.updater)
 
     def tier_bytes(self) -> TierBytes:
         """Bytes of this rank's shards, by tier."""
@@ -358,7 +385,7 @@ class ShardedEmbeddingBagCollection(nn.Module):
 
 def _folder_of(ssd_dir: str | None, groups: Groups) -> str | None:
     """A rank's own folder, so that ranks of a host do not meet."""
-    return None if ssd_dir is None else os.path.join(ssd_dir, f"rank-{groups.rank:05d}")
+    return None if ssd_dir is None else os.path.join(ssd_dir, f"rank-{groups.job_rank:05d}")
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,7 +7,7 @@ update (*late*). Every row still travels once; one bit per row tells the asking 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -71,6 +71,8 @@ class Splitter:
 
     def __init__(self, layout: Layout, cells: CellIndex, groups: Groups) -> None:
         self._layout, self._groups = layout, groups
+        #: Rows that all replicas of these shards may change, out of those that this one may.
+        self.of_all_replicas: Callable[[Tensor, WireBytes], Tensor] | None = None
         self._slots_of = [len(layout.slots_of(rank)) for rank in layout.peers]
         shards = layout.local_shards
         rows = column([local.shard.rows for local in shards])
@@ -106,6 +108,8 @@ class Splitter:
         late_here = torch.repeat_interleave(self._always, counts).to(incoming.ids.device)
         if in_flight:
             members = torch.cat([self.keys(other) for other in in_flight])
+            if self.of_all_replicas is not None:
+                members = self.of_all_replicas(members, wire)
             late_here |= mark_members(self.keys(incoming), members)
         late_there = self._exchange_marks(outgoing, incoming, late_here, wire)
         late_in = _sums(late_here, counts).view_as(incoming.counts)

@@ -88,7 +88,7 @@ class Exchange:
         self._set_up_stages(reader)
         self._ids = IdExchange(self._network, self._lane, self.wire)
         self._ids_ahead = IdExchange(self._network, self._ahead, WireBytes())
-        self._splitter = Splitter(self._network, self._cells, self._ahead)
+        self.splitter = Splitter(self._network, self._cells, self._ahead)
         one_level = all(isinstance(local.storage, RowsSpec) and len(local.storage.levels) == 1
                         for local in layout.local_shards)
         #: Held while rows are read or stepped: two threads do it, and caches are for one. Rows of
@@ -97,7 +97,10 @@ class Exchange:
         self.watch = WireWatch()
         #: Of batches that come: two threads must not count in one.
         self._watch_ahead = WireWatch()
-        self.sender = GradientSender(self._network, self._cells, groups.device, seed, self.watch)
+        # One host rounds alike on all its ranks; every replica by itself.
+        sender = groups.job_rank if groups.stages is None else self._network.rank
+        self.sender = GradientSender(self._network, self._cells, groups.device, (seed, sender),
+                                     self.watch)
         pooled = any(slot.feature >= 0 for slot in layout.slots)
         rows = any(slot.feature < 0 for slot in layout.slots)
         # Everything at home and pooled: bags go from the rows to the output, nothing between.
@@ -186,7 +189,7 @@ class Exchange:
             halves, late = None, None
             asked, asking = outgoing, incoming
         else:
-            halves = self._splitter.split(outgoing, incoming,
+            halves = self.splitter.split(outgoing, incoming,
                                           [other.incoming for other in in_flight], sent)
             asked, asking = halves.early_out, halves.early_in
             late = self._cells.forward(halves.late_out, halves.late_in)

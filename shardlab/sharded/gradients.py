@@ -15,13 +15,14 @@ from shardlab.sharded.cells import CellIndex
 from shardlab.sharded.layout import Layout, column
 from shardlab.sharded.messages import Incoming
 from shardlab.sharded.row_squares import RowSquares
-from shardlab.sharded.row_watch import ChangedRows, Snapshot
+from shardlab.sharded.row_watch import RowWatch
 from shardlab.sharded.shared_cores import SharedCores
 from shardlab.specs import BoundsMode
 from shardlab.storage import Storage
 
 if TYPE_CHECKING:
     from shardlab.sharded.hot_rows import HotRows
+    from shardlab.sharded.replicas import GradientSync
 
 
 @dataclass(frozen=True)
@@ -170,16 +171,18 @@ class RowUpdater:
                  wire: WireBytes, hot: HotRows | None = None) -> None:
         self.layout, self.storage, self.groups = layout, storage, groups
         self._hot, self._wire = hot, wire
+        #: Merges gradients with other replicas of these shards; None: nobody does.
+        self.replicas: GradientSync | None = None
         self._squares = RowSquares(layout, groups, wire)
         self._shared = SharedCores(layout, groups)
-        #: Told which rows are about to change: what checkpoints need.
-        self.watches: list[ChangedRows | Snapshot] = []
+        #: Told which rows are about to change: what checkpoints and averages need.
+        self.watches: list[RowWatch] = []
         rows = [local.shard.rows for local in layout.local_shards]
         errors = [BOUNDS_CODE[BoundsMode.ERROR]] * len(rows)
         self._segments = Segments(column(rows), column(errors))
 
     def merge_rows(self, pending: list[PendingGradients]) -> MergedRows:
-        """Groups everything pending by row; entries of a row keep rank order.
+        """Groups everything pending by row, of all replicas; entries of a row keep rank order.
 
         With hot rows every rank must call it, in the same order as other exchanges.
         """
@@ -191,7 +194,10 @@ class RowUpdater:
             uniques = unique_segments(one.ids, one.chunks, self._segments, one.bags,
                                       positions=one.weights is not None)
         weights = None if one.weights is None else one.weights[uniques.positions]
-        return MergedRows(uniques, weights, one.grads)
+        merged = MergedRows(uniques, weights, one.grads)
+        if self.replicas is None:
+            return merged
+        return self.replicas.merge(merged, self._wire)
 
     def squared_norm(self, rows: MergedRows, scale: float) -> Tensor:
         """fp64 []: squared norm of all tables' summed, scaled gradients, over all ranks."""
@@ -235,3 +241,18 @@ class MergedRows:
     uniques: Uniques
     weights: Tensor | None
     grads: Tensor
+
+    def summed(self, columns: Tensor) -> Tensor:
+        """fp32, flat: every row's summed gradient, block by block.
+
+        Args:
+            columns: int64 [blocks] on CPU.
+        """
+        splits = self.uniques.splits
+        counts, zeros = splits.diff(), torch.zeros_like(columns)
+        ends = (counts * columns).cumsum(0)
+        out = torch.empty(int(ends[-1]) if len(ends) else 0, device=self.grads.device)
+        pieces = torch.stack([splits[:-1], counts, columns, zeros, ends - counts * columns,
+                              columns], 1)
+        sum_rows(self.grads, self.uniques, self.weights, pieces, 1.0, out)
+        return out

@@ -82,10 +82,12 @@ class InputReader:
     Args:
         layout: the features that must come, and their tables.
         device: where ids are needed.
+        rank: of the job, for errors; None: the layout's.
     """
 
-    def __init__(self, layout: Layout, device: torch.device) -> None:
+    def __init__(self, layout: Layout, device: torch.device, rank: int | None = None) -> None:
         self.layout, self.device = layout, device
+        self._rank = layout.rank if rank is None else rank
         self._expected = list(layout.features)
         self._unbounded = [f for f, table in enumerate(layout.feature_table)
                            if layout.tables[table].num_embeddings == UNBOUNDED]
@@ -100,7 +102,7 @@ class InputReader:
         try:
             kjt = self._matched(features)
         except InputError as error:
-            raise InputError(f"rank {self.layout.rank}: {error}") from None
+            raise InputError(f"rank {self._rank}: {error}") from None
         weights = kjt.weights_or_none()
         values = kjt.values()
         if values.device != self.device:
@@ -159,7 +161,7 @@ class InputReader:
             row -= feature * batch.size
         return BoundsError(
             f"feature {self.layout.features[feature]!r}, table {table.name!r}, rank "
-            f"{self.layout.rank}, row {row} of the batch: id {int(batch.values[position])} is "
+            f"{self._rank}, row {row} of the batch: id {int(batch.values[position])} is "
             f"outside [0, {table.num_embeddings}); fix the data, raise num_embeddings, or set the "
             "table's bounds to clamp_to_zero or ignore")
 

@@ -23,8 +23,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
     """Steps table rows with fused kernels and the dense parameters with a torch optimiser.
 
     The gradient of a table row is the mean over ranks of what their local losses give, as for
-    dense parameters. ``param_groups[0]`` holds the tables' hyper-parameters, the dense
-    optimiser's groups follow; a scheduler moves them all.
+    dense parameters; over the ranks of a replica group where rows are averaged now and then.
+    ``param_groups[0]`` holds the tables' hyper-parameters, the dense optimiser's groups follow; a
+    scheduler moves them all.
 
     Args:
         collections: the sharded tables, at least one collection.
@@ -69,7 +70,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         if self.dense is not None:
             self.dense.step()
         self.steps_taken += 1
-        group, scale = self.param_groups[0], 1.0 / self._groups.world_size
+        group, scale = self.param_groups[0], 1.0 / self._collections[0].summed_ranks
         step = step_parameters(group, self.steps_taken, scale)
         for collection in self._collections:
             collection.announcements.before_update()
@@ -78,6 +79,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             self._clock.lap("dense")
             for collection in self._collections:
                 collection.update_behind(self.steps_taken, step)
+                collection.sync_replicas(self.steps_taken)
             self._clock.lap("update")
             return loss
         self._wait_for_gradients()
@@ -93,6 +95,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             collection.pending.clear()
         for collection in self._collections:
             collection.after_step(self.steps_taken)
+            collection.sync_replicas(self.steps_taken)
         self._clock.lap("update")
         return loss
 

@@ -40,9 +40,9 @@ def prefetching(loader: Iterable[T], model: ShardedModel,
     check_depth(depth, staleness)
     collections = list(model.collections().values())
     if depth is None:
-        depth = int(staleness > 0 or not model.groups.shares_memory or
+        depth = int(staleness > 0 or not model.table_groups.shares_memory or
                     any(collection.on_disk for collection in collections))
-    if model.groups.world_size == 1:
+    if model.table_groups.world_size == 1:
         depth = min(depth, 1)  # a disk needs no more, and nothing else is done ahead
     coming: deque[T] = deque()
     try:

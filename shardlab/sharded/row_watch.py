@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from time import perf_counter
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -28,6 +29,13 @@ from shardlab.storage import LocalShard, RowReads, TableChunk
 
 #: fp32 elements of weights and state that a stripe holds: 4 MiB.
 _STRIPE_ELEMENTS = 1 << 20
+
+
+class RowWatch(Protocol):
+    """Whoever wants to know which rows are about to change."""
+
+    def before_update(self, uniques: Uniques) -> None:
+        """These rows are about to change, and have not changed yet."""
 
 
 class ChangedRows:

@@ -8,14 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shardlab.comm import Groups, build_groups
+from shardlab.comm import Groups, build_groups, split_replicas
 from shardlab.errors import PlanError, ShardLabError
 from shardlab.optim import RowOptimizer, RowWiseAdagrad
 from shardlab.plan import ShardingPlan, build_table_plan
+from shardlab.replication import ranks_of_a_group
 from shardlab.sharded.clock import PhaseClock
 from shardlab.sharded.collection import EmbeddingBagCollection, ShardedEmbeddingBagCollection
 from shardlab.sharded.dense import DenseReducer
 from shardlab.sharded.optimizer import ShardedOptimizer
+from shardlab.sharded.replicas import Replication
 from shardlab.specs import EmbeddingBagConfig, ShardingType
 from shardlab.storage_specs import PrunedSpec
 
@@ -54,6 +56,22 @@ class ShardedModel(nn.Module):
         """Where the time of this rank's steps goes."""
         return next(iter(self.collections().values())).clock
 
+    @property
+    def table_groups(self) -> Groups:
+        """The ranks that share the tables with this one: all, or those of its replica group."""
+        return next(iter(self.collections().values())).groups
+
+    @property
+    def replica(self) -> tuple[int, int]:
+        """Which of how many groups, that each hold all tables, this rank is in."""
+        replicas = next(iter(self.collections().values())).replicas
+        return (0, 1) if replicas is None else (replicas.number, replicas.count)
+
+    def sync_replicas(self) -> None:
+        """Makes the groups' tables alike; every rank calls it, between two steps."""
+        for collection in self.collections().values():
+            collection.sync_replicas()
+
     def collections(self) -> dict[str, ShardedEmbeddingBagCollection]:
         """The sharded collections by their path in the user's model."""
         return {name: child for name, child in self.module.named_modules()
@@ -76,7 +94,8 @@ def shard(model: nn.Module, plan: ShardingPlan | None = None, *,
 
     Args:
         model: any nn.Module; its collections are replaced in place.
-        plan: where tables go; None lays them out here by `simple_plan`.
+        plan: where tables go, and in how many groups of ranks; None lays them out here by
+            `simple_plan`.
         optimizer: of the tables; None: `RowWiseAdagrad(lr=0.05)`.
         dense_optimizer: makes the optimiser of all other parameters.
         groups: the ranks; None takes the initialised process group, or a world of one.
@@ -102,13 +121,20 @@ def shard(model: nn.Module, plan: ShardingPlan | None = None, *,
         plan = simple_plan(everything, groups)
     else:
         plan.check(everything, groups.world_size)
+    replication = None
+    table_groups = groups
+    if plan.replicas > 1:
+        split = split_replicas(groups, plan.replicas)
+        replication, table_groups = Replication(split, plan.sync_every_steps), split.tables
     collections = []
     clock = PhaseClock(groups.device)
     for name, child in found.items():
         names = {table.name for table in child.tables}
         part = ShardingPlan(plan.world_size, tuple(t for t in plan.tables if t.table in names))
-        sharded = ShardedEmbeddingBagCollection(child.tables, part, groups, rows.kind, seed, clock,
-                                               ssd_dir)
+        sharded = ShardedEmbeddingBagCollection(child.tables, part, table_groups, rows.kind, seed,
+                                                clock, ssd_dir)
+        if replication is not None:
+            sharded.replicate(replication)
         collections.append(sharded)
         model = _replace(model, name, sharded)
     model.to(groups.device)
@@ -131,19 +157,28 @@ def _replace(model: nn.Module, name: str, child: nn.Module) -> nn.Module:
 _TINY_ELEMENTS = 1 << 14
 
 
-def simple_plan(tables: list[EmbeddingBagConfig], groups: Groups) -> ShardingPlan:
+def simple_plan(tables: list[EmbeddingBagConfig], groups: Groups, replicas: int = 1,
+                sync_every_steps: int = 1) -> ShardingPlan:
     """A plan without a planner: tiny tables everywhere, large ones by row, others balanced.
 
     A table with more elements than a rank's fair share is cut by rows; the rest go whole to the
     rank that holds least, largest first. The first type of ``table.sharding`` overrules.
     `shardlab.planner` knows machines and costs; this knows only sizes.
 
+    Args:
+        tables: the tables.
+        groups: the ranks.
+        replicas: groups of ranks that each hold all tables.
+        sync_every_steps: as in `ShardingPlan`.
+
     Raises:
         PlanError: two tables share a name, in different collections.
+        ConfigError: the ranks do not divide into so many groups.
     """
     if len({table.name for table in tables}) != len(tables):
         raise PlanError("tables of different collections share a name; plans need unique names")
-    world = groups.world_size
+    world = ranks_of_a_group(groups.world_size, replicas)
+    local = min(groups.local_world_size, world)
     ranks = list(range(world))
     fair = sum(t.num_embeddings * t.embedding_dim for t in tables) / world
     load = [0] * world
@@ -151,15 +186,16 @@ def simple_plan(tables: list[EmbeddingBagConfig], groups: Groups) -> ShardingPla
     for table in sorted(tables, key=lambda t: (-t.num_embeddings * t.embedding_dim, t.name)):
         kind = next(iter(table.allowed_sharding), None) or _simple_kind(table, fair, world)
         least = min(ranks, key=lambda r: load[r])
-        first = least // groups.local_world_size * groups.local_world_size
-        host = [r for r in range(first, first + groups.local_world_size) if r < world]
+        first = least // local * local
+        host = [r for r in range(first, first + local) if r < world]
         where = {ShardingType.TABLE_WISE: [least], ShardingType.TABLE_ROW_WISE: host,
                  ShardingType.TABLE_COLUMN_WISE: host[:table.embedding_dim],
                  ShardingType.COLUMN_WISE: ranks[:table.embedding_dim]}.get(kind, ranks)
         plans[table.name] = build_table_plan(table, kind, where)
         for entry in plans[table.name].shards:
             load[entry.rank] += entry.rows * entry.columns
-    return ShardingPlan(world, tuple(plans[table.name] for table in tables))
+    plan = ShardingPlan(world, tuple(plans[table.name] for table in tables))
+    return plan.with_replicas(replicas, sync_every_steps)
 
 
 def _simple_kind(table: EmbeddingBagConfig, fair: float, world: int) -> ShardingType:

@@ -41,16 +41,17 @@ class GradientSender:
     """Both ends of the gradients' wire.
 
     Args:
-        layout: the compiled plan; random bits follow from its rank.
+        layout: the compiled plan.
         cells: where cells lie.
         device: where gradients are.
-        seed: of the run, for random bits.
+        address: seed of the run and number of the sender: random bits follow from them.
         watch: samples errors.
     """
 
-    def __init__(self, layout: Layout, cells: CellIndex, device: torch.device, seed: int,
-                 watch: WireWatch) -> None:
-        self.layout, self._cells, self._rank, self._seed = layout, cells, layout.rank, seed
+    def __init__(self, layout: Layout, cells: CellIndex, device: torch.device,
+                 address: tuple[int, int], watch: WireWatch) -> None:
+        self.layout, self._cells = layout, cells
+        self._seed, self._rank = address
         self.watch = watch
         self.feedback = ErrorFeedback(layout, device)
         #: Optimiser steps taken, and backwards since: they address random bits.

@@ -4,6 +4,7 @@ from shardlab.storage.base import (
     LocalShard,
     PlacedJobs,
     RowReads,
+    RowWrites,
     Storage,
     StorageOptions,
     TableChunk,
@@ -13,5 +14,5 @@ from shardlab.storage.mixed import MixedStorage
 from shardlab.storage.registry import build_storage
 from shardlab.storage.rows import RowsStorage
 
-__all__ = ["LocalShard", "MixedStorage", "PlacedJobs", "RowReads", "RowsStorage", "Storage",
-           "StorageOptions", "TableChunk", "build_storage", "read_codes"]
+__all__ = ["LocalShard", "MixedStorage", "PlacedJobs", "RowReads", "RowWrites", "RowsStorage",
+           "Storage", "StorageOptions", "TableChunk", "build_storage", "read_codes"]

@@ -246,3 +246,13 @@ class RowReads(Protocol):
 
     def named_state(self, block: int, state: Tensor) -> dict[str, Tensor]:
         """States [n, elements] by name, as chunks hold them."""
+
+
+@runtime_checkable
+class RowWrites(RowReads, Protocol):
+    """What a storage may offer besides: rows that can be replaced between two steps."""
+
+    shards: list[LocalShard]
+
+    def write_rows(self, block: int, rows: Tensor, weights: Tensor, state: Tensor) -> None:
+        """Replaces what `read_rows` gives of rows of a shard, after a `flush`."""

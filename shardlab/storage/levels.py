@@ -140,14 +140,6 @@ class MemoryHome:
             records = self._records(number, first, state.shape[0])
             records.write_states(state.to(device), records.words(key, None))
 
-    def write_rows(self, number: int, rows: Tensor, weights: Tensor, state: Tensor) -> None:
-        """Encodes fp32 weights [n, columns] and states [n, elements] of single rows, int64 [n]."""
-        device = self.arena.data.device
-        records = Records(self.arena.data, self.blocks, self.numbers[number], rows.to(device))
-        words = records.words(self.clock.key(0), None)
-        records.write_rows(weights.to(device), words)
-        records.write_states(state.to(device), words)
-
     def _records(self, number: int, first: int, count: int) -> Records:
         places = torch.arange(first, first + count, device=self.arena.data.device)
         return Records(self.arena.data, self.blocks, self.numbers[number], places)

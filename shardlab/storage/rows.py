@@ -32,11 +32,13 @@ from shardlab.plan import Shard
 from shardlab.storage.base import LocalShard, PlacedJobs, StorageOptions, TableChunk
 from shardlab.storage.cache_level import CacheLevel
 from shardlab.storage.chains import build_chains
-from shardlab.storage.levels import Clock, MemoryHome
+from shardlab.storage.levels import Clock
 from shardlab.storage_bytes import OPTIMIZER_STATE, TierBytes, tier_bytes
 
 _FP32_BYTES = 4
 _INIT_BYTES = 1 << 20
+#: Stream of the random bits of rows that are replaced: no update or cache level draws from it.
+_REPLACED = 1 << 16
 
 #: Names of the state's parts in a checkpoint, element-wise parts first.
 STATE_NAMES: dict[str, tuple[str, ...]] = {
@@ -357,16 +359,26 @@ class RowsStorage:
         return records.read_rows().cpu(), records.read_states().cpu()
 
     def write_rows(self, block: int, rows: Tensor, weights: Tensor, state: Tensor) -> None:
-        """Writes single rows of a shard of one level and their states; the reverse of `read_rows`.
+        """Replaces single rows and their states in their home, after a `flush`.
 
         Args:
             block: the shard.
-            rows: int64 [n], rows of the shard.
-            weights, state: fp32 [n, columns], [n, elements].
+            rows: int64, ascending, on CPU.
+            weights, state: fp32, as `read_rows` gives them.
         """
         home, number = self.chains.homes[block]
-        assert isinstance(home, MemoryHome), "rows above a home would go on holding old values"
-        home.write_rows(number, rows, weights, state)
+        count, columns = weights.shape
+        end = home.target(torch.tensor([[number, 0, count]]), rows)
+        device, step = end.arena.device, _FP32_BYTES * (columns + state.shape[1])
+        plain = Blocks.build(
+            torch.tensor([[0, step, _FP32_BYTES * columns, step, columns, count]]),
+            [Encoding("fp32", "fp32", *OPTIMIZER_STATE[self.optimizer])])
+        given = torch.cat([weights, state], 1).view(-1).view(torch.uint8).to(device)
+        move_rows(MoveEnd(given, plain, torch.arange(count, device=device)), end,
+                  torch.tensor([[0, home.numbers[number], 0, count]]),
+                  self.clock.key(_REPLACED),
+                  (rows + self.shards[block].shard.row_start).to(device))
+        home.commit()
 
     def named_state(self, block: int, state: Tensor) -> dict[str, Tensor]:
         """States [n, elements] by name."""

@@ -100,7 +100,7 @@ def _read_rank(path: Path, model: ShardedModel, optimizer: torch.optim.Optimizer
             optimizer.load_state_dict(shared["optimizer"])
     except (ValueError, KeyError) as error:
         raise CheckpointError(f"{path}: the optimiser state does not fit: {error}") from error
-    load_tables(reader, groups.rank, model.collections())
+    load_tables(reader, model.table_groups.rank, model.collections())
     if own and own["rng"] is not None:
         restore_rng(own["rng"], groups.device)
     return dict(shared["extra"])

@@ -223,6 +223,7 @@ class CheckpointWriter:
         """
         self.finish()
         started, path = time.perf_counter(), Path(path)
+        self._model.sync_replicas()
         what = f"save {path}"
         together(self._groups, what, lambda: self._prepare(path))
         base = self._choose_base(path)
@@ -328,7 +329,7 @@ class CheckpointWriter:
         job = _Job(path, self._groups, manifest, self._options.keep,
                    TableFiles(staging, self._groups.rank, file_bytes=file_bytes(
                        max((c.tier_bytes().total for c in self._model.collections().values()),
-                           default=0))), {}, self._state(extra))
+                           default=0)), replica=self._model.replica), {}, self._state(extra))
         if base is not None:
             self._since_full += 1
         try:

@@ -111,6 +111,7 @@ class SentBytes:
 
     Attributes:
         inside: of ids, rows and gradients together, what went to ranks of the same host.
+        sync: between replicas of the tables.
     """
 
     ids: float = 0
@@ -118,6 +119,7 @@ class SentBytes:
     gradients: float = 0
     dense_all_reduce: float = 0
     inside: float = 0
+    sync: float = 0
 
     def __add__(self, other: SentBytes) -> SentBytes:
         return SentBytes(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
@@ -127,7 +129,8 @@ class SentBytes:
 
     @property
     def total(self) -> float:
-        return self.ids + self.rows + self.gradients + self.dense_all_reduce
+        return self.ids + self.rows + self.gradients + self.dense_all_reduce \
+            + self.sync
 
 
 class WireMeter:
@@ -149,18 +152,18 @@ class WireMeter:
         """Leaves out what was sent since the last `take`, such as a validation's rows."""
         self._mark = self._sent()
 
-    def _sent(self) -> tuple[int, int, int, int]:
+    def _sent(self) -> tuple[int, ...]:
         wires = [collection.wire for collection in self._model.collections().values()]
         return (sum(wire.ids_bytes for wire in wires), sum(wire.rows_bytes for wire in wires),
                 sum(wire.gradients_bytes for wire in wires),
-                sum(wire.inside_bytes for wire in wires))
+                sum(wire.inside_bytes for wire in wires), sum(wire.sync_bytes for wire in wires))
 
     def take(self, steps: int) -> SentBytes:
         """Bytes sent by this rank since the last call, over that many steps."""
         before, self._mark = self._mark, self._sent()
-        ids, rows, gradients, inside = (new - old for new, old in zip(self._mark, before,
-                                                                     strict=True))
-        return SentBytes(ids, rows, gradients, self._dense_bytes * steps, inside)
+        ids, rows, gradients, inside, sync = (
+            new - old for new, old in zip(self._mark, before, strict=True))
+        return SentBytes(ids, rows, gradients, self._dense_bytes * steps, inside, sync)
 
 
 def peak_rss_bytes() -> int:

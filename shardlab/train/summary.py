@@ -124,7 +124,8 @@ class Summary:
             return {}
         kinds = (f"ids {format_bytes(wire.ids)}, rows {format_bytes(wire.rows)}, gradients "
                  f"{format_bytes(wire.gradients)}, dense all-reduce "
-                 f"{format_bytes(wire.dense_all_reduce)}")
+                 f"{format_bytes(wire.dense_all_reduce)}"
+                 + (f", between replicas {format_bytes(wire.sync)}" if wire.sync else ""))
         return {"training time": format_seconds(pace.seconds),
                 "throughput, median": f"{format_count(pace.samples_per_s_median)} samples/s",
                 "throughput, mean": f"{format_count(pace.samples_per_s_mean)} samples/s",

@@ -47,6 +47,8 @@ class TableFiles:
         rank: this rank.
         prefix: of the files' names.
         file_bytes: what a file holds, about; `file_bytes` of a collection.
+        replica: which of how many ranks, that hold the same shards, this one is: each writes its
+            share of the chunks.
         files, chunks: entries for the manifest.
     """
 
@@ -54,19 +56,28 @@ class TableFiles:
     rank: int
     prefix: str = "rows"
     file_bytes: int = _LEAST_FILE_BYTES
+    replica: tuple[int, int] = (0, 1)
     files: list[FileEntry] = field(default_factory=list)
     chunks: list[ChunkEntry] = field(default_factory=list)
     _pending: dict[str, Tensor] = field(default_factory=dict)
+    _seen: int = 0
 
     def write(self, chunks: Iterable[NamedChunk]) -> None:
         """Streams chunks to files; rank 0 writes replicated tables."""
         for named in chunks:
-            if self.rank == 0 or not named.chunk.replicated:
+            if self._is_mine(named.chunk):
                 self._add(named)
                 if sum(tensor.nbytes for tensor in self._pending.values()) \
                         >= self.file_bytes // 2:
                     self._flush()
         self._flush()
+
+    def _is_mine(self, chunk: TableChunk) -> bool:
+        if chunk.replicated:
+            return self.rank == 0
+        self._seen += 1
+        number, count = self.replica
+        return self._seen % count == number
 
     @property
     def _file_name(self) -> str:
@@ -114,7 +125,7 @@ def load_tables(reader: CheckpointReader, rank: int,
 
     Args:
         reader: of the checkpoint.
-        rank: this rank.
+        rank: this rank, as the collections' plans count.
         collections: the model's collections by name.
 
     Raises:

@@ -47,6 +47,15 @@ def test_fewer_ranks_go_on_planned_anew(starts):
     assert "train.elastic=true" in seen[0][1]
 
 
+def test_replica_groups_lose_a_rank_each(starts):
+    job = load_job(None, ["tables={preset: criteo_kaggle}", "ranks=6", "train.run_dir=r",
+                          "parallel.replicas=2"])
+    seen, codes = starts
+    codes += [137, 137, 137, 0]
+    assert supervise(job, 3, 3, lambda _: None) == 0
+    assert [ranks for ranks, _ in seen] == [6, 4, 4, 4]
+
+
 @pytest.mark.parametrize("code", [1, 2, DOES_NOT_FIT, 4])
 def test_what_would_fail_again_is_not_repeated(starts, code):
     seen, codes = starts

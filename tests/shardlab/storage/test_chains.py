@@ -230,3 +230,30 @@ def test_bytes_are_the_planners(name, tmp_path):
     assert counted.hbm + counted.ddr == memory
     assert counted.ssd == sum(home.allocated_bytes for home in chains.disk_homes)
     storage.close()
+
+
+@pytest.mark.parametrize("storage", ["fp32", "fp16", "int8", *CHAINS.values()],
+                         ids=["fp32", "fp16", "int8", *CHAINS])
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "row_wise_adam"])
+def test_rows_that_are_replaced_are_read_back(storage, optimizer, tmp_path):
+    one = _storage(storage, tmp_path / "one", optimizer)
+    other = _storage(storage, tmp_path / "other", optimizer, row_start=7)
+    for made in (one, other):
+        _train(made, steps=3, kind=optimizer)
+        made.flush()
+    for block, (count, _) in enumerate(SIZES):
+        rows = torch.tensor(sorted({0, count // 2, count - 1}))
+        weights, state = one.read_rows(block, rows)
+        other.write_rows(block, rows, weights, state)
+        kept = [i for i in range(count) if i not in rows.tolist()]
+        for found, expected in zip(other.read_rows(block, rows), (weights, state), strict=True):
+            assert torch.equal(found, expected)  # what was decoded encodes to itself
+        before = one.read_rows(block, torch.tensor(kept))
+        one.write_rows(block, rows, torch.zeros_like(weights), state + 1)
+        for found, expected in zip(one.read_rows(block, torch.tensor(kept)), before, strict=True):
+            assert torch.equal(found, expected)
+        other.write_rows(block, rows[:0], weights[:0], state[:0])
+    ids = torch.tensor([0, 0])
+    out = torch.full((2 * SIZES[0][1],), torch.nan)
+    one.read(torch.tensor([[0, 0, 2, 0]]), ids, out)
+    assert not out.any()  # also through caches

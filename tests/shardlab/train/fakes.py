@@ -122,6 +122,8 @@ class FakeModel(nn.Module):
     def __init__(self, collection: FakeCollection, num_dense: int = 3) -> None:
         super().__init__()
         self.groups = Groups()
+        self.table_groups = Groups(rank=collection.rank)
+        self.replica = 0, 1
         self.linear = nn.Linear(num_dense, 1)
         self.dropout = nn.Dropout(0.2)
         self._collection = collection
@@ -129,6 +131,9 @@ class FakeModel(nn.Module):
     @property
     def clock(self) -> PhaseClock:
         return self._collection.clock
+
+    def sync_replicas(self) -> None:
+        """There are none."""
 
     def collections(self) -> dict[str, FakeCollection]:
         return {"ebc": self._collection}

@@ -74,7 +74,8 @@ def test_plain_data_is_json() -> None:
     data = json.loads(json.dumps(SUMMARY.to_dict()))
     assert data["validation"]["auc"] == 0.7654
     assert data["wire_per_step"] == {"ids": 300e3, "rows": 1.2e6, "gradients": 1.2e6,
-                                     "dense_all_reduce": 2e6, "inside": 0, "total": 4.7e6}
+                                     "dense_all_reduce": 2e6, "inside": 0, "sync": 0,
+                                     "total": 4.7e6}
     assert data["tables"][1] == {"hbm": 120_000_000, "ddr": 5_000, "ssd": 0}
     assert data["phase_ms"][1]["dense"] == 4
     assert data["exit_code"] == 0
