@@ -21,8 +21,8 @@ from shardlab.comm.shared_sum import HostSum
 from shardlab.comm.worker import LaneWorker
 from shardlab.errors import LaunchError
 
-#: For the step, and for batches that come.
-_LANES = 2
+#: For ids and rows of the step, for batches that come, and for gradients.
+_LANES = 3
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,9 @@ class Stages:
             come; transfers go by number on the host.
         across, across_ahead: lanes to the ranks with this number on all hosts; transfers go by
             number of the host.
+        inside_grads, across_grads: lanes for gradients.
+        worker: passes gradients on while the backward goes on; None: whoever sends them does (on
+            CUDA).
         transport: what the lanes run over, in words.
         sums: adds up gradients of the dense part, where ranks of a host share memory; None: they
             are added up over all ranks at once (NCCL knows the hosts itself).
@@ -47,8 +50,11 @@ class Stages:
     ranks_per_host: int
     inside: Groups
     inside_ahead: Groups
+    inside_grads: Groups
     across: Groups
     across_ahead: Groups
+    across_grads: Groups
+    worker: LaneWorker | None
     transport: str
     sums: HostSum | None = None
 
@@ -99,7 +105,7 @@ def with_stages(groups: Groups) -> Groups:
         host, hosts, place, size,
         *(replace(groups, exchange=PartLane(lane, mates), near=near) for lane in inside[:_LANES]),
         *(replace(groups, exchange=PartLane(lane, column), near=far) for lane in across),
-        transport=transport, sums=sums))
+        worker=None if groups.worker is None else LaneWorker(), transport=transport, sums=sums))
 
 
 def _inside_lanes(groups: Groups, mates: Sequence[int]) -> tuple[Sequence[Lane], str]:

@@ -323,19 +323,40 @@ class Exchange:
             return PendingGradients(incoming.ids, chunks, bags, weights, grad.view(-1), Work())
         place = self._cells.backward(outgoing, incoming)
         sums: SlotSums = SourceSums(self._sources, lookup.own, grad)
-        if self._relay is not None:
-            assert lookup.inside is not None
+        buffer = torch.empty(place.total, dtype=torch.uint8, device=grad.device)
+        if lookup.inside is not None:
+            work = self._send_staged(lookup.inside, sums, (buffer, place), behind=behind)
+        else:
+            self.sender.encode(sums, place, buffer)
             self._clock.lap("pool")
-            sums = self._relay.collect(lookup.inside, sums)
-            self._clock.lap("grads")
-        buffer = self.sender.encode(sums, place, grad.device)
-        self._clock.lap("pool")
-        work = self._send_behind(buffer, place) if behind else \
-            self._send(buffer, place, owner_sends=False)
+            work = self._send_behind(buffer, place) if behind else \
+                self._send(buffer, place, owner_sends=False)
         grads, start, work = self.sender.receive(buffer, place, work)
         chunks = owner_chunks(self._cells, incoming, start, None)
         self._clock.lap("grads")
         return PendingGradients(incoming.ids, chunks, bags, weights, grads, work)
+
+    def _send_staged(self, inside: Inside, sums: SlotSums, out: tuple[Tensor, Buffer], *,
+                     behind: bool) -> Work:
+        """Merges the host's gradients and sends them, in a thread where there is one for it."""
+        stages, relay, (buffer, place) = self.groups.stages, self._relay, out
+        assert stages is not None
+        assert relay is not None
+        own, bound = relay.write(inside, sums, scaled=self._cells.scale_limit is not None)
+        self._clock.lap("pool")
+
+        def pass_on() -> Work:
+            self.sender.encode(relay.collect(inside, own, bound), place, buffer)
+            return self._transfers.start(buffer, place, stages.across_grads, owner_sends=False)
+
+        if behind:  # optimiser steps do not wait, and random bits follow from their number
+            self.sender.encode(relay.collect(inside, own, bound), place, buffer)
+            self._clock.lap("grads")
+            return self._send_behind(buffer, place)
+        self._transfers.count(self.wire, place, self._lane, owner_sends=False)
+        if stages.worker is None:
+            return pass_on()
+        return Work(stages.worker.submit(lambda: pass_on().wait()).result)
 
     def _send_behind(self, buffer: Tensor, place: Buffer) -> Work:
         self._transfers.count(self.wire, place, self._lane, owner_sends=False)

@@ -43,6 +43,8 @@ from shardlab.sharded.wire_gradients import SlotSums
 from shardlab.specs import BoundsMode
 
 _FP32_BYTES = 4
+#: What ranks of a host tell each other of their gradients: two fp64.
+_BOUND_BYTES = 16
 
 
 @dataclass(frozen=True)
@@ -244,34 +246,47 @@ class HostRelay:
             [starts, vectors, subtract, vectors.cumsum(0) - vectors], 1), torch.int64)
 
     # ------------------------------------------------------------------ gradients
-    def collect(self, inside: Inside, sums: SlotSums) -> HostSums:
+    def write(self, inside: Inside, sums: SlotSums, *, scaled: bool) -> tuple[Tensor, float]:
+        """This rank's gradients as they travel inside the host; counts their bytes.
+
+        Args:
+            inside: of `unite`.
+            sums: of this rank.
+            scaled: they are scaled before they leave the host.
+
+        Returns:
+            uint8, the buffer; and a bound of the sums where they are scaled.
+        """
+        place, groups = inside.gradients, self._stages.inside_grads
+        buffer = torch.empty(place.total, dtype=torch.uint8, device=inside.asked.ids.device)
+        sums.write(place.slot_offsets // _FP32_BYTES, 1.0, buffer.view(torch.float32))
+        self._transfers.count(self._wire, place, groups, owner_sends=False)
+        if not scaled:
+            return buffer, 0.0
+        self._wire.count(2, [_BOUND_BYTES * (rank != self._stages.place)
+                             for rank in range(self._stages.ranks_per_host)], groups)
+        return buffer, sums.largest()
+
+    def collect(self, inside: Inside, buffer: Tensor, bound: float) -> HostSums:
         """Exchanges gradients inside the host; every rank calls it.
 
         Args:
             inside: of `unite`.
-            sums: this rank's.
+            buffer, bound: of `write`.
 
         Returns:
             Those of the host, for what this rank asked of the hosts.
         """
-        place = inside.gradients
-        buffer = torch.empty(place.total, dtype=torch.uint8, device=inside.asked.ids.device)
-        grads = buffer.view(torch.float32)
-        sums.write(place.slot_offsets // _FP32_BYTES, 1.0, grads)
-        groups = self._stages.inside
-        self._transfers.count(self._wire, place, groups, owner_sends=False)
-        self._transfers.start(buffer, place, groups, owner_sends=False).wait()
-        return HostSums(self, inside, grads, sums)
+        self._transfers.start(buffer, inside.gradients, self._stages.inside_grads,
+                              owner_sends=False).wait()
+        return HostSums(self, inside, buffer.view(torch.float32), bound)
 
     def agree(self, own: float, rest: float) -> float:
         """Sum of ``own`` over the host's ranks, plus their largest ``rest``: the same on all."""
-        groups = self._stages.inside
-        ranks = self._stages.ranks_per_host
+        groups, ranks = self._stages.inside_grads, self._stages.ranks_per_host
         mine = torch.tensor([own, rest], dtype=torch.float64, device=groups.device)
         found = torch.empty(2 * ranks, dtype=torch.float64, device=groups.device)
         all_to_all(found, mine.repeat(ranks), [2] * ranks, [2] * ranks, groups, "grads").wait()
-        self._wire.count(2, [mine.nbytes * (rank != self._stages.place) for rank in range(ranks)],
-                         groups)
         both = found.view(ranks, 2)
         return float(both[:, 0].sum() + both[:, 1].max())
 
@@ -306,11 +321,11 @@ class HostSums:
         relay: of the rank.
         inside: what was asked.
         grads: fp32, flat: gradients of all ranks of the host.
-        own: this rank's sums.
+        bound: of this rank's own sums.
     """
 
-    def __init__(self, relay: HostRelay, inside: Inside, grads: Tensor, own: SlotSums) -> None:
-        self._relay, self._inside, self._grads, self._own = relay, inside, grads, own
+    def __init__(self, relay: HostRelay, inside: Inside, grads: Tensor, bound: float) -> None:
+        self._relay, self._inside, self._grads, self._bound = relay, inside, grads, bound
 
     def write(self, start: Tensor, scale: float, out: Tensor) -> None:
         """Adds up the ranks' gradients of every row, in their order."""
@@ -333,4 +348,4 @@ class HostSums:
     def largest(self, rests: Sequence[Tensor] = ()) -> float:
         """Bound of any sum; the same on all ranks of the host, as copies of a table must be."""
         rest = max((float(part.abs().max()) for part in rests if part.numel()), default=0.0)
-        return self._relay.agree(self._own.largest(), rest)
+        return self._relay.agree(self._bound, rest)

@@ -61,21 +61,21 @@ class GradientSender:
         """Tells how many optimiser steps were taken."""
         self.step, self._backwards = step, 0
 
-    def encode(self, gradients: SlotSums, place: Buffer, device: torch.device) -> Tensor:
-        """This rank's gradients, summed per slot and encoded: uint8 [place.total].
+    def encode(self, gradients: SlotSums, place: Buffer, buffer: Tensor) -> None:
+        """Writes this rank's gradients, summed per slot and encoded.
 
         Args:
             gradients: the sums.
             place: of the gradients' buffer.
-            device: of the buffer.
+            buffer: uint8 [place.total].
         """
-        buffer = torch.empty(place.total, dtype=torch.uint8, device=device)
+        device = buffer.device
         codec = self._cells.backward_slots
         if codec.is_plain:
             start, sums = place.slot_offsets // _FP32_BYTES, buffer.view(torch.float32)
             gradients.write(start, 1.0, sums)
             self._look(sums, start, place)
-            return buffer
+            return
         rows = gradients.rows(place)
         rests = self.feedback.take(rows, place.slot_vectors) if self.feedback.wanted else {}
         scale = 1.0
@@ -101,7 +101,6 @@ class GradientSender:
             self.feedback.keep(rows, place.slot_vectors, {
                 i: left[first:first + rest.numel()].view_as(rest)
                 for (i, rest), first in zip(rests.items(), start[[*rests]].tolist(), strict=True)})
-        return buffer
 
     @staticmethod
     def _add(sums: Tensor, rests: dict[int, Tensor], start: Tensor, scale: float) -> None:

@@ -68,7 +68,7 @@ def test_predicted_bytes_are_those_sent(kind, exchange):
 
 
 def test_two_stages_pay_over_slow_links_only():
-    slow, fast = _compare(_plan(), inter=2e6), _compare(_plan(), inter=1e10)
+    slow, fast = _compare(_plan(), inter=5e5), _compare(_plan(), inter=1e10)
     assert slow.two_stage_pays
     assert not fast.two_stage_pays
     assert slow.flat.across_bytes == fast.flat.across_bytes

@@ -18,7 +18,7 @@ from tests.sharded_runs import table_plan
 def _stages(rank, hosts, size):
     host, place = divmod(rank, size)
     none = Groups()
-    return Stages(host, hosts, place, size, none, none, none, none, "")
+    return Stages(host, hosts, place, size, none, none, none, none, none, none, None, "")
 
 
 @settings(max_examples=40)
