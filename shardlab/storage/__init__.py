@@ -9,7 +9,9 @@ from shardlab.storage.base import (
     TableChunk,
     read_codes,
 )
+from shardlab.storage.parts import RowBlock, flush_rows, other_chunks, parts_of, row_blocks
 from shardlab.storage.registry import build_storage
 
-__all__ = ["LocalShard", "PlacedJobs", "RowReads", "Storage", "StorageOptions", "TableChunk",
-           "build_storage", "read_codes"]
+__all__ = ["LocalShard", "PlacedJobs", "RowBlock", "RowReads", "Storage", "StorageOptions",
+           "TableChunk", "build_storage", "flush_rows", "other_chunks", "parts_of", "read_codes",
+           "row_blocks"]
