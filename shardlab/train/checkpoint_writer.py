@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -44,6 +43,10 @@ _BUFFER_SHARE = 0.05
 _BUFFER_BYTES = 32 << 20
 #: An incremental checkpoint of more than this share of the rows would save little: a full one.
 _WORTH_SHARE = 0.5
+#: Ranks that wait for each other's files meet this often.
+_TICK_S = 1.0
+#: Ranks that are named, of those that are waited for.
+_NAMED = 8
 #: A run that ends by an error waits this long for the other ranks' parts.
 _LEAVE_S = 10.0
 
@@ -73,6 +76,8 @@ class CheckpointWriter:
         optimizer: the optimiser that `shardlab.shard` returned.
         groups: the ranks of the job.
         options: how to save.
+        on_progress: is told in words who writes and how much is written, whenever training waits
+            for files and more of them is there, on any rank.
 
     Attributes:
         stalled_s: seconds that training has waited for checkpoints so far.
@@ -80,11 +85,11 @@ class CheckpointWriter:
     """
 
     def __init__(self, model: ShardedModel, optimizer: torch.optim.Optimizer, groups: Groups,
-                 options: SaveOptions | None = None) -> None:
+                 options: SaveOptions | None = None,
+                 on_progress: Callable[[str], None] = lambda text: None) -> None:
         self._model, self._optimizer, self._groups = model, optimizer, groups
-        self._options = options or SaveOptions()
+        self._options, self._on_progress = options or SaveOptions(), on_progress
         self._job: SaveJob | None = None
-        self._thread: threading.Thread | None = None
         self._changed: dict[str, ChangedRows] = {}
         self._base: BaseEntry | None = None
         self._since_full = 0
@@ -111,19 +116,22 @@ class CheckpointWriter:
         together(self._groups, what, lambda: self._prepare(path))
         base = self._choose_base(path)
         taken: list[SaveJob] = []
+
+        def take() -> bool:
+            taken.append(self._take(path, base, extra))
+            return bool(taken[0].rest)
+
         try:
-            together(self._groups, what, lambda: taken.append(self._take(path, base, extra)))
+            waits = together(self._groups, what, take)
         except CheckpointError:
             self._drop(taken[0] if taken else None)
             raise
         self._job = taken[0]
-        if self._options.background:
-            self._thread = threading.Thread(target=self._job.write_and_publish, daemon=True,
-                                            name="checkpoint")
-            self._thread.start()
-        else:
-            self._job.write()
+        self._job.start()
+        if not self._options.background:
             self.finish()
+        elif any(waits):
+            self._wait(self._job, self._job.taken.wait)
         self.stalled_s += time.perf_counter() - started
         return path
 
@@ -135,9 +143,9 @@ class CheckpointWriter:
 
         For runs that end by an error: the other ranks may not be there any more.
         """
-        if self._thread is not None and self._job is not None:
+        if self._job is not None:
             self._job.written.wait()
-            self._thread.join(_LEAVE_S)
+            self._job.ended.wait(_LEAVE_S)
             self._job.cancelled.set()
 
     @property
@@ -151,20 +159,16 @@ class CheckpointWriter:
         Raises:
             CheckpointError: it failed, on every rank, naming the rank that failed.
         """
-        job, thread = self._job, self._thread
+        job = self._job
         if job is None:
             return
-        started, what = time.perf_counter(), f"save {job.path}"
-        self._job = self._thread = None
+        started = time.perf_counter()
+        self._job = None
         published = False
         try:
-            job.written.wait()
-            together(self._groups, what, job.check)
-            if thread is not None:
-                thread.join()
-            elif self._groups.rank == 0:
-                _keep_error(job, job.publish)
-            digest = together(self._groups, what, lambda: (job.check(), job.digest)[1])[0]
+            self._wait(job, job.ended.wait)
+            digest = together(self._groups, f"save {job.path}",
+                              lambda: (job.check(), job.digest)[1])[0]
             published = True
         finally:
             job.cancelled.set()
@@ -175,6 +179,23 @@ class CheckpointWriter:
                 self._base, self._since_full = BaseEntry(job.path.name, digest), 0
             self.stalled_s += time.perf_counter() - started + sum(
                 snapshot.waited_s for snapshot in job.snapshots.values())
+
+    def _wait(self, job: SaveJob, wait: Callable[[float], bool]) -> None:
+        """Waits until ``wait`` is true on all ranks. Ranks meet every `_TICK_S`: so no rank is late
+        at a collective, however long another one writes, and all know whether anything moves."""
+        seen = None
+        while True:
+            done = wait(_TICK_S)
+            ranks = gather_objects_json([done, self.progress], self._groups)
+            left = [rank for rank, (there, _) in enumerate(ranks) if not there]
+            if not left:
+                return
+            if ranks != seen:
+                seen = ranks
+                whom = ", ".join(map(str, left[:_NAMED]))
+                written = sum(progress for _, progress in ranks) / 1e6
+                self._on_progress(f"checkpoint {job.path.name}, which rank {whom} writes, "
+                                  f"{written:,.0f} MB so far")
 
     # ------------------------------------------------------------------ parts of save
     def _prepare(self, path: Path) -> None:
@@ -236,15 +257,15 @@ class CheckpointWriter:
 
     def _take_others(self, job: SaveJob, name: str, collection: ShardedEmbeddingBagCollection,
                      room: int) -> int:
-        """Copies what is not kept as rows where that fits into ``room`` bytes, and writes the rest
-        now; bytes that were copied."""
+        """Copies what is not kept as rows where that fits into ``room`` bytes; the rest is written
+        before training goes on. Returns bytes that were copied."""
         copied = 0
         chunks = other_chunks(name, collection)
         for named in chunks:
             if named.chunk.replicated and self._groups.rank:
                 continue  # rank 0 writes these
             if not self._options.background or copied + named.num_bytes > room:
-                job.tables.write(chain([named], chunks))
+                job.rest.append(chain([named], chunks))
                 break
             copied += named.num_bytes
             job.copies.append(named.copy())
@@ -324,10 +345,3 @@ def _buffer_bytes(collection: Any) -> int:
 
 def _kind_of(optimizer: torch.optim.Optimizer) -> str:
     return str(optimizer.param_groups[0].get("kind", type(optimizer).__name__))
-
-
-def _keep_error(job: SaveJob, action: Callable[[], None]) -> None:
-    try:
-        action()
-    except Exception as error:
-        job.error = error

@@ -10,11 +10,13 @@ import json
 import threading
 import time
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from shardlab.comm.groups import Groups
@@ -47,8 +49,11 @@ class SaveJob:
         tables: writes this rank's rows.
         state: small files: (name without suffix, tree, tensors); a tree of None: tensors alone.
         snapshots: rows at the moment of the save, by collection.
-        copies: chunks of what is not kept as rows.
+        rest: chunks of tables that are written before training goes on.
+        copies: copied chunks of tables.
+        taken: set once training may go on.
         written: set once this rank's part is there, or has failed.
+        ended: set once this rank has no more to do for it.
         cancelled: set once nobody waits for it any more.
         error: what went wrong on this rank.
         digest: of the manifest, on rank 0, once it is published.
@@ -61,8 +66,11 @@ class SaveJob:
     tables: TableFiles
     state: list[tuple[str, Any, dict[str, Tensor]]]
     snapshots: dict[str, Snapshot] = field(default_factory=dict)
+    rest: list[Iterator[NamedChunk]] = field(default_factory=list)
     copies: deque[NamedChunk] = field(default_factory=deque)
+    taken: threading.Event = field(default_factory=threading.Event)
     written: threading.Event = field(default_factory=threading.Event)
+    ended: threading.Event = field(default_factory=threading.Event)
     cancelled: threading.Event = field(default_factory=threading.Event)
     error: BaseException | None = None
     digest: str | None = None
@@ -72,20 +80,39 @@ class SaveJob:
         """Where files go before they are published."""
         return self.path.parent / (STAGING + self.path.name)
 
-    def write(self) -> None:
-        """Writes this rank's files, and their list last; an error is kept for `finish`."""
+    def start(self) -> None:
+        """Writes and publishes in a thread; errors are kept for `check`."""
+        threading.Thread(target=self._run, daemon=True, name="checkpoint").start()
+
+    def _run(self) -> None:
+        try:
+            if self.groups.device.type == "cuda":
+                torch.cuda.set_device(self.groups.device)  # every thread has its own
+            self._write()
+            if self.groups.rank == 0 and self.error is None:
+                self._publish()
+        except BaseException as error:
+            self.error = error
+        finally:
+            self.ended.set()
+
+    def _write(self) -> None:
+        """Writes this rank's files, and their list last."""
         part: dict[str, Any] = {"error": True}
         try:
             part = self._write_files()
         except Exception as error:
             self.error = error
         finally:
+            self.taken.set()
             for snapshot in self.snapshots.values():
                 snapshot.close()
             self._write_part(part)
             self.written.set()
 
     def _write_files(self) -> dict[str, Any]:
+        self.tables.write(chain.from_iterable(self.rest))
+        self.taken.set()
         copies = (self.copies.popleft() for _ in range(len(self.copies)))
         self.tables.write(chain(copies, *(snapshot_chunks(name, snapshot)
                                           for name, snapshot in self.snapshots.items())))
@@ -110,16 +137,7 @@ class SaveJob:
     def _part(self, rank: int) -> Path:
         return self.staging / f"part-{rank:05d}.json"
 
-    def write_and_publish(self) -> None:
-        """What the thread does."""
-        try:
-            self.write()
-            if self.groups.rank == 0 and self.error is None:
-                self.publish()
-        except BaseException as error:
-            self.error = error
-
-    def publish(self) -> None:
+    def _publish(self) -> None:
         """Gathers the parts of all ranks and makes them a checkpoint; not where one failed."""
         parts = [self._await_part(rank) for rank in range(self.groups.world_size)]
         whole = [part for part in parts if part is not None and "error" not in part]

@@ -6,11 +6,14 @@ the writer runs, a checkpoint holds that moment.
 
 from __future__ import annotations
 
+import os
 import random
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,13 +24,23 @@ from shardlab.comm import Groups
 from shardlab.errors import CheckpointError
 from shardlab.plan import ShardingPlan, build_table_plan
 from shardlab.sharded import row_watch
+from shardlab.sharded.clock import PhaseClock
 from shardlab.specs import EmbeddingBagConfig, ShardingType
 from shardlab.storage import TableChunk
-from shardlab.train import CheckpointWriter, SaveOptions, compact, load, save_job, verify
+from shardlab.train import (
+    CheckpointWriter,
+    SaveOptions,
+    compact,
+    load,
+    save_job,
+    tensor_file,
+    verify,
+)
 from shardlab.train import checkpoint_writer as module
 from shardlab.train.checkpoint_reader import CheckpointReader
 from shardlab.train.manifest import CHANGED, PRESENT
 from shardlab.train.table_files import NamedChunk, other_chunks
+from shardlab.train.watchdog import Watchdog
 from tests.harness import run_ranks
 
 ROWS = 300
@@ -397,3 +410,36 @@ def test_all_kinds_of_two_ranks_load_on_one(tmp_path: Path) -> None:
     assert whole.keys() == one.keys()
     for name, cell in whole.items():
         torch.testing.assert_close(cell, one[name], rtol=0, atol=1e-6, msg=name)
+
+
+def save_slowly(groups: Groups, folder: str, slow_rank: int,
+                file_s: list[float]) -> tuple[float, list[str]]:
+    """Seconds of a save on this rank, and what a watchdog of a second said, where the first files
+    of one rank take so long."""
+    module._TICK_S = 0.1
+    delays = iter(file_s)
+    if groups.rank == slow_rank:
+        tensor_file.os = SimpleNamespace(fsync=lambda _: time.sleep(next(delays, 0.0)),
+                                         open=os.open, close=os.close, O_RDONLY=os.O_RDONLY)
+    run, seen = Run(groups, folder), []
+    with Watchdog(PhaseClock(), groups, 1.0, seen.append) as dog:
+        writer = CheckpointWriter(run.model, run.optimizer, groups, on_progress=dog.beat)
+        dog.beat("checkpoint step-0")
+        started = time.monotonic()
+        try:
+            writer.save(Path(folder) / "step-0")
+        finally:
+            tensor_file.os = os
+    return time.monotonic() - started, [str(error) for error in seen]
+
+
+def test_a_slow_checkpoint_of_one_rank_is_no_stall(tmp_path: Path) -> None:
+    for seconds, said in run_ranks(2, save_slowly, str(tmp_path), 1, [0.7] * 3):
+        assert seconds > 2
+        assert not said
+
+
+def test_a_checkpoint_without_progress_is_a_stall(tmp_path: Path) -> None:
+    (_, said), = run_ranks(1, save_slowly, str(tmp_path), 0, [2.0])
+    assert "no progress for 1 s" in said[0]
+    assert "rank 0 is at checkpoint step-0, which rank 0 writes, 0 MB so far" in said[0]

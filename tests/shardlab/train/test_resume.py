@@ -197,7 +197,7 @@ def test_process_killed_by_sigkill_continues_bit_for_bit(tmp_path: Path, start: 
     victim.kill()
     assert victim.wait() == -signal.SIGKILL
     assert not (killed / "digest").exists()
-    for _ in range(kills - 1):  # and again, at any instant: a restart, a step, a checkpoint, its removal
+    for _ in range(kills - 1):  # and again, in a restart, a step, a checkpoint, its removal
         seen = latest(killed / "checkpoints")
         assert seen is not None
         verify(seen)
