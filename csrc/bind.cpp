@@ -153,8 +153,6 @@ void bind_dense_bf16(nb::module_& m) {
 }  // namespace
 
 NB_MODULE(_native, m) {
-  // Objects that live when the interpreter ends, such as lanes, are the system's to free.
-  nb::set_leak_warnings(false);
   m.def("isa", [] { return std::string(shardlab::active_kernels().name); });
   m.def("processor_vendor", [] { return std::string(shardlab::processor_vendor()); });
   m.def("isas", [] {

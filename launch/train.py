@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import pyarrow as pa
 import torch
 from rich.console import Console
 
@@ -54,7 +53,7 @@ def run_job(job: JobConfig) -> int:
     leave_compiler_out()
     keep_freed_memory()
     # One heap: pyarrow's own allocator would keep 30 MB a rank of what readers freed.
-    pa.set_memory_pool(pa.system_memory_pool())
+    os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
     _set_determinism(job.train.seed, job.train.deterministic)
     groups = comm.init(job.exchange.timeout_s, job.exchange.transport)
     check_versions(groups)

@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 
-if TYPE_CHECKING:
-    from shardlab.comm.groups import Groups
+
+class Ranks(Protocol):
+    """What of `shardlab.comm.Groups` it takes to gather."""
+
+    @property
+    def process_group(self) -> dist.ProcessGroup | None:
+        """Of all ranks; None in a world of one."""
+
+    @property
+    def device(self) -> torch.device:
+        """That the group's collectives take."""
+
+    @property
+    def world_size(self) -> int:
+        """How many ranks."""
 
 
-def gather_json(value: Any, groups: Groups) -> list[Any]:
+def gather_json(value: Any, groups: Ranks) -> list[Any]:
     """Every rank's value, by rank, on every rank; uses the process group alone."""
     text = json.dumps(value).encode()
     if groups.process_group is None:

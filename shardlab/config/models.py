@@ -388,8 +388,9 @@ class TrainConfig(Section):
         "or leave the batch out on all ranks")
     stall_timeout_s: Positive | None = Field(
         default=600.0,
-        description="seconds without a finished step, validation or checkpoint after which a run "
-        "ends and names the rank and phase that it waits for; null: never")
+        description="seconds without a finished step or batch of validation, or a byte of a "
+        "checkpoint, after which a run ends and names the rank and phase that it waits for; "
+        "null: never")
     check_memory: bool = Field(
         default=True,
         description="before the first step, refuse a job that is predicted not to fit the memory "

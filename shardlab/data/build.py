@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 
 from shardlab.data.criteo import CriteoTsvSource
-from shardlab.data.parquet import CRITEO_PARQUET, ParquetColumns, ParquetSource
 from shardlab.data.reader import Reader
 from shardlab.data.rows import RowSource
 from shardlab.data.synthetic import SyntheticCriteoSource
@@ -49,12 +48,16 @@ def _criteo_tsv(spec: SourceSpec) -> RowSource:
 
 
 def _criteo_parquet(spec: SourceSpec) -> RowSource:
+    from shardlab.data.parquet import CRITEO_PARQUET, ParquetColumns, ParquetSource
+
     columns = ParquetColumns(CRITEO_PARQUET.label, CRITEO_PARQUET.dense, spec.columns,
                              CRITEO_PARQUET.log_dense, CRITEO_PARQUET.hex_strings)
     return ParquetSource(spec.path, spec.features, columns, spec.on_bad_row)
 
 
 def _parquet(spec: SourceSpec) -> RowSource:
+    from shardlab.data.parquet import ParquetColumns, ParquetSource
+
     columns = ParquetColumns(spec.label, tuple(spec.dense), spec.columns, spec.log_dense,
                              raw_integers=spec.raw_integers)
     return ParquetSource(spec.path, spec.features, columns, spec.on_bad_row)

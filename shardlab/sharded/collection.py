@@ -30,7 +30,14 @@ from shardlab.sharded.replicas import Replicas, Replication
 from shardlab.sharded.row_watch import ChangedRows, Snapshot
 from shardlab.sharded.wire_watch import BACKWARD, FORWARD, WireWatch
 from shardlab.specs import EmbeddingBagConfig, check_tables
-from shardlab.storage import RowReads, StorageOptions, TableChunk, build_storage
+from shardlab.storage import (
+    StorageOptions,
+    TableChunk,
+    build_storage,
+    flush_rows,
+    other_chunks,
+    row_blocks,
+)
 from shardlab.storage_bytes import TierBytes
 from shardlab.storage_specs import RowsSpec, Tier, has_cache, home_tier
 
@@ -330,35 +337,34 @@ class ShardedEmbeddingBagCollection(nn.Module):
         if self._hot is not None:
             self._hot.write_down(self.updater.watches)
 
-    def snapshot(self, changed: ChangedRows | None, buffer_bytes: int) -> Snapshot | None:
+    def snapshot(self, changed: ChangedRows | None, buffer_bytes: int) -> Snapshot:
         """This rank's rows at this moment, to be written while training goes on.
+
+        It holds the shards that are kept as rows. Those of the other kinds come from
+        `other_chunks`, which the caller takes before training goes on.
 
         Args:
             changed: hold only these rows; None: all.
             buffer_bytes: of rows that steps change before they are written.
-
-        Returns:
-            None where the storage cannot be read while it trains: use `chunks` then.
         """
-        if not isinstance(self.storage, RowReads):
-            return None
         self._settle_rows()
-        self.storage.flush()
-        taken = Snapshot(self.storage, self.storage.shards, changed and changed.marks,
-                         buffer_bytes)
+        flush_rows(self.storage)
+        taken = Snapshot(row_blocks(self.storage), changed and changed.marks, buffer_bytes)
         self.updater.watches.append(taken)
         return taken
+
+    def other_chunks(self, max_bytes: int = _CHUNK_BYTES) -> Iterator[TableChunk]:
+        """Streams this rank's shards that are not kept as rows, right after `snapshot`."""
+        return other_chunks(self.storage, max_bytes)
 
     def drop_snapshot(self, snapshot: Snapshot) -> None:
         """Ends a snapshot, whether it was written or not."""
         self.updater.watches.remove(snapshot)
         snapshot.close()
 
-    def watch_changes(self) -> ChangedRows | None:
-        """From now on, what rows steps change; None where the storage does not step rows."""
-        if not isinstance(self.storage, RowReads):
-            return None
-        changed = ChangedRows(self.storage.shards)
+    def watch_changes(self) -> ChangedRows:
+        """From now on, which of the shards' rows steps change, where they are kept as rows."""
+        changed = ChangedRows(row_blocks(self.storage))
         self.updater.watches.append(changed)
         return changed
 

@@ -15,7 +15,7 @@ Source: own; the incremental part as in Check-N-Run (arXiv 2010.08679).
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from time import perf_counter
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from shardlab.ops.unique import Uniques
-from shardlab.storage import LocalShard, RowReads, TableChunk
+from shardlab.storage import RowBlock, TableChunk
 
 #: fp32 elements of weights and state that a stripe holds: 4 MiB.
 _STRIPE_ELEMENTS = 1 << 20
@@ -39,27 +39,39 @@ class RowWatch(Protocol):
 
 
 class ChangedRows:
-    """The rows of this rank's shards that were stepped since `clear`: one byte of memory a row."""
+    """The rows of shards that were stepped since `clear`: one byte of memory a row.
 
-    def __init__(self, shards: list[LocalShard]) -> None:
-        self.marks = [torch.zeros(local.shard.rows, dtype=torch.bool) for local in shards]
+    Args:
+        blocks: the shards, by number.
+
+    Attributes:
+        marks: bool [rows], by number of the shard.
+    """
+
+    def __init__(self, blocks: Mapping[int, RowBlock]) -> None:
+        self.marks = {number: torch.zeros(block.local.shard.rows, dtype=torch.bool)
+                      for number, block in blocks.items()}
 
     def before_update(self, uniques: Uniques) -> None:
         """Marks the rows."""
         ids, splits = uniques.ids.cpu(), uniques.splits.tolist()
-        for block, mark in enumerate(self.marks):
+        for block, mark in self.marks.items():
             first, last = splits[block:block + 2]
             if first < last:
                 mark.index_fill_(0, ids[first:last], True)
 
     def clear(self) -> None:
         """Forgets everything."""
-        for mark in self.marks:
+        for mark in self.marks.values():
             mark.zero_()
 
     def count(self) -> int:
         """How many rows changed."""
-        return sum(int(mark.sum()) for mark in self.marks)
+        return sum(int(mark.sum()) for mark in self.marks.values())
+
+    def num_rows(self) -> int:
+        """How many rows there are."""
+        return sum(mark.numel() for mark in self.marks.values())
 
 
 @dataclass
@@ -83,33 +95,35 @@ class Snapshot:
     """The rows of one rank at the moment this is made.
 
     Args:
-        storage: flushed by now.
-        shards: its shards.
-        changed: marks of the rows to hold, by block; None: all rows.
+        blocks: the shards to hold, by number; their storages are flushed by now.
+        changed: marks of the rows to hold, by number of the shard; None: all rows.
         buffer_bytes: of kept rows; a step that needs more waits until the writer has caught up.
 
     Attributes:
+        limit: ``buffer_bytes``.
         waited_s: seconds that steps have waited so.
     """
 
-    def __init__(self, storage: RowReads, shards: list[LocalShard], changed: list[Tensor] | None,
+    def __init__(self, blocks: Mapping[int, RowBlock], changed: Mapping[int, Tensor] | None,
                  buffer_bytes: int) -> None:
-        self._storage, self._shards, self._limit = storage, shards, buffer_bytes
+        self.limit = buffer_bytes
         self._lock = threading.Condition()
         self._held, self._over = 0, False
         self.waited_s = 0.0
-        self._clean: list[Tensor] = []
-        self._blocks: list[_Stripes] = []
-        for block, local in enumerate(shards):
-            wanted = None if changed is None else changed[block].nonzero()[:, 0]
-            self._blocks.append(_cut(local.shard.rows, storage.row_elements(block), wanted))
-            self._clean.append(torch.zeros(local.shard.rows, dtype=torch.bool) if changed is None
-                               else ~changed[block])
+        self._blocks = dict(blocks)
+        self._clean: dict[int, Tensor] = {}
+        self._cuts: dict[int, _Stripes] = {}
+        for number, block in self._blocks.items():
+            wanted = None if changed is None else changed[number].nonzero()[:, 0]
+            rows = block.local.shard.rows
+            self._cuts[number] = _cut(rows, block.elements, wanted)
+            self._clean[number] = torch.zeros(rows, dtype=torch.bool) if changed is None \
+                else ~changed[number]
 
     @property
     def num_rows(self) -> int:
         """Rows that it holds."""
-        return sum(int((~clean).sum()) for clean in self._clean)
+        return sum(int((~clean).sum()) for clean in self._clean.values())
 
     # ------------------------------------------------------------------ the training thread
     def before_update(self, uniques: Uniques) -> None:
@@ -117,7 +131,7 @@ class Snapshot:
         if self._over:
             return
         ids, splits = uniques.ids.cpu(), uniques.splits.tolist()
-        for block, clean in enumerate(self._clean):
+        for block, clean in self._clean.items():
             first, last = splits[block:block + 2]
             if first == last:
                 continue
@@ -125,12 +139,12 @@ class Snapshot:
             mine = mine[~clean[mine]]
             if mine.numel():
                 self._keep(block, mine.sort().values)
-        if self._held > self._limit:
+        if self._held > self.limit:
             self._wait_for_room()
 
     def _keep(self, block: int, rows: Tensor) -> None:
-        weights, state = self._storage.read_rows(block, rows)
-        cut = self._blocks[block]
+        weights, state = self._blocks[block].read_rows(rows)
+        cut = self._cuts[block]
         with self._lock:
             ends = torch.searchsorted(rows, cut.edges[cut.done:]).tolist()
             for stripe, (low, high) in enumerate(pairwise(ends), cut.done):
@@ -145,13 +159,13 @@ class Snapshot:
     def _wait_for_room(self) -> None:
         started = perf_counter()
         with self._lock:
-            self._lock.wait_for(lambda: self._held <= self._limit or self._over)
+            self._lock.wait_for(lambda: self._held <= self.limit or self._over)
         self.waited_s += perf_counter() - started
 
     # ------------------------------------------------------------------ the writer's thread
     def chunks(self) -> Iterator[tuple[TableChunk, bool]]:
         """Streams (chunk, whether it holds changed rows only): these have ``present`` set."""
-        for block, cut in enumerate(self._blocks):
+        for block, cut in self._cuts.items():
             for stripe in range(cut.edges.numel() - 1):
                 yield self._read(block, stripe)
 
@@ -159,19 +173,20 @@ class Snapshot:
         """Keeps nothing any more; whoever waits goes on."""
         with self._lock:
             self._over, self._held = True, 0
-            for cut in self._blocks:
+            for cut in self._cuts.values():
                 cut.kept.clear()
             self._lock.notify_all()
 
     def _read(self, block: int, stripe: int) -> tuple[TableChunk, bool]:
-        cut, local = self._blocks[block], self._shards[block]
+        cut, source = self._cuts[block], self._blocks[block]
+        local = source.local
         first, last = cut.edges[stripe:stripe + 2].tolist()
         held = None
         if cut.rows is None:
-            weights, state = self._storage.read_range(block, first, last - first)
+            weights, state = source.read_range(first, last - first)
         else:
             held = cut.rows[stripe] - first
-            weights, state = self._storage.read_rows(block, cut.rows[stripe])
+            weights, state = source.read_rows(cut.rows[stripe])
         with self._lock:
             for rows, old_weights, old_state in cut.kept.pop(stripe, []):
                 at = rows - first if held is None else torch.searchsorted(held, rows - first)
@@ -182,7 +197,7 @@ class Snapshot:
             self._lock.notify_all()
         chunk = TableChunk(
             local.table.name, local.shard.row_start + first, local.shard.col_start, weights,
-            self._storage.named_state(block, state), local.replicated)
+            source.named_state(state), local.replicated)
         if held is None:
             return chunk, False
         return replace(chunk, present=held, span=last - first), True

@@ -228,7 +228,7 @@ class RowReads(Protocol):
     """What a storage may offer besides: rows that can be copied while it trains.
 
     After `flush` the homes hold every row's value, and go on holding it until the row is stepped.
-    Storages without it are written before training goes on.
+    Storages without it are copied or written before training goes on.
     """
 
     def flush(self) -> None:

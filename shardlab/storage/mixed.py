@@ -29,6 +29,8 @@ class MixedStorage:
 
     def __init__(self, shards: list[LocalShard], parts: Mapping[Storage, list[int]]) -> None:
         self.shards, self.parts = shards, list(parts)
+        #: Numbers of every part's shards.
+        self.blocks = list(parts.values())
         self._part = torch.empty(len(shards), dtype=torch.int64)
         self._number = torch.empty(len(shards), dtype=torch.int64)
         for part, blocks in enumerate(parts.values()):

@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import json
 import shutil
-import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,30 +26,27 @@ from torch import Tensor
 from shardlab.comm.collectives import gather_objects_json
 from shardlab.comm.groups import Groups
 from shardlab.errors import CheckpointError
-from shardlab.train.manifest import MANIFEST, BaseEntry, ChunkEntry, Manifest, TableEntry
-from shardlab.train.retention import STAGING, check_new, prune
+from shardlab.train.manifest import MANIFEST, BaseEntry, Manifest, TableEntry
+from shardlab.train.retention import STAGING, check_new
 from shardlab.train.rng import capture_rng
+from shardlab.train.save_job import SaveJob
 from shardlab.train.state_tree import flatten_state
-from shardlab.train.table_files import TableFiles, file_bytes, snapshot_chunks, whole_chunks
-from shardlab.train.tensor_file import (
-    FileEntry,
-    sync_folder,
-    write_bytes,
-    write_json,
-    write_tensors,
-)
+from shardlab.train.table_files import TableFiles, file_bytes, other_chunks
 
 if TYPE_CHECKING:
-    from shardlab.sharded import ShardedModel
-    from shardlab.sharded.row_watch import ChangedRows, Snapshot
+    from shardlab.sharded import ShardedEmbeddingBagCollection, ShardedModel
+    from shardlab.sharded.row_watch import ChangedRows
 
-#: Rows that steps change before they are written may take this share of a rank's tables ...
+#: What is copied before it is written may take this share of a rank's tables ...
 _BUFFER_SHARE = 0.05
-#: ... and this many bytes in any case.
+#: ... and this many bytes in any case; at most half of it what is not kept as rows.
 _BUFFER_BYTES = 32 << 20
 #: An incremental checkpoint of more than this share of the rows would save little: a full one.
 _WORTH_SHARE = 0.5
-_POLL_S = 0.01
+#: Ranks that wait for each other's files meet this often.
+_TICK_S = 1.0
+#: Ranks that are named, of those that are waited for.
+_NAMED = 8
 #: A run that ends by an error waits this long for the other ranks' parts.
 _LEAVE_S = 10.0
 
@@ -71,116 +68,6 @@ class SaveOptions:
     keep: int | None = None
 
 
-@dataclass
-class _Job:
-    """One save under way on this rank.
-
-    Attributes:
-        state: small files: (name without suffix, tree, tensors); a tree of None: tensors alone.
-        tables: writes this rank's rows.
-    """
-
-    path: Path
-    groups: Groups
-    manifest: Manifest
-    keep: int | None
-    tables: TableFiles
-    snapshots: dict[str, Snapshot]
-    state: list[tuple[str, Any, dict[str, Tensor]]]
-    written: threading.Event = field(default_factory=threading.Event)
-    cancelled: threading.Event = field(default_factory=threading.Event)
-    error: BaseException | None = None
-    digest: str | None = None
-
-    @property
-    def staging(self) -> Path:
-        """Where files go before they are published."""
-        return self.path.parent / (STAGING + self.path.name)
-
-    def write(self) -> None:
-        """Writes this rank's files, and their list last; an error is kept for `finish`."""
-        part: dict[str, Any] = {"error": True}
-        try:
-            part = self._write_files()
-        except Exception as error:
-            self.error = error
-        finally:
-            for snapshot in self.snapshots.values():
-                snapshot.close()
-            self._write_part(part)
-            self.written.set()
-
-    def _write_files(self) -> dict[str, Any]:
-        for name, snapshot in self.snapshots.items():
-            self.tables.write(snapshot_chunks(name, snapshot))
-        files = list(self.tables.files)
-        for name, tree, tensors in self.state:
-            if tree is not None:
-                files.append(write_json(self.staging / f"{name}.json", tree))
-            files.append(write_tensors(self.staging / f"{name}.safetensors", tensors))
-        return {"files": [vars(entry) for entry in files],
-                "chunks": [vars(entry) for entry in self.tables.chunks]}
-
-    def _write_part(self, part: dict[str, Any]) -> None:
-        target = self._part(self.groups.rank)
-        beside = target.with_suffix(".new")
-        try:
-            write_json(beside, part)
-            beside.rename(target)
-        except OSError as error:
-            self.error = self.error or error
-
-    def _part(self, rank: int) -> Path:
-        return self.staging / f"part-{rank:05d}.json"
-
-    def write_and_publish(self) -> None:
-        """What the thread does."""
-        try:
-            self.write()
-            if self.groups.rank == 0 and self.error is None:
-                self.publish()
-        except BaseException as error:
-            self.error = error
-
-    def publish(self) -> None:
-        """Gathers the parts of all ranks and makes them a checkpoint; not where one failed."""
-        parts = [self._await_part(rank) for rank in range(self.groups.world_size)]
-        whole = [part for part in parts if part is not None and "error" not in part]
-        if len(whole) < len(parts):
-            return
-        manifest = Manifest(
-            world_size=self.manifest.world_size, tables=self.manifest.tables,
-            files=tuple(FileEntry(**entry) for part in whole for entry in part["files"]),
-            chunks=tuple(ChunkEntry.from_dict(entry) for part in whole for entry in part["chunks"]),
-            optimizer=self.manifest.optimizer, steps=self.manifest.steps, base=self.manifest.base)
-        manifest.check_files(self.staging)
-        manifest.check_coverage()
-        for rank in range(self.groups.world_size):
-            self._part(rank).unlink()
-        text = manifest.to_bytes()
-        write_bytes(self.staging / MANIFEST, text)
-        sync_folder(self.staging)
-        self.staging.rename(self.path)
-        sync_folder(self.path.parent)
-        self.digest = json.loads(text)["xxh3"]
-        if self.keep is not None:
-            prune(self.path.parent, self.keep)
-
-    def _await_part(self, rank: int) -> dict[str, Any] | None:
-        while not self.cancelled.is_set():
-            try:
-                part: dict[str, Any] = json.loads(self._part(rank).read_bytes())
-                return part
-            except FileNotFoundError:
-                time.sleep(_POLL_S)
-        return None
-
-    def check(self) -> None:
-        """Raises what went wrong on this rank."""
-        if self.error is not None:
-            raise self.error
-
-
 class CheckpointWriter:
     """Saves the checkpoints of one run; every rank makes one and calls it alike.
 
@@ -189,23 +76,25 @@ class CheckpointWriter:
         optimizer: the optimiser that `shardlab.shard` returned.
         groups: the ranks of the job.
         options: how to save.
+        on_progress: is told in words who writes and how much is written, whenever training waits
+            for files and more of them is there, on any rank.
 
     Attributes:
         stalled_s: seconds that training has waited for checkpoints so far.
+        progress: a number that grows as files of checkpoints are written and removed: bytes.
     """
 
     def __init__(self, model: ShardedModel, optimizer: torch.optim.Optimizer, groups: Groups,
-                 options: SaveOptions | None = None) -> None:
+                 options: SaveOptions | None = None,
+                 on_progress: Callable[[str], None] = lambda text: None) -> None:
         self._model, self._optimizer, self._groups = model, optimizer, groups
-        self._options = options or SaveOptions()
-        self._job: _Job | None = None
-        self._thread: threading.Thread | None = None
-        self._changed: dict[str, ChangedRows | None] = {}
-        #: Collections whose changes some rank does not know: they are saved whole by all.
-        self._unmarked: set[str] = set()
+        self._options, self._on_progress = options or SaveOptions(), on_progress
+        self._job: SaveJob | None = None
+        self._changed: dict[str, ChangedRows] = {}
         self._base: BaseEntry | None = None
         self._since_full = 0
         self.stalled_s = 0.0
+        self.progress = 0
 
     def save(self, path: str | Path, extra: dict[str, Any] | None = None) -> Path:
         """Saves a checkpoint; where the options say so, training may go on before it is complete.
@@ -227,20 +116,23 @@ class CheckpointWriter:
         what = f"save {path}"
         together(self._groups, what, lambda: self._prepare(path))
         base = self._choose_base(path)
-        taken: list[_Job] = []
+        taken: list[SaveJob] = []
+
+        def take() -> bool:
+            taken.append(self._take(path, base, extra))
+            return bool(taken[0].rest)
+
         try:
-            together(self._groups, what, lambda: taken.append(self._take(path, base, extra)))
+            waits = together(self._groups, what, take)
         except CheckpointError:
             self._drop(taken[0] if taken else None)
             raise
         self._job = taken[0]
-        if self._options.background:
-            self._thread = threading.Thread(target=self._job.write_and_publish, daemon=True,
-                                            name="checkpoint")
-            self._thread.start()
-        else:
-            self._job.write()
+        self._job.start()
+        if not self._options.background:
             self.finish()
+        elif any(waits):
+            self._wait(self._job, self._job.taken.wait)
         self.stalled_s += time.perf_counter() - started
         return path
 
@@ -252,9 +144,9 @@ class CheckpointWriter:
 
         For runs that end by an error: the other ranks may not be there any more.
         """
-        if self._thread is not None and self._job is not None:
+        if self._job is not None:
             self._job.written.wait()
-            self._thread.join(_LEAVE_S)
+            self._job.ended.wait(_LEAVE_S)
             self._job.cancelled.set()
 
     @property
@@ -268,20 +160,16 @@ class CheckpointWriter:
         Raises:
             CheckpointError: it failed, on every rank, naming the rank that failed.
         """
-        job, thread = self._job, self._thread
+        job = self._job
         if job is None:
             return
-        started, what = time.perf_counter(), f"save {job.path}"
-        self._job = self._thread = None
+        started = time.perf_counter()
+        self._job = None
         published = False
         try:
-            job.written.wait()
-            together(self._groups, what, job.check)
-            if thread is not None:
-                thread.join()
-            elif self._groups.rank == 0:
-                _keep_error(job, job.publish)
-            digest = together(self._groups, what, lambda: (job.check(), job.digest)[1])[0]
+            self._wait(job, job.ended.wait)
+            digest = together(self._groups, f"save {job.path}",
+                              lambda: (job.check(), job.digest)[1])[0]
             published = True
         finally:
             job.cancelled.set()
@@ -292,6 +180,23 @@ class CheckpointWriter:
                 self._base, self._since_full = BaseEntry(job.path.name, digest), 0
             self.stalled_s += time.perf_counter() - started + sum(
                 snapshot.waited_s for snapshot in job.snapshots.values())
+
+    def _wait(self, job: SaveJob, wait: Callable[[float], bool]) -> None:
+        """Waits until ``wait`` is true on all ranks. Ranks meet every `_TICK_S`: so no rank is late
+        at a collective, however long another one writes, and all know whether anything moves."""
+        seen = None
+        while True:
+            done = wait(_TICK_S)
+            ranks = gather_objects_json([done, self.progress], self._groups)
+            left = [rank for rank, (there, _) in enumerate(ranks) if not there]
+            if not left:
+                return
+            if ranks != seen:
+                seen = ranks
+                whom = ", ".join(map(str, left[:_NAMED]))
+                written = sum(progress for _, progress in ranks) / 1e6
+                self._on_progress(f"checkpoint {job.path.name}, which rank {whom} writes, "
+                                  f"{written:,.0f} MB so far")
 
     # ------------------------------------------------------------------ parts of save
     def _prepare(self, path: Path) -> None:
@@ -308,28 +213,26 @@ class CheckpointWriter:
         base = self._base
         if base is None or self._since_full + 1 >= self._options.full_every:
             return None
-        marks = [changed for changed in self._changed.values() if changed is not None]
+        marks = self._changed.values()
         there = (path.parent / base.name / MANIFEST).is_file() if self._groups.rank == 0 else True
-        unmarked = [name for name, changed in self._changed.items() if changed is None]
-        ranks = gather_objects_json([
-            there, sum(changed.count() for changed in marks),
-            sum(mark.numel() for changed in marks for mark in changed.marks), unmarked],
-            self._groups)
-        self._unmarked = {name for rank in ranks for name in rank[3]}
-        worth = sum(rank[1] for rank in ranks) <= _WORTH_SHARE * sum(rank[2] for rank in ranks)
+        ranks = gather_objects_json([there, sum(changed.count() for changed in marks),
+                                     sum(changed.num_rows() for changed in marks)], self._groups)
+        rows = sum(rank[2] for rank in ranks)  # none: all tables are of kinds that are saved whole
+        worth = rows > 0 and sum(rank[1] for rank in ranks) <= _WORTH_SHARE * rows
         return base if worth and all(rank[0] for rank in ranks) else None
 
-    def _take(self, path: Path, base: BaseEntry | None, extra: dict[str, Any] | None) -> _Job:
+    def _take(self, path: Path, base: BaseEntry | None, extra: dict[str, Any] | None) -> SaveJob:
         """Freezes this rank's state: nothing that training changes from now on gets into it."""
         manifest = Manifest(
             world_size=self._groups.world_size, tables=tables_of(self._model), files=(), chunks=(),
             optimizer=_kind_of(self._optimizer),
             steps=int(getattr(self._optimizer, "steps_taken", 0)), base=base)
         staging = path.parent / (STAGING + path.name)
-        job = _Job(path, self._groups, manifest, self._options.keep,
+        job = SaveJob(path, self._groups, manifest, self._options.keep,
                    TableFiles(staging, self._groups.rank, file_bytes=file_bytes(
                        max((c.tier_bytes().total for c in self._model.collections().values()),
-                           default=0)), replica=self._model.replica), {}, self._state(extra))
+                           default=0)), told=self._tell, replica=self._model.replica),
+                      self._state(extra))
         if base is not None:
             self._since_full += 1
         try:
@@ -339,22 +242,39 @@ class CheckpointWriter:
             raise
         return job
 
-    def _take_tables(self, job: _Job) -> None:
-        """Snapshots of all collections; one that cannot be read while it trains is written now."""
+    def _take_tables(self, job: SaveJob) -> None:
+        """Snapshots of the rows of all collections; copies of what is not kept as rows."""
         base = job.manifest.base
         for name, collection in self._model.collections().items():
             changed = self._changed.get(name)
-            whole = base is None or name in self._unmarked
-            snapshot = collection.snapshot(None if whole else changed, _buffer_bytes(collection))
-            if snapshot is None:
-                job.tables.write(whole_chunks(name, collection))
-            else:
-                job.snapshots[name] = snapshot
+            room = _buffer_bytes(collection)
+            job.snapshots[name] = snapshot = collection.snapshot(
+                None if base is None else changed, room)
+            snapshot.limit -= self._take_others(job, name, collection, room // 2)
             if self._options.incremental and base is None:
-                if name not in self._changed:
+                if changed is None:
                     self._changed[name] = collection.watch_changes()
-                elif changed is not None:
+                else:
                     changed.clear()
+
+    def _take_others(self, job: SaveJob, name: str, collection: ShardedEmbeddingBagCollection,
+                     room: int) -> int:
+        """Copies what is not kept as rows where that fits into ``room`` bytes; the rest is written
+        before training goes on. Returns bytes that were copied."""
+        copied = 0
+        chunks = other_chunks(name, collection)
+        for named in chunks:
+            if named.chunk.replicated and self._groups.rank:
+                continue  # rank 0 writes these
+            if not self._options.background or copied + named.num_bytes > room:
+                job.rest.append(chain([named], chunks))
+                break
+            copied += named.num_bytes
+            job.copies.append(named.copy())
+        return copied
+
+    def _tell(self, count: int) -> None:
+        self.progress += count
 
     def _state(self, extra: dict[str, Any] | None) -> list[tuple[str, Any, dict[str, Tensor]]]:
         rank = self._groups.rank
@@ -368,7 +288,7 @@ class CheckpointWriter:
                                          "extra": extra or {}})]
         return state
 
-    def _drop(self, job: _Job | None) -> None:
+    def _drop(self, job: SaveJob | None) -> None:
         collections = self._model.collections()
         for name, snapshot in (job.snapshots if job is not None else {}).items():
             collections[name].drop_snapshot(snapshot)
@@ -427,10 +347,3 @@ def _buffer_bytes(collection: Any) -> int:
 
 def _kind_of(optimizer: torch.optim.Optimizer) -> str:
     return str(optimizer.param_groups[0].get("kind", type(optimizer).__name__))
-
-
-def _keep_error(job: _Job, action: Callable[[], None]) -> None:
-    try:
-        action()
-    except Exception as error:
-        job.error = error

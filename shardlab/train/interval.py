@@ -15,6 +15,7 @@ from shardlab.comm.groups import Groups
 from shardlab.errors import NotFiniteError
 from shardlab.phases import WAIT
 from shardlab.train.cache_meter import CacheCounts, CacheMeter
+from shardlab.train.collected import Collected
 from shardlab.train.meters import Pace, SentBytes, StepTimer, WireMeter
 from shardlab.train.metrics import BinaryMetrics, WindowMetrics
 from shardlab.train.stop_signal import STOP_SIGNALS, StopSignal
@@ -63,7 +64,7 @@ class IntervalLog:
 
     def __init__(self, model: ShardedModel, groups: Groups, signal: StopSignal) -> None:
         self._groups, self._signal = groups, signal
-        self._losses: list[Tensor] = []
+        self._losses = Collected(1, groups.device)
         self._wire = WireMeter(model, groups.world_size)
         self._clock = model.clock
         self._caches = CacheMeter(model)
@@ -103,7 +104,7 @@ class IntervalLog:
 
     def add(self, logits: Tensor, labels: Tensor, loss: Tensor, global_rows: int) -> None:
         """Takes a finished step: this rank's logits [b], labels [b] and part of the loss []."""
-        self._losses.append(loss)
+        self._losses.add(loss)
         self.window.add(logits, labels)
         self._clock.end_step()
         self.timer.end_step(global_rows)
@@ -122,9 +123,9 @@ class IntervalLog:
         Raises:
             NotFiniteError: on every rank, when a loss of any rank is not finite.
         """
-        if not self._losses:
+        if not self._losses.rows:
             return None
-        finite = torch.stack(self._losses).isfinite().tolist()
+        finite = self._losses.all()[0].isfinite().tolist()
         self._losses.clear()
         wire = self._wire.take(len(finite))
         stops = [float(number in self._signal.received) for number in STOP_SIGNALS]

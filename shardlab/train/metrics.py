@@ -23,6 +23,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from shardlab.train.collected import Collected
+
 #: Sums a tensor over all ranks in place.
 Reduce = Callable[[Tensor], object]
 
@@ -120,8 +122,8 @@ class WindowMetrics:
     """Metrics of the training batches since the last flush, with a running AUC.
 
     AUC is over a window that fades: each flush keeps `KEEP` of the older counts, so about the
-    last 1 / (1 - KEEP) = 10 flushes speak. Steps only collect references; the work is done at a
-    flush, on the tensors' device, without waiting for it in between.
+    last 1 / (1 - KEEP) = 10 flushes speak. Steps only collect; the work is done at a flush, on
+    the tensors' device, without waiting for it in between.
 
     Args:
         device: device of logits and labels.
@@ -138,24 +140,19 @@ class WindowMetrics:
         self._history = torch.zeros(2, self.BINS, device=device)
         self._counts = torch.zeros_like(self._history)
         self._sums = torch.zeros(4, dtype=torch.float64, device=device)
-        self._pending: list[tuple[Tensor, Tensor]] = []
-        self._pending_rows = 0
+        self._pending = Collected(2, device)
 
     def add(self, logits: Tensor, labels: Tensor) -> None:
         """Takes one batch: logits [b] and labels [b]."""
-        self._pending.append((logits.detach(), labels))
-        self._pending_rows += labels.numel()
-        if self._pending_rows >= self._MAX_PENDING:
+        self._pending.add(logits, labels)
+        if self._pending.rows >= self._MAX_PENDING:
             self._bin_pending()
 
     def _bin_pending(self) -> None:
-        if not self._pending:
-            return
-        logits, labels = (torch.cat(parts) for parts in zip(*self._pending, strict=True))
-        bin_scores_(self._counts, logits, labels)
-        self._sums += sum_scores(logits, labels)
-        self._pending.clear()
-        self._pending_rows = 0
+        if self._pending.rows:
+            bin_scores_(self._counts, *self._pending.all())
+            self._sums += sum_scores(*self._pending.all())
+            self._pending.clear()
 
     def flush(self) -> BinaryMetrics:
         """Metrics over all ranks of what was added since the last flush; AUC of the window."""
@@ -199,32 +196,28 @@ class ValidationMetrics:
         self._device, self._reduce = device, reduce
         self._rank, self._world_size = rank, world_size
         self._sums = torch.zeros(4, dtype=torch.float64, device=device)
-        self._logits = [torch.empty(0, device=device)]
-        self._labels = [torch.empty(0, device=device)]
+        self._scores = Collected(2, device)
         self._counts: Tensor | None = None
-        self._rows = 0
 
     def add(self, logits: Tensor, labels: Tensor) -> None:
         """Takes one batch: logits [b] and labels [b]."""
         self._sums += sum_scores(logits, labels)
-        self._logits.append(logits.detach().float())
-        self._labels.append(labels.float())
-        self._rows += labels.numel()
-        if self._rows > self.EXACT_ROWS:
+        self._scores.add(logits, labels)
+        if self._scores.rows > self.EXACT_ROWS:
             self._bin_rows()
 
     def _bin_rows(self) -> Tensor:
         if self._counts is None:
             self._counts = torch.zeros(2, self.BINS, dtype=torch.int64, device=self._device)
-        if self._rows:
-            bin_scores_(self._counts, torch.cat(self._logits), torch.cat(self._labels))
-        self._logits, self._labels, self._rows = [], [], 0
+        if self._scores.rows:
+            bin_scores_(self._counts, *self._scores.all())
+        self._scores.clear()
         return self._counts
 
     def result(self) -> BinaryMetrics:
         """Metrics over all ranks; every rank must call it once, and gets the same."""
         sizes = torch.zeros(self._world_size, 2, dtype=torch.int64, device=self._device)
-        sizes[self._rank, 0] = self._rows
+        sizes[self._rank, 0] = self._scores.rows
         sizes[self._rank, 1] = self._counts is not None
         self._reduce(sizes)
         self._reduce(self._sums)
@@ -240,7 +233,6 @@ class ValidationMetrics:
         """Places this rank's scores in its slice of a zero buffer; the sum joins all ranks'."""
         joined = torch.zeros(2, sum(rows), device=self._device)
         start = sum(rows[:self._rank])
-        joined[0, start:start + self._rows] = torch.cat(self._logits)
-        joined[1, start:start + self._rows] = torch.cat(self._labels)
+        joined[:, start:start + self._scores.rows] = self._scores.all()
         self._reduce(joined)
         return exact_auc(joined[0], joined[1])

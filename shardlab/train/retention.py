@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from shardlab.errors import CheckpointError
 from shardlab.train.checkpoint_reader import CheckpointReader
 from shardlab.train.manifest import ALL, MANIFEST, PRESENT, read_manifest
 from shardlab.train.table_files import NamedChunk, TableFiles
-from shardlab.train.tensor_file import sync_folder, write_bytes
+from shardlab.train.tensor_file import sync_folder, tell_nobody, write_bytes
 
 _STEP_NAME = re.compile(r"step-(\d+)")
 STAGING, _TRASH = ".tmp-", ".trash-"
@@ -25,12 +25,17 @@ def latest(folder: str | Path) -> Path | None:
     return found[-1] if found else None
 
 
-def prune(folder: str | Path, keep: int) -> None:
+def prune(folder: str | Path, keep: int, told: Callable[[int], None] = tell_nobody) -> None:
     """Removes all but the ``keep`` newest checkpoints, and what crashed saves left behind.
 
     What a kept checkpoint builds on stays, too. A checkpoint is renamed before its files go, so a
     crash in between leaves no half of one. Only one process may call this, and not during a save.
     Where a manifest is damaged nobody knows what it builds on: all older checkpoints stay then.
+
+    Args:
+        folder: of the checkpoints.
+        keep: how many stay.
+        told: is told of every file that is removed.
     """
     folder = Path(folder)
     steps = _steps(folder)
@@ -46,7 +51,10 @@ def prune(folder: str | Path, keep: int) -> None:
         path.rename(folder / (_TRASH + path.name))
     for path in folder.glob(".*"):
         if path.name.startswith((STAGING, _TRASH)):
-            shutil.rmtree(path)
+            for file in path.iterdir():
+                file.unlink()
+                told(1)
+            path.rmdir()
 
 
 def compact(path: str | Path) -> None:

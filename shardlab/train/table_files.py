@@ -7,14 +7,14 @@ whatever world size and plan they were written with.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shardlab.storage import TableChunk
 from shardlab.train.manifest import ALL, CHANGED, PRESENT, ChunkEntry
-from shardlab.train.tensor_file import FileEntry, write_tensors
+from shardlab.train.tensor_file import FileEntry, tell_nobody, write_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,6 +37,20 @@ class NamedChunk:
     chunk: TableChunk
     holds: str
 
+    @property
+    def num_bytes(self) -> int:
+        """Of all its tensors."""
+        return sum(tensor.nbytes for tensor in _tensors(self.chunk).values())
+
+    def copy(self) -> NamedChunk:
+        """The same with tensors of its own, on the CPU."""
+        chunk = self.chunk
+        return replace(self, chunk=replace(
+            chunk, weights=_copy(chunk.weights),
+            state={name: _copy(value) for name, value in chunk.state.items()},
+            present=None if chunk.present is None else _copy(chunk.present),
+            extra={name: _copy(value) for name, value in chunk.extra.items()}))
+
 
 @dataclass
 class TableFiles:
@@ -49,6 +63,7 @@ class TableFiles:
         file_bytes: what a file holds, about; `file_bytes` of a collection.
         replica: which of how many ranks, that hold the same shards, this one is: each writes its
             share of the chunks.
+        told: is told how many bytes more are written.
         files, chunks: entries for the manifest.
     """
 
@@ -57,6 +72,7 @@ class TableFiles:
     prefix: str = "rows"
     file_bytes: int = _LEAST_FILE_BYTES
     replica: tuple[int, int] = (0, 1)
+    told: Callable[[int], None] = tell_nobody
     files: list[FileEntry] = field(default_factory=list)
     chunks: list[ChunkEntry] = field(default_factory=list)
     _pending: dict[str, Tensor] = field(default_factory=dict)
@@ -90,15 +106,13 @@ class TableFiles:
             row_start=chunk.row_start, col_start=chunk.col_start, rows=chunk.num_rows,
             columns=chunk.weights.shape[1], state=tuple(sorted(chunk.state)), holds=named.holds,
             extra=tuple(sorted(chunk.extra))))
-        parts = {"weights": chunk.weights, **chunk.state,
-                 **{f"extra/{name}": value for name, value in chunk.extra.items()}}
-        if chunk.present is not None:
-            parts["rows"] = chunk.present
-        self._pending |= {f"{key}/{name}": tensor.cpu() for name, tensor in parts.items()}
+        self._pending |= {f"{key}/{name}": tensor.cpu()
+                          for name, tensor in _tensors(chunk).items()}
 
     def _flush(self) -> None:
         if self._pending:
-            self.files.append(write_tensors(self.folder / self._file_name, self._pending))
+            self.files.append(write_tensors(self.folder / self._file_name, self._pending,
+                                            self.told))
             self._pending.clear()
 
 
@@ -107,9 +121,20 @@ def file_bytes(tables_bytes: int) -> int:
     return min(max(tables_bytes // _FILE_SHARE, _LEAST_FILE_BYTES), _MOST_FILE_BYTES)
 
 
-def whole_chunks(name: str, collection: ShardedEmbeddingBagCollection) -> Iterator[NamedChunk]:
-    """All rows of this rank's shards of a collection."""
-    for chunk in collection.chunks(file_bytes(collection.tier_bytes().total) // 2):
+def _tensors(chunk: TableChunk) -> dict[str, Tensor]:
+    """All tensors of a chunk by the names that they have in a file."""
+    parts = {"weights": chunk.weights, **chunk.state,
+             **{f"extra/{name}": value for name, value in chunk.extra.items()}}
+    return parts if chunk.present is None else {**parts, "rows": chunk.present}
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.to("cpu", copy=True)
+
+
+def other_chunks(name: str, collection: ShardedEmbeddingBagCollection) -> Iterator[NamedChunk]:
+    """What of this rank's shards of a collection is not kept as rows."""
+    for chunk in collection.other_chunks(file_bytes(collection.tier_bytes().total) // 2):
         yield NamedChunk(name, chunk, ALL if chunk.present is None else PRESENT)
 
 

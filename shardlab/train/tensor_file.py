@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from shardlab.errors import CheckpointError
 
-_BLOCK = 4 << 20  # bytes read at a time to verify a checksum
+_BLOCK = 4 << 20  # bytes written, or read to verify a checksum, at a time
 _ALIGN = 8  # the safetensors header is padded with spaces to this many bytes
 _DTYPE_NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
@@ -43,8 +43,18 @@ class FileEntry:
     xxh3: str
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> FileEntry:
+def tell_nobody(count: int) -> None:
+    """For files whose progress nobody watches."""
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor],
+                  told: Callable[[int], None] = tell_nobody) -> FileEntry:
     """Writes host tensors as a safetensors file, without copying contiguous ones.
+
+    Args:
+        path: of the file.
+        tensors: on the CPU, by name.
+        told: is told how many bytes more are written.
 
     Raises:
         CheckpointError: a dtype that the format does not have.
@@ -64,7 +74,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> FileEntry:
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % _ALIGN)
     parts = (memoryview(view.numpy()) for view in views)
-    return _write(path, [len(text).to_bytes(8, "little"), text, *parts])
+    return _write(path, [len(text).to_bytes(8, "little"), text, *parts], told)
 
 
 def write_bytes(path: Path, data: bytes) -> FileEntry:
@@ -77,7 +87,8 @@ def write_json(path: Path, value: object) -> FileEntry:
     return _write(path, [json.dumps(value, indent=1).encode()])
 
 
-def _write(path: Path, parts: Iterable[bytes | memoryview]) -> FileEntry:
+def _write(path: Path, parts: Iterable[bytes | memoryview],
+           told: Callable[[int], None] = tell_nobody) -> FileEntry:
     hasher, size = xxhash.xxh3_64(), 0
     with open(path, "wb", buffering=0) as file:
         for part in parts:
@@ -85,8 +96,11 @@ def _write(path: Path, parts: Iterable[bytes | memoryview]) -> FileEntry:
             hasher.update(view)
             size += len(view)
             while view:
-                view = view[file.write(view):]
+                count = file.write(view[:_BLOCK])
+                view = view[count:]
+                told(count)
         os.fsync(file.fileno())
+        told(1)
     return FileEntry(path.name, size, hasher.hexdigest())
 
 

@@ -104,10 +104,10 @@ class Trainer:
         self._step = StepRunner(self.model, self.optimizer, self.scheduler, self.groups.device,
                                 self.options.dense_dtype, self.groups.world_size,
                                 FiniteGuard(self.model, self.groups, self.options.on_nan))
-        self._saves = CheckpointWriter(self.model, self.optimizer, self.groups,
-                                       self.options.saving)
         self._watch = Watchdog(self.model.clock, self.groups, self.options.stall_timeout_s,
                                self.on_stall)
+        self._saves = CheckpointWriter(self.model, self.optimizer, self.groups,
+                                       self.options.saving, self._watch.beat)
         self._signal = StopSignal()
         self._log = IntervalLog(self.model, self.groups, self._signal)
         self._interval: Interval | None = None

@@ -60,6 +60,7 @@ import torch
 if not torch.cuda.is_available():
     assert "torch._dynamo" not in sys.modules, "a CPU rank loaded the compiler"
     assert "triton" not in sys.modules
+    assert "pyarrow" not in sys.modules, "generated rows need no Parquet"
 compiled = torch.compile(lambda x: x + 1, backend="eager")
 assert compiled(torch.ones(1)).item() == 2
 """

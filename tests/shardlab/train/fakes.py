@@ -15,6 +15,7 @@ from shardlab.data.batch import Batch
 from shardlab.jagged import KeyedJaggedTensor
 from shardlab.plan import Shard, ShardingPlan, build_table_plan
 from shardlab.sharded.clock import PhaseClock
+from shardlab.sharded.row_watch import ChangedRows, Snapshot
 from shardlab.specs import EmbeddingBagConfig, ShardingType
 from shardlab.storage import TableChunk
 from shardlab.storage_bytes import TierBytes
@@ -88,11 +89,19 @@ class FakeCollection:
                                      held.weights[top:top + step],
                                      {"sum": held.state[top:top + step]}, held.replicated)
 
-    def snapshot(self, changed: object, buffer_bytes: int) -> None:
-        """Cannot be read while it trains."""
+    def snapshot(self, changed: object, buffer_bytes: int) -> Snapshot:
+        """Holds nothing: `other_chunks` are all."""
+        return Snapshot({}, None, buffer_bytes)
 
-    def watch_changes(self) -> None:
+    def other_chunks(self, max_bytes: int) -> Iterator[TableChunk]:
+        return self.chunks(max_bytes)
+
+    def drop_snapshot(self, snapshot: Snapshot) -> None:
+        snapshot.close()
+
+    def watch_changes(self) -> ChangedRows:
         """Steps change nothing."""
+        return ChangedRows({})
 
     def begin_load(self) -> None:
         for held in (held for shards in self.held.values() for held in shards):

@@ -14,7 +14,7 @@ import torch
 from shardlab.comm import Groups
 from shardlab.errors import CheckpointError
 from shardlab.specs import ShardingType
-from shardlab.train import checkpoint_writer
+from shardlab.train import checkpoint_writer, save_job
 from shardlab.train.checkpoint import load, save
 from shardlab.train.retention import latest
 from tests.harness import run_ranks
@@ -154,7 +154,7 @@ class Crash(BaseException):
 
 
 @pytest.mark.parametrize(("at", "call", "complete"), [
-    ("whole_chunks", 1, False), ("write_json", 1, False), ("write_tensors", 2, False),
+    ("other_chunks", 1, False), ("write_json", 1, False), ("write_tensors", 2, False),
     ("write_json", 3, False), ("write_bytes", 1, False), ("sync_folder", 1, False),
     ("sync_folder", 2, True),
 ], ids=["tables", "generators", "shared", "part", "manifest", "before_rename", "after_rename"])
@@ -163,7 +163,8 @@ def test_crash_while_saving_leaves_a_loadable_one(tmp_path: Path, monkeypatch: p
     saved = build(ALONE)
     first, second = (tmp_path / f"step-{step}" for step in (1, 2))
     save(first, *saved, ALONE, EXTRA)
-    real, calls = getattr(checkpoint_writer, at), []
+    module = checkpoint_writer if at == "other_chunks" else save_job
+    real, calls = getattr(module, at), []
 
     def crash(*arguments: object) -> object:
         calls.append(arguments)
@@ -172,7 +173,7 @@ def test_crash_while_saving_leaves_a_loadable_one(tmp_path: Path, monkeypatch: p
         return real(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint_writer, at, crash)
+        patch.setattr(module, at, crash)
         with pytest.raises(Crash):
             save(second, *saved, ALONE, EXTRA)
     newest = latest(tmp_path)

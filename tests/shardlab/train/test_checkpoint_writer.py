@@ -6,11 +6,14 @@ the writer runs, a checkpoint holds that moment.
 
 from __future__ import annotations
 
+import os
 import random
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,29 +24,52 @@ from shardlab.comm import Groups
 from shardlab.errors import CheckpointError
 from shardlab.plan import ShardingPlan, build_table_plan
 from shardlab.sharded import row_watch
+from shardlab.sharded.clock import PhaseClock
 from shardlab.specs import EmbeddingBagConfig, ShardingType
 from shardlab.storage import TableChunk
-from shardlab.train import CheckpointWriter, SaveOptions, compact, load, verify
+from shardlab.train import (
+    CheckpointWriter,
+    SaveOptions,
+    compact,
+    load,
+    save_job,
+    tensor_file,
+    verify,
+)
 from shardlab.train import checkpoint_writer as module
 from shardlab.train.checkpoint_reader import CheckpointReader
-from shardlab.train.manifest import CHANGED
+from shardlab.train.manifest import CHANGED, PRESENT
+from shardlab.train.table_files import NamedChunk, other_chunks
+from shardlab.train.watchdog import Watchdog
 from tests.harness import run_ranks
 
 ROWS = 300
 STORAGES = {"fp32": "fp32", "int8": "int8", "cached": {"levels": [{"fraction": 0.2},
                                                                  {"dtype": "fp16"}]},
             "disk": {"levels": [{"tier": "ddr", "fraction": 0.2}, {"tier": "ssd"}]}}
+TRAIN = {"kind": "tensor_train", "rank": 3, "row_factors": [4, 5, 6], "column_factors": [2, 2, 2]}
+PRUNED = {"kind": "pruned", "budget": {"ratio": 0.6}, "chunks": 2, "period": 2, "warmup": 0}
+SIZES = {"user": ROWS, "item": 40, "word": 120, "old": 200, "hour": 24}
+#: All kinds on a rank.
+MIXED = {"old": PRUNED, "user": STORAGES["cached"], "word": {**TRAIN, "cache_fraction": 0.1},
+         "item": "int8", "hour": "fp32"}
+
+
+def storages_of(storage: object) -> dict[str, object]:
+    """Storages by table: as given, or two tables of one."""
+    mixed = isinstance(storage, dict) and not storage.keys().isdisjoint(SIZES)
+    return storage if mixed else {"user": storage, "item": storage}
 
 
 class Bare(nn.Module):
-    """Two tables and a linear layer."""
+    """Tables and a linear layer."""
 
-    def __init__(self, storage: object) -> None:
+    def __init__(self, storages: dict[str, object]) -> None:
         super().__init__()
         self.ebc = sl.EmbeddingBagCollection([
-            EmbeddingBagConfig(name=name, num_embeddings=rows, embedding_dim=8, storage=storage)
-            for name, rows in (("user", ROWS), ("item", 40))])
-        self.top = nn.Linear(16, 1)
+            EmbeddingBagConfig(name=name, num_embeddings=SIZES[name], embedding_dim=8,
+                               storage=storage) for name, storage in storages.items()])
+        self.top = nn.Linear(8 * len(storages), 1)
 
     def forward(self, features: object) -> Tensor:
         return self.top(self.ebc(features).values())
@@ -61,7 +87,7 @@ class Run:
 
     def __post_init__(self) -> None:
         torch.manual_seed(1)
-        model = Bare(self.storage)
+        model = Bare(storages_of(self.storage))
         world = self.groups.world_size
         plan = ShardingPlan(world, tuple(
             build_table_plan(table, self.kind, range(world)) for table in model.ebc.tables))
@@ -71,10 +97,11 @@ class Run:
 
     def step(self, number: int, ids: int = 12, top: int = ROWS) -> None:
         generator = torch.Generator().manual_seed(100 * number + self.groups.rank)
-        values = [torch.randint(0, min(size, top), (ids,), generator=generator)
-                  for size in (ROWS, 40)]
+        names = list(storages_of(self.storage))
+        values = [torch.randint(0, min(SIZES[name], top), (ids,), generator=generator)
+                  for name in names]
         features = sl.KeyedJaggedTensor(
-            ["user", "item"], torch.cat(values), lengths=torch.ones(2 * ids, dtype=torch.int64))
+            names, torch.cat(values), lengths=torch.ones(len(names) * ids, dtype=torch.int64))
         self.optimizer.zero_grad()
         self.model(features).square().sum().backward()
         self.optimizer.step()
@@ -86,7 +113,7 @@ class Run:
 def chunks_of(chunks: Iterator[TableChunk]) -> dict[str, Tensor]:
     return {f"{chunk.table}.{chunk.row_start}.{chunk.col_start}.{name}": tensor.clone()
             for chunk in chunks for name, tensor in
-            {"weights": chunk.weights, **chunk.state}.items()}
+            {"weights": chunk.weights, **chunk.state, **chunk.extra}.items()}
 
 
 def assert_same(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
@@ -118,7 +145,7 @@ def hold_writer(monkeypatch: pytest.MonkeyPatch) -> tuple[threading.Event, threa
     return reached, go
 
 
-@pytest.mark.parametrize("storage", STORAGES.values(), ids=STORAGES)
+@pytest.mark.parametrize("storage", [*STORAGES.values(), MIXED], ids=[*STORAGES, "mixed"])
 def test_steps_during_a_save_do_not_get_into_it(tmp_path: Path, storage: object,
                                                 monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(row_watch, "_STRIPE_ELEMENTS", 9 * 50)
@@ -138,10 +165,11 @@ def test_steps_during_a_save_do_not_get_into_it(tmp_path: Path, storage: object,
     assert not run.model.collections()["ebc"].updater.watches
     monkeypatch.undo()
     assert_same(before, loaded(path, Groups(), run))
-    assert not any(torch.equal(before[name], tensor) for name, tensor in run.tables().items())
+    assert not any(torch.equal(before[name], tensor) for name, tensor in run.tables().items()
+                   if name.startswith(("user", "item")))
 
 
-@pytest.mark.parametrize("storage", STORAGES.values(), ids=STORAGES)
+@pytest.mark.parametrize("storage", [*STORAGES.values(), MIXED], ids=[*STORAGES, "mixed"])
 @pytest.mark.parametrize("background", [False, True], ids=["at_once", "behind"])
 def test_incremental_saves_and_their_compaction_hold_their_moment(
         tmp_path: Path, storage: object, background: bool) -> None:
@@ -211,7 +239,7 @@ def test_failure_behind_is_told_by_the_next_call(tmp_path: Path,
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "write_tensors", full)
+        patch.setattr(save_job, "write_tensors", full)
         writer.save(tmp_path / "step-1")
         run.step(1)
         with pytest.raises(CheckpointError, match=r"cannot save .*step-1: rank 0: OSError.*No spa"):
@@ -247,20 +275,20 @@ def test_ranks_save_behind_and_load(tmp_path: Path, kind: ShardingType) -> None:
 def fail_behind(groups: Groups, folder: str) -> str:
     run = Run(groups, folder)
     writer = CheckpointWriter(run.model, run.optimizer, groups, SaveOptions(background=True))
-    real: Callable[..., object] = module.write_tensors
+    real: Callable[..., object] = save_job.write_tensors
 
     def full(*arguments: object) -> object:
         if groups.rank == 1:
             raise OSError(28, "No space left on device")
         return real(*arguments)
 
-    module.write_tensors = full
+    save_job.write_tensors = full
     try:
         writer.save(Path(folder) / "step-0")
         with pytest.raises(CheckpointError) as caught:
             writer.finish()
     finally:
-        module.write_tensors = real
+        save_job.write_tensors = real
     return str(caught.value)
 
 
@@ -302,19 +330,116 @@ def test_damage_anywhere_is_refused_by_file(tmp_path: Path, damage: str) -> None
     load(tmp_path / "step-1", run.model, run.optimizer, Groups())
 
 
-def save_where_one_rank_knows_no_changes(groups: Groups, folder: str) -> None:
-    run = Run(groups, folder)
-    collection = run.model.collections()["ebc"]
-    if groups.rank == 1:  # as a rank that also holds a kind of storage without `RowReads`
-        collection.snapshot = lambda changed, buffer_bytes: None
-        collection.watch_changes = lambda: None
-    writer = CheckpointWriter(run.model, run.optimizer, groups, SaveOptions(incremental=True))
+def test_incremental_saves_of_all_kinds_hold_changed_rows_and_whole_others(tmp_path: Path) -> None:
+    run = Run(Groups(), str(tmp_path), MIXED)
+    writer = CheckpointWriter(run.model, run.optimizer, Groups(), SaveOptions(incremental=True))
+    writer.save(tmp_path / "step-0")
+    run.step(1, ids=2)
+    path = writer.save(tmp_path / "step-1")
+    held = {entry.table: entry.holds for entry in CheckpointReader(path).manifest.chunks}
+    assert held == {"user": CHANGED, "item": CHANGED, "hour": CHANGED, "word": PRESENT,
+                    "old": PRESENT}
+
+
+def test_tables_that_are_not_kept_as_rows_are_saved_whole(tmp_path: Path) -> None:
+    run = Run(Groups(), str(tmp_path), {"user": {**TRAIN, "row_factors": [5, 6, 10]},
+                                        "old": PRUNED})
+    writer = CheckpointWriter(run.model, run.optimizer, Groups(), SaveOptions(True, True))
+    for number in range(3):
+        run.step(number)
+        expected = run.tables()
+        path = writer.save(tmp_path / f"step-{number}")
+        run.step(50 + number)
+        writer.finish()
+        assert CheckpointReader(path).base is None
+        assert_same(expected, loaded(path, Groups(), run))
+
+
+@pytest.mark.parametrize("fit", [0, 1, 2])
+def test_what_finds_no_room_is_written_before_training_goes_on(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fit: int) -> None:
+    run = Run(Groups(), str(tmp_path), {"word": TRAIN, "old": PRUNED})
+    run.step(0)
+    before = run.tables()
+    sizes = [named.num_bytes for named in other_chunks("ebc", run.model.collections()["ebc"])]
+    assert len(sizes) == 2
+    monkeypatch.setattr(module, "_buffer_bytes", lambda _: 2 * sum(sizes[:fit]))
+    copied: list[NamedChunk] = []
+    real = NamedChunk.copy
+    monkeypatch.setattr(NamedChunk, "copy", lambda named: (copied.append(named), real(named))[1])
+    writer = CheckpointWriter(run.model, run.optimizer, Groups(), SaveOptions(background=True))
+    path = writer.save(tmp_path / "step-0")
+    run.step(1)
+    writer.finish()
+    assert len(copied) == fit
+    assert_same(before, loaded(path, Groups(), run))
+
+
+def save_mixed(groups: Groups, folder: str, kind: ShardingType) -> dict[str, Tensor]:
+    run = Run(groups, folder, MIXED, kind)
+    writer = CheckpointWriter(run.model, run.optimizer, groups, SaveOptions(True, True))
     for number in range(2):
         run.step(number, top=60)
         expected = run.tables()
         path = writer.save(Path(folder) / f"step-{number}")
+        run.step(50 + number, top=60)
+    writer.finish()
     assert_same(expected, loaded(path, groups, run))
+    return {}
 
 
-def test_all_ranks_save_whole_what_one_cannot_tell_changes_of(tmp_path: Path) -> None:
-    run_ranks(2, save_where_one_rank_knows_no_changes, str(tmp_path))
+def logical(groups: Groups, folder: str, kind: ShardingType) -> dict[str, Tensor]:
+    """Whole tables of the last checkpoint as other ranks see them: row by row, with state."""
+    run = Run(groups, f"{folder}/{groups.world_size}", MIXED, kind)
+    load(Path(folder) / "step-1", run.model, run.optimizer, groups)
+    cells = {}
+    for chunk in run.model.collections()["ebc"].chunks():
+        for part in chunk.dense(64):
+            for i, (row, sums) in enumerate(zip(part.weights, part.state.get(
+                    "sum", torch.zeros(part.weights.shape[0])), strict=True)):
+                cells[f"{part.table} {part.row_start + i} {part.col_start}"] = \
+                    torch.cat([row, sums[None]])
+    return cells
+
+
+def test_all_kinds_of_two_ranks_load_on_one(tmp_path: Path) -> None:
+    run_ranks(2, save_mixed, str(tmp_path), ShardingType.ROW_WISE)
+    two = run_ranks(2, logical, str(tmp_path), ShardingType.ROW_WISE)
+    one, = run_ranks(1, logical, str(tmp_path), ShardingType.TABLE_WISE)
+    whole = {name: cell for ranks in two for name, cell in ranks.items()}
+    assert whole.keys() == one.keys()
+    for name, cell in whole.items():
+        torch.testing.assert_close(cell, one[name], rtol=0, atol=1e-6, msg=name)
+
+
+def save_slowly(groups: Groups, folder: str, slow_rank: int,
+                file_s: list[float]) -> tuple[float, list[str]]:
+    """Seconds of a save on this rank, and what a watchdog of a second said, where the first files
+    of one rank take so long."""
+    module._TICK_S = 0.1
+    delays = iter(file_s)
+    if groups.rank == slow_rank:
+        tensor_file.os = SimpleNamespace(fsync=lambda _: time.sleep(next(delays, 0.0)),
+                                         open=os.open, close=os.close, O_RDONLY=os.O_RDONLY)
+    run, seen = Run(groups, folder), []
+    with Watchdog(PhaseClock(), groups, 1.0, seen.append) as dog:
+        writer = CheckpointWriter(run.model, run.optimizer, groups, on_progress=dog.beat)
+        dog.beat("checkpoint step-0")
+        started = time.monotonic()
+        try:
+            writer.save(Path(folder) / "step-0")
+        finally:
+            tensor_file.os = os
+    return time.monotonic() - started, [str(error) for error in seen]
+
+
+def test_a_slow_checkpoint_of_one_rank_is_no_stall(tmp_path: Path) -> None:
+    for seconds, said in run_ranks(2, save_slowly, str(tmp_path), 1, [0.7] * 3):
+        assert seconds > 2
+        assert not said
+
+
+def test_a_checkpoint_without_progress_is_a_stall(tmp_path: Path) -> None:
+    (_, said), = run_ranks(1, save_slowly, str(tmp_path), 0, [2.0])
+    assert "no progress for 1 s" in said[0]
+    assert "rank 0 is at checkpoint step-0, which rank 0 writes, 0 MB so far" in said[0]

@@ -9,7 +9,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,9 +18,17 @@ import torch
 from torch import Tensor
 
 from shardlab.comm import Groups
+from shardlab.specs import EmbeddingBagConfig
 from shardlab.train import TrainOptions, latest, load, verify
 from tests.harness import run_ranks
-from tests.shardlab.train.tiny_job import BEHIND, OPTIONS, build_trainer, state_of
+from tests.shardlab.train.tiny_job import (
+    BEHIND,
+    MIXED,
+    OPTIONS,
+    TABLES,
+    build_trainer,
+    state_of,
+)
 
 _ROOT = Path(__file__).resolve().parents[3]
 KILL_TIMEOUT_S = 60.0
@@ -39,11 +48,13 @@ def assert_identical(left: State, right: State) -> None:
 
 
 def train_whole_and_killed(groups: Groups, folder: str, optimizer: str, kill_after: int,
-                           options: TrainOptions) -> tuple[State, State]:
+                           options: TrainOptions,
+                           tables: Sequence[EmbeddingBagConfig]) -> tuple[State, State]:
     """Final states of a run, and of one that was killed after some steps and resumed."""
-    whole = build_trainer(groups, f"{folder}/whole", optimizer=optimizer, options=options)
+    build = partial(build_trainer, groups, optimizer=optimizer, options=options, tables=tables)
+    whole = build(f"{folder}/whole")
     whole.run()
-    killed = build_trainer(groups, f"{folder}/killed", optimizer=optimizer, options=options)
+    killed = build(f"{folder}/killed")
     runner, train = killed._step, killed._step.train
 
     def train_or_die(*arguments: object) -> object:
@@ -54,20 +65,22 @@ def train_whole_and_killed(groups: Groups, folder: str, optimizer: str, kill_aft
     object.__setattr__(runner, "train", train_or_die)
     with pytest.raises(Killed):
         killed.run()
-    resumed = build_trainer(groups, f"{folder}/killed", optimizer=optimizer, options=options)
+    resumed = build(f"{folder}/killed")
     assert resumed.run().resumed_at == kill_after // 5 * 5
     return state_of(whole), state_of(resumed)
 
 
-@pytest.mark.parametrize(("optimizer", "options"), [
-    ("row_wise_adagrad", OPTIONS), ("adam", OPTIONS), ("row_wise_adagrad", BEHIND)],
-    ids=["row_wise_adagrad", "adam", "behind"])
+@pytest.mark.parametrize(("optimizer", "options", "tables"), [
+    ("row_wise_adagrad", OPTIONS, TABLES), ("adam", OPTIONS, TABLES),
+    ("row_wise_adagrad", BEHIND, TABLES), ("row_wise_adagrad", BEHIND, MIXED)],
+    ids=["row_wise_adagrad", "adam", "behind", "mixed_behind"])
 @pytest.mark.parametrize(("world_size", "kill_after"), [(1, 8), (2, 13), (2, 4)],
                          ids=["1_rank", "2_ranks_second_epoch", "2_ranks_no_checkpoint_yet"])
 def test_killed_and_resumed_is_bit_identical(tmp_path: Path, world_size: int, kill_after: int,
-                                             optimizer: str, options: TrainOptions) -> None:
+                                             optimizer: str, options: TrainOptions,
+                                             tables: Sequence[EmbeddingBagConfig]) -> None:
     for whole, resumed in run_ranks(world_size, train_whole_and_killed, str(tmp_path), optimizer,
-                                    kill_after, options):
+                                    kill_after, options, tables):
         assert_identical(whole, resumed)
     clocked = ("samples_per_s", "step_ms", "wait_share", "phase_ms", "seconds")
     lines = [[{key: value for key, value in json.loads(line).items() if key not in clocked}
@@ -134,7 +147,7 @@ def test_checkpoint_of_two_ranks_loads_on_one_and_on_four(tmp_path: Path) -> Non
         assert_identical(merged, expected)
 
 
-Start = Callable[[Path, float], subprocess.Popen[bytes]]
+Start = Callable[[Path, float, str], subprocess.Popen[bytes]]
 
 
 @pytest.fixture
@@ -142,10 +155,10 @@ def start() -> Iterator[Start]:
     """Starts the tiny job as a process; whatever still runs at the end is killed."""
     started = []
 
-    def begin(folder: Path, step_seconds: float) -> subprocess.Popen[bytes]:
+    def begin(folder: Path, step_seconds: float, kind: str) -> subprocess.Popen[bytes]:
         started.append(subprocess.Popen(
-            [sys.executable, "-m", "tests.shardlab.train.tiny_job", str(folder), str(step_seconds)],
-            cwd=_ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}))
+            [sys.executable, "-m", "tests.shardlab.train.tiny_job", str(folder), str(step_seconds),
+             kind], cwd=_ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}))
         return started[-1]
 
     yield begin
@@ -174,26 +187,28 @@ def wait_for_newer(folder: Path, seen: Path, process: subprocess.Popen[bytes]) -
     return True
 
 
-def test_process_killed_by_sigkill_continues_bit_for_bit(tmp_path: Path, start: Start) -> None:
+@pytest.mark.parametrize(("kind", "kills"), [("rows", 4), ("mixed", 2)])
+def test_process_killed_by_sigkill_continues_bit_for_bit(tmp_path: Path, start: Start,
+                                                         kind: str, kills: int) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    undisturbed = start(whole, 0.0)
-    victim = start(killed, 0.1)
+    undisturbed = start(whole, 0.0, kind)
+    victim = start(killed, 0.1, kind)
     wait_for(killed / "metrics.jsonl", 6, victim)
     victim.kill()
     assert victim.wait() == -signal.SIGKILL
     assert not (killed / "digest").exists()
-    for _ in range(3):  # and again, at any instant: a restart, a step, a checkpoint, its removal
+    for _ in range(kills - 1):  # and again, in a restart, a step, a checkpoint, its removal
         seen = latest(killed / "checkpoints")
         assert seen is not None
         verify(seen)
-        victim = start(killed, 0.1)
+        victim = start(killed, 0.1, kind)
         chance = random.Random(seen.name)
         if not wait_for_newer(killed / "checkpoints", seen, victim):
             break
         time.sleep(chance.uniform(0, 0.3))
         victim.kill()
         victim.wait()
-    assert start(killed, 0.0).wait(KILL_TIMEOUT_S) == 0
+    assert start(killed, 0.0, kind).wait(KILL_TIMEOUT_S) == 0
     assert undisturbed.wait(KILL_TIMEOUT_S) == 0
     assert (killed / "digest").read_text() == (whole / "digest").read_text()
     assert json.loads((killed / "summary.json").read_text())["resumed_at"] > 0

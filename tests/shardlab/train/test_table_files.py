@@ -12,7 +12,7 @@ from shardlab.specs import ShardingType
 from shardlab.train import table_files
 from shardlab.train.checkpoint_reader import CheckpointReader
 from shardlab.train.manifest import MANIFEST, ChunkEntry, Manifest, TableEntry
-from shardlab.train.table_files import TableFiles, load_tables, whole_chunks
+from shardlab.train.table_files import TableFiles, load_tables, other_chunks
 from shardlab.train.tensor_file import FileEntry, write_tensors
 from tests.shardlab.train.fakes import FakeCollection, plan_of, table
 
@@ -31,7 +31,7 @@ def write_world(folder: Path, world_size: int, kinds: list[ShardingType]) -> Man
     chunks: list[ChunkEntry] = []
     for rank in range(world_size):
         written = TableFiles(folder, rank, file_bytes=table_files.file_bytes(0))
-        written.write(whole_chunks("ebc", collection(rank, world_size, kinds)))
+        written.write(other_chunks("ebc", collection(rank, world_size, kinds)))
         files += written.files
         chunks += written.chunks
     tables = tuple(TableEntry("ebc", entry.name, entry.num_embeddings, entry.embedding_dim)

@@ -1,7 +1,7 @@
 """A real but tiny training job: three sharded tables, batch norm, dropout, in-memory rows.
 
 Run as a program, it trains in a folder until it ends or is killed, and prints a digest of the
-weights: ``python -m tests.shardlab.train.tiny_job FOLDER STEP_SECONDS``.
+weights: ``python -m tests.shardlab.train.tiny_job FOLDER STEP_SECONDS [mixed]``.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import io
 import sys
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -32,6 +32,12 @@ from shardlab.train import Trainer, TrainOptions, build_schedule, open_run_folde
 TABLES = (EmbeddingBagConfig(name="user", num_embeddings=200, embedding_dim=8),
           EmbeddingBagConfig(name="item", num_embeddings=90, embedding_dim=6),
           EmbeddingBagConfig(name="hour", num_embeddings=24, embedding_dim=4))
+#: The same tables, each in another kind of storage.
+MIXED = tuple(replace(table, storage=storage) for table, storage in zip(TABLES, (
+    {"levels": [{"fraction": 0.2}, {"dtype": "fp16"}]},
+    {"kind": "pruned", "budget": {"ratio": 0.6}, "chunks": 2, "period": 3, "warmup": 0},
+    {"kind": "tensor_train", "rank": 3, "row_factors": [2, 3, 4], "column_factors": [2, 2, 1],
+     "cache_fraction": 0.2}), strict=True))
 KINDS = (ShardingType.ROW_WISE, ShardingType.COLUMN_WISE, ShardingType.DATA_PARALLEL)
 OPTIMIZERS = {"row_wise_adagrad": sl.optim.RowWiseAdagrad(lr=0.1), "adam": sl.optim.Adam(lr=0.02),
               "sgd": sl.optim.SGD(lr=0.5)}
@@ -74,9 +80,9 @@ class MemoryRows:
 class TinyModel(nn.Module):
     """A linear layer over dense values and pooled rows, after batch norm and dropout."""
 
-    def __init__(self, plain: bool) -> None:
+    def __init__(self, plain: bool, tables: Sequence[EmbeddingBagConfig]) -> None:
         super().__init__()
-        self.ebc = sl.EmbeddingBagCollection(TABLES)
+        self.ebc = sl.EmbeddingBagCollection(tables)
         width = 3 + sum(table.embedding_dim for table in TABLES)
         self.norm = nn.Identity() if plain else nn.BatchNorm1d(width)
         self.dropout = nn.Dropout(0.0 if plain else 0.1)
@@ -87,15 +93,16 @@ class TinyModel(nn.Module):
         return self.top(self.dropout(self.norm(inputs))).squeeze(1)
 
 
-def build_plan(world_size: int) -> ShardingPlan:
+def build_plan(world_size: int, tables: Sequence[EmbeddingBagConfig] = TABLES) -> ShardingPlan:
     return ShardingPlan(world_size, tuple(
         build_table_plan(table, kind, range(world_size), exchange=ExchangeKind.ROWS)
-        for table, kind in zip(TABLES, KINDS, strict=True)))
+        for table, kind in zip(tables, KINDS, strict=True)))
 
 
 def build_trainer(groups: Groups, folder: str, *, optimizer: str = "row_wise_adagrad",
                   plain: bool = False, rows: int = ROWS,
-                  options: TrainOptions = OPTIONS) -> Trainer:
+                  options: TrainOptions = OPTIONS,
+                  tables: Sequence[EmbeddingBagConfig] = TABLES) -> Trainer:
     """The job's trainer.
 
     ``plain`` has no dropout and no batch norm, which see one rank only, and plain SGD, which does
@@ -103,7 +110,8 @@ def build_trainer(groups: Groups, folder: str, *, optimizer: str = "row_wise_ada
     """
     torch.manual_seed(5)
     dense = partial(torch.optim.SGD if plain else torch.optim.Adam, lr=0.05)
-    model, both = sl.shard(TinyModel(plain), build_plan(groups.world_size), groups=groups, seed=3,
+    model, both = sl.shard(TinyModel(plain, tables), build_plan(groups.world_size, tables),
+                           groups=groups, seed=3,
                            optimizer=OPTIMIZERS["sgd" if plain else optimizer],
                            dense_optimizer=dense)
     readers = [Reader(MemoryRows(count, seed), GLOBAL_BATCH // groups.world_size,
@@ -118,7 +126,7 @@ def state_of(trainer: Trainer) -> dict[str, Tensor]:
     state = dict(trainer.model.state_dict())
     for number, chunk in enumerate(trainer.model.collections()["ebc"].chunks()):
         state |= {f"{chunk.table}.{number}.{name}": tensor.clone() for name, tensor in
-                  {"weights": chunk.weights, **chunk.state}.items()}
+                  {"weights": chunk.weights, **chunk.state, **chunk.extra}.items()}
     for key, entry in trainer.optimizer.dense.state.items():
         state |= {f"dense.{tuple(key.shape)}.{name}": value for name, value in entry.items()}
     return {name: tensor.detach().clone() for name, tensor in state.items()}
@@ -135,9 +143,10 @@ class SlowReader(Reader):
             yield batch
 
 
-def main(folder: str, step_seconds: str) -> None:
+def main(folder: str, step_seconds: str, kind: str = "rows") -> None:
     torch.set_num_threads(1)
-    trainer = build_trainer(Groups(), folder, options=BEHIND)
+    trainer = build_trainer(Groups(), folder, options=BEHIND,
+                            tables=MIXED if kind == "mixed" else TABLES)
     trainer.train_reader = SlowReader(MemoryRows(ROWS, 1), GLOBAL_BATCH)
     trainer.train_reader.seconds = float(step_seconds)
     trainer.run()
