@@ -24,6 +24,7 @@ from torch import Tensor
 from shardlab.errors import ConfigError
 from shardlab.ops.init import table_seed, unit_uniform
 from shardlab.specs import EmbeddingBagConfig
+from shardlab.storage_specs import TensorTrainSpec
 from shardlab.tensor_train_shapes import TensorTrainShape
 
 #: Entries of sampled cores are at least so many standard deviations from zero (the paper's code).
@@ -70,6 +71,11 @@ def init_core(table: EmbeddingBagConfig, whole: TensorTrainShape, number: int,
     variance = (high - low) ** 2 / 12
     scale = core_scale(whole, variance)
     return (scale * _spread(unit, init)).float().view(slices.numel(), math.prod(shape))
+
+
+def lr_multiples(spec: TensorTrainSpec, whole: TensorTrainShape, optimizer: str) -> list[float]:
+    """The learning rate of every core as a multiple of the rows'."""
+    return [spec.lr_scale] * len(whole.row_factors)
 
 
 def core_scale(shape: TensorTrainShape, variance: float) -> float:

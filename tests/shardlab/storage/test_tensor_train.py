@@ -68,7 +68,7 @@ def test_bytes_are_what_is_allocated_and_planned(dtype, optimizer):
     table = table_of(dtype=dtype)
     storage = storage_of(table, optimizer)
     spec = storage.shards[0].storage
-    held = sum(train.cores.data.numel() for train in storage.trains)
+    held = sum(memory.data.numel() for memory in storage.memories)
     assert storage.tier_bytes().hbm == held == tier_bytes(spec, 1000, 16, optimizer).total
     shape = spec.piece_shape(1000, 16)
     assert tier_bytes(spec, 1000, 16, "sgd").total == \
