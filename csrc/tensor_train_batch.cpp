@@ -1,6 +1,8 @@
 #include "tensor_train_batch.h"
 
 #include <algorithm>
+#include <stdexcept>
+#include <string>
 
 #include "dispatch.h"
 
@@ -57,6 +59,11 @@ void TensorTrainBatch::gradients(const float* row_grads, const CoreOrder& order,
     if (every[t]) std::fill_n(touched.grads + elements - count * size, count * size, 0.f);
     touched.splits[at + 1] = slices;
   }
+  for (size_t t = 0; t < entries_.size(); ++t)
+    for (int64_t core = 0; entries_[t].count > 0 && core < entries_[t].train.cores; ++core)
+      if (!targets[t * kMaxCores + core])
+        throw std::invalid_argument("order: core " + std::to_string(core) + " of train " +
+                                    std::to_string(t) + " is missing; list every core once");
   for (size_t t = 0; t < entries_.size(); ++t) {
     const Entry& entry = entries_[t];
     if (entry.count == 0) continue;

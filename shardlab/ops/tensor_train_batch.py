@@ -52,10 +52,13 @@ def batch_gradients(trains: Sequence[TensorTrain], ids: Tensor, edges: Sequence[
         trains, ids, edges: as the last `batch_rows` with this workspace had them; no core has
             changed since.
         grads: fp32, flat: of the rows of all trains, one behind the other.
-        order: (train, core) of the cores, in the order in which their gradients are wanted.
+        order: (train, core) of every core once, in the order in which gradients are wanted.
         every: of every train, whether slices that no id meets get a gradient of zeros; a train
             without ids has no gradients.
         workspace: holds the result until its next use.
+
+    Raises:
+        ValueError: a core is missing in ``order``.
     """
     check_tensor("grads", grads, torch.float32)
     if face_of("tensor_train_gradients", grads.device.type) == "native":
