@@ -31,7 +31,7 @@ from shardlab.launch.readers import build_readers
 from shardlab.ops.allocator import keep_freed_memory
 from shardlab.presets import CRITEO_KAGGLE_CARDINALITIES, CRITEO_SPARSE_NAMES
 from shardlab.storage_bytes import tier_bytes
-from shardlab.storage_specs import TensorTrainSpec
+from shardlab.storage_specs import TENSOR_TRAIN_INITS, TensorTrainSpec
 from shardlab.train.metrics import exact_auc
 
 DIM = 16
@@ -231,7 +231,7 @@ def main() -> None:
     parser.add_argument("--synthetic", type=int, default=0, help="rows of the teacher's clicks")
     parser.add_argument("--tables", type=int, nargs="+", default=[3, 5, 7])
     parser.add_argument("--ranks", type=int, nargs="+", default=[8, 16, 32, 64])
-    parser.add_argument("--inits", nargs="+", default=["sampled_gaussian", "gaussian", "uniform"])
+    parser.add_argument("--inits", nargs="+", default=list(TENSOR_TRAIN_INITS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--lr-scale", type=float, default=1.0, help="of the cores")
