@@ -2,12 +2,15 @@
 
     python tensor_train_quality.py ../examples/criteo_kaggle_dlrm.yaml --data criteo.parquet
     python tensor_train_quality.py ../examples/criteo_kaggle_dlrm.yaml --synthetic 400000
+    python tensor_train_quality.py JOB --data FILE --tables 3 --ranks 8 --seeds 0 --out part.jsonl
+    python tensor_train_quality.py --from first.jsonl part.jsonl --plot quality.png
 
 The job's model and optimisers train once over the data, with tables of the full Criteo Kaggle
 cardinalities. The largest 3, 5 or 7 of them become tensor trains in the factors of the paper; or
 plain tables of fewer rows that take the same bytes, to which the reader hashes. Prints one JSON
 line per run, then a table: means over seeds, and the differences to uncompressed runs of the same
-seeds with their standard error. --plot draws it.
+seeds with their standard error. --plot draws it. Subsets may run apart and at the same time, each
+with its own --out; --from trains nothing and makes the table of all their lines.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ from shardlab.launch.readers import build_readers
 from shardlab.ops.allocator import keep_freed_memory
 from shardlab.presets import CRITEO_KAGGLE_CARDINALITIES, CRITEO_SPARSE_NAMES
 from shardlab.storage_bytes import tier_bytes
-from shardlab.storage_specs import TensorTrainSpec
+from shardlab.storage_specs import TENSOR_TRAIN_INITS, TensorTrainSpec
 from shardlab.train.metrics import exact_auc
 
 DIM = 16
@@ -116,83 +119,131 @@ def cases_of(args: argparse.Namespace) -> list[tuple[str, int, int, str]]:
     return cases
 
 
-def describe(found: dict[tuple, list[dict]]) -> list[str]:
-    """The table in Markdown."""
-    base = found.get(("fp32", 0, 0, "-"), [])
-    lines = ["| tables | rank | start | accuracy % | to fp32 | AUC | to fp32 | logloss | MB |",
-             "|---|---|---|---|---|---|---|---|---|"]
-    for (kind, count, rank, init), runs in found.items():
+Key = tuple[str, str, int, int, str, float]
+
+
+def key_of(one: dict) -> Key:
+    """What the runs of all seeds have in common: data, kind, tables, rank, start, lr_scale."""
+    return (one.get("data", "criteo"), *one["case"], one.get("lr_scale", 1.0))
+
+
+def read_runs(paths: list[str]) -> dict[tuple[Key, int], dict]:
+    """Runs by configuration and seed; a later line of the same run takes its place.
+
+    Raises:
+        SystemExit: a file that is not there.
+    """
+    runs = {}
+    for path in paths:
+        if not Path(path).is_file():
+            raise SystemExit(f"--from {path}: no such file; expected JSON lines that --out wrote")
+        for line in Path(path).read_text().splitlines():
+            one = json.loads(line)
+            runs[key_of(one), one["seed"]] = one
+    return runs
+
+
+def grouped(runs: dict[tuple[Key, int], dict]) -> dict[Key, dict[int, dict]]:
+    """Runs of every configuration by seed, in the order of the table."""
+    found: dict[Key, dict[int, dict]] = {}
+    for key, seed in sorted(runs):
+        found.setdefault(key, {})[seed] = runs[key, seed]
+    return found
+
+
+def describe(found: dict[Key, dict[int, dict]]) -> list[str]:
+    """The table in Markdown; differences are those of the seeds that fp32 ran, too."""
+    lines = ["| data | tables | rank | start | accuracy % | to fp32 | AUC | to fp32 | logloss | MB "
+             "| seeds |", "|---" * 11 + "|"]
+    for (data, kind, count, rank, init, lr_scale), runs in found.items():
+        base = found.get((data, "fp32", 0, 0, "-", 1.0), {})
         start = init if kind == "tensor_train" else kind
-        cells = [str(count or "-"), str(rank or "-"), start]
+        start += "" if lr_scale == 1.0 else f", lr x {lr_scale:g}"
+        cells = [data, str(count or "-"), str(rank or "-"), start]
         for name, digits in (("accuracy", 3), ("auc", 4)):
-            values = [one[name] for one in runs]
-            cells.append(f"{statistics.mean(values):.{digits}f}")
-            paired = [one[name] - other[name] for one, other in zip(runs, base, strict=False)]
+            cells.append(f"{statistics.mean(one[name] for one in runs.values()):.{digits}f}")
+            paired = [one[name] - base[seed][name] for seed, one in runs.items() if seed in base]
             error = statistics.stdev(paired) / len(paired)**0.5 if len(paired) > 1 else 0.0
             cells.append(f"{statistics.mean(paired):+.{digits}f} ± {error:.{digits}f}"
                          if paired and kind != "fp32" else "")
-        cells += [f"{statistics.mean(one['logloss'] for one in runs):.4f}",
-                  f"{runs[0]['bytes'] / 1e6:.1f}"]
+        first = next(iter(runs.values()))
+        cells += [f"{statistics.mean(one['logloss'] for one in runs.values()):.4f}",
+                  f"{first['bytes'] / 1e6:.1f}", str(len(runs))]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
 
 
-def plot(found: dict[tuple, list[dict]], path: str) -> None:
-    """AUC over bytes, as a picture."""
+def plot(found: dict[Key, dict[int, dict]], path: str) -> None:
+    """AUC over bytes, a picture with a panel for every data set."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(7, 4))
-    lines: dict[str, list[tuple[float, float]]] = {}
-    for (kind, count, _, init), runs in found.items():
-        name = kind if kind != "tensor_train" else f"tensor train, {init}"
-        lines.setdefault(name if kind == "fp32" else f"{name}, {count} tables", []).append(
-            (runs[0]["bytes"] / 1e6, statistics.mean(one["auc"] for one in runs)))
-    for name, points in lines.items():
-        axes.plot(*zip(*sorted(points), strict=True), marker="o", label=name)
-    axes.set(xscale="log", xlabel="MB of all tables", ylabel="validation AUC")
-    axes.legend(fontsize="small")
-    axes.grid(alpha=0.3)
+    names = sorted({key[0] for key in found})
+    figure, panels = pyplot.subplots(1, len(names), figsize=(7 * len(names), 4.5), squeeze=False)
+    for data, axes in zip(names, panels[0], strict=True):
+        lines: dict[str, list[tuple[float, float]]] = {}
+        for (source, kind, count, _, init, lr_scale), runs in found.items():
+            if source != data:
+                continue
+            name = kind if kind != "tensor_train" else init
+            name += "" if kind == "fp32" else f", {count} tables"
+            name += "" if lr_scale == 1.0 else f", lr x {lr_scale:g}"
+            lines.setdefault(name, []).append((
+                next(iter(runs.values()))["bytes"] / 1e6,
+                statistics.mean(one["auc"] for one in runs.values())))
+        for name, points in lines.items():
+            axes.plot(*zip(*sorted(points), strict=True), marker="o", markersize=4, label=name,
+                      linestyle="--" if name.startswith("hashed") else "-")
+        axes.set(title=data, xscale="log", xlabel="MB of all tables", ylabel="validation AUC")
+        axes.legend(fontsize="x-small")
+        axes.grid(alpha=0.3)
     figure.tight_layout()
-    figure.savefig(path)
+    figure.savefig(path, dpi=110)
+
+
+def train_missing(args: argparse.Namespace) -> dict[tuple[Key, int], dict]:
+    """Trains what --out does not hold yet, and returns all that it holds."""
+    path = Path(args.out)
+    known = read_runs([args.out]) if path.is_file() else {}
+    data = "synthetic" if args.synthetic else "criteo"
+    for seed in args.seeds:
+        for case in cases_of(args):
+            lr_scale = args.lr_scale if case[0] == "tensor_train" else 1.0
+            one = {"case": list(case), "seed": seed, "data": data, "lr_scale": lr_scale}
+            if (key_of(one), seed) in known:
+                continue
+            one |= run(args, case, seed)
+            known[key_of(one), seed] = one
+            print(json.dumps(one), flush=True)
+            with path.open("a") as file:
+                file.write(json.dumps(one) + "\n")
+    return known
 
 
 def main() -> None:
-    """Trains what is not in --out yet, and prints the table of all that is."""
+    """Trains what is asked for, or reads what was trained, and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("job")
+    parser.add_argument("job", nargs="?")
     parser.add_argument("--data", default="")
     parser.add_argument("--synthetic", type=int, default=0, help="rows of the teacher's clicks")
     parser.add_argument("--tables", type=int, nargs="+", default=[3, 5, 7])
     parser.add_argument("--ranks", type=int, nargs="+", default=[8, 16, 32, 64])
-    parser.add_argument("--inits", nargs="+", default=["sampled_gaussian", "gaussian", "uniform"])
+    parser.add_argument("--inits", nargs="+", default=list(TENSOR_TRAIN_INITS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--lr-scale", type=float, default=1.0, help="of the cores")
     parser.add_argument("--out", default="tensor_train_quality.jsonl", help="runs; read first")
     parser.add_argument("--plot", default="")
+    parser.add_argument("--from", dest="files", nargs="+", default=[], help="runs; trains nothing")
     args = parser.parse_args()
+    if not args.files and not (args.job and (args.data or args.synthetic)):
+        parser.error("expected a job with --data FILE or --synthetic ROWS, or --from FILES")
     keep_freed_memory()
-    path, known = Path(args.out), {}
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        one = json.loads(line)
-        known[tuple(one["case"]), one["seed"]] = one
-    for seed in args.seeds:
-        for case in cases_of(args):
-            if (case, seed) in known:
-                continue
-            one = {"case": list(case), "seed": seed, **run(args, case, seed)}
-            known[case, seed] = one
-            print(json.dumps(one), flush=True)
-            with path.open("a") as file:
-                file.write(json.dumps(one) + "\n")
-    found: dict[tuple, list[dict]] = {}
-    for (case, _), one in sorted(known.items(), key=lambda item: item[0][1]):
-        found.setdefault(case, []).append(one)
-    print("\n".join(describe(dict(sorted(found.items())))))
+    found = grouped(read_runs(args.files) if args.files else train_missing(args))
+    print("\n".join(describe(found)))
     if args.plot:
         plot(found, args.plot)
 

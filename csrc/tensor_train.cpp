@@ -24,8 +24,11 @@ namespace {
 
 // Rows of the last product that are computed together: each loads a lane of the slice once.
 constexpr int kRowsTogether = 8;
-// Columns of the right operand whose transpose stays in the first-level cache.
-constexpr int64_t kTileWidth = kTileColumns;
+// Rows of a strip at most: with two vectors of sums each they fill 24 of 32 registers, or 12 of 16.
+constexpr int kStripRows = kTileVecs == 1 ? 12 : 6;
+
+// Columns of the last core for dimensions 16, 32 and 64.
+constexpr int kFewColumns = 4;
 
 struct Products {
   float* data[kMaxCores];
@@ -51,25 +54,63 @@ inline const float* slice_of(const TensorTrain& train, int64_t k, int64_t digit)
   return train.data[k] + digit * slice_elements(train, k);
 }
 
+// A strip of a product: kRows rows, of which the last is dropped where `whole` is false, and up to
+// kVecs vectors of columns.
+template <int kRows, int kVecs>
+inline __attribute__((always_inline)) void strip(TileRows left, int64_t steps, const float* right,
+                                                 int64_t right_stride, int64_t columns,
+                                                 float* target, int64_t target_stride,
+                                                 bool whole) {
+  Wide sum[kRows][kVecs];
+  tile<MultiplyAdd>(steps, left, right, right_stride, sum);
+  // Sums stay in registers as long as no loop counts which of them to store.
+  const int64_t last = columns - (kVecs - 1) * kWidth;
+  const auto store = [&](int i) __attribute__((always_inline)) {
+    float* row = target + i * target_stride;
+    for (int v = 0; v + 1 < kVecs; ++v) wide_store(row + v * kWidth, sum[i][v]);
+    if (last >= kWidth)
+      wide_store(row + (kVecs - 1) * kWidth, sum[i][kVecs - 1]);
+    else
+      wide_store_part(row + (kVecs - 1) * kWidth, sum[i][kVecs - 1], last);
+  };
+  for (int i = 0; i + 1 < kRows; ++i) store(i);
+  if (whole) store(kRows - 1);
+}
+
+template <int kRows>
+void strips(TileRows left, int64_t steps, const float* right, int64_t right_stride,
+            int64_t columns, float* target, int64_t target_stride, bool whole) {
+  int64_t c = 0;
+  for (; c + kWidth < columns; c += 2 * kWidth)
+    strip<kRows, 2>(left, steps, right + c, right_stride, columns - c, target + c, target_stride,
+                    whole);
+  if (c < columns)
+    strip<kRows, 1>(left, steps, right + c, right_stride, columns - c, target + c, target_stride,
+                    whole);
+}
+
 // target[rows][columns] = left x right: element (r, s) of left is left.data[r * row_stride +
-// s * step], rows of right lie right_stride apart. Up to kTileRows - 1 rows and kTileWidth - 1
-// columns beyond the end are read, and dropped.
+// s * step], rows of right lie right_stride apart. Groups have few rows, often 4 to 12: strips are
+// as even as they can be, and of an even number of rows. Up to one row and kWidth - 1 columns
+// beyond the end are read, and dropped.
 inline void multiply(TileRows left, int64_t rows, int64_t steps, const float* right,
                      int64_t right_stride, int64_t columns, float* target, int64_t target_stride) {
-  for (int64_t c = 0; c < columns; c += kTileWidth) {
-    TileRows part = left;
-    for (int64_t r = 0; r < rows; r += kTileRows, part.data += kTileRows * left.row_stride) {
-      Wide sum[kTileRows][kTileVecs];
-      tile<MultiplyAdd>(steps, part, right + c, right_stride, sum);
-      const int64_t inside = std::min<int64_t>(kTileRows, rows - r);
-      for (int64_t i = 0; i < inside; ++i)
-        for (int v = 0; v < kTileVecs; ++v) {
-          const int64_t at = c + v * kWidth;
-          if (at < columns)
-            wide_store_part(target + (r + i) * target_stride + at, sum[i][v],
-                            std::min<int64_t>(kWidth, columns - at));
-        }
+  for (int64_t count = (rows + kStripRows - 1) / kStripRows; count > 0; --count) {
+    const int64_t inside = std::min(rows, round_up((rows + count - 1) / count, 2));
+    const auto run = [&](auto run_strips) {
+      run_strips(left, steps, right, right_stride, columns, target, target_stride,
+                 inside % 2 == 0);
+    };
+    switch ((inside + 1) / 2) {
+      case 1: run(strips<2>); break;
+      case 2: run(strips<4>); break;
+      case 3: run(strips<6>); break;
+      case 4: run(strips<std::min(8, kStripRows)>); break;
+      case 5: run(strips<std::min(10, kStripRows)>); break;
+      default: run(strips<kStripRows>);
     }
+    rows -= inside;
+    left.data += inside * left.row_stride, target += inside * target_stride;
   }
 }
 
@@ -78,14 +119,14 @@ const float* gather_parents(const TensorTrain& train, const TrainIndex& index,
                             const Products& products, int64_t k, int64_t first, int64_t end,
                             Scratch& scratch) {
   const int64_t elements = node_elements(train, k - 1);
-  float* rows = scratch.at_least((end - first) * elements + kTileRows * train.ranks[k] + kSlack);
+  float* rows = scratch.at_least((end - first) * elements + train.ranks[k] + kSlack);
   for (int64_t place = first; place < end; ++place) {
     const int64_t node = index.levels[k].nodes[place];
     std::memcpy(rows + (place - first) * elements,
                 product_of(train, index, products, k - 1, index.levels[k].parent[node]),
                 elements * sizeof(float));
   }
-  std::fill_n(rows + (end - first) * elements, kTileRows * train.ranks[k], 0.f);
+  std::fill_n(rows + (end - first) * elements, train.ranks[k], 0.f);
   return rows;
 }
 
@@ -93,7 +134,7 @@ void forward_level(const TensorTrain& train, const TrainIndex& index, const Prod
                    int64_t k) {
   const Level& level = index.levels[k];
   const int64_t inner = train.ranks[k], width = train.columns[k] * train.ranks[k + 1];
-  const int64_t lead = leading_columns(train, k - 1), padded = round_up(width, kTileWidth);
+  const int64_t lead = leading_columns(train, k - 1), padded = round_up(width, kWidth);
 #pragma omp for schedule(dynamic, 4)
   for (int64_t g = 0; g < level.num_groups(); ++g) {
     static thread_local Scratch parents, packed;
@@ -111,30 +152,31 @@ void forward_level(const TensorTrain& train, const TrainIndex& index, const Prod
   }
 }
 
-// Sums of pairs of halves: of vectors whose segments of kSegment lanes belong to one sum each, the
-// segments of x and then those of y, half as long.
+// Of vectors whose segments of kSegment lanes belong to one sum each: the two halves of every
+// segment added, those of x in the lower half of the segment and those of y in the upper.
 template <int kSegment, int... kLane>
 inline __attribute__((always_inline)) Wide halve(Wide x, Wide y,
                                                  std::integer_sequence<int, kLane...>) {
   constexpr int kHalf = kSegment / 2;
-  const Wide low = __builtin_shufflevector(
-      x, y, (kLane / kHalf * kSegment + kLane % kHalf)...);
-  const Wide high = __builtin_shufflevector(
-      x, y, (kLane / kHalf * kSegment + kHalf + kLane % kHalf)...);
-  return low + high;
+  const Wide kept = __builtin_shufflevector(
+      x, y, (kLane % kSegment < kHalf ? kLane : kWidth + kLane)...);
+  const Wide moved = __builtin_shufflevector(
+      x, y, (kLane % kSegment < kHalf ? kLane + kHalf : kWidth + kLane - kHalf)...);
+  return kept + moved;
 }
 
 // Lane i of the result is the sum of the lanes of sums[i], in a fixed order.
-template <int kSegment = kWidth>
+template <int kCount = kWidth>
 inline __attribute__((always_inline)) Wide add_lanes(const Wide* sums) {
-  if constexpr (kSegment == 1) {
+  if constexpr (kCount == 1) {
     return sums[0];
   } else {
-    Wide halves[kSegment / 2];
-    for (int i = 0; i < kSegment / 2; ++i)
-      halves[i] = halve<kSegment>(sums[2 * i], sums[2 * i + 1],
-                                  std::make_integer_sequence<int, kWidth>());
-    return add_lanes<kSegment / 2>(halves);
+    // sums[i] and sums[i + kCount / 2] meet in lanes that lie kCount / 2 apart.
+    Wide halves[kCount / 2];
+    for (int i = 0; i < kCount / 2; ++i)
+      halves[i] = halve<kCount>(sums[i], sums[i + kCount / 2],
+                                std::make_integer_sequence<int, kWidth>());
+    return add_lanes<kCount / 2>(halves);
   }
 }
 
@@ -153,13 +195,29 @@ inline void last_product(const float* left, int64_t rows, const float* slice, in
     Wide sums[kWidth] = {};
     for (int64_t r = 0; r < rank; r += kWidth) {
       const int64_t lanes = std::min<int64_t>(kWidth, rank - r);
-      if (lanes == kWidth)
-        for (int i = 0; i < kWidth; ++i) sums[i] += wide_load(a[i] + r) * wide_load(b[i] + r);
-      else
-        for (int i = 0; i < kWidth; ++i)
-          sums[i] += wide_load_part(a[i] + r, lanes) * wide_load_part(b[i] + r, lanes);
+      for (int i = 0; i < kWidth; ++i)
+        sums[i] += wide_load_part(a[i] + r, lanes) * wide_load_part(b[i] + r, lanes);
     }
     wide_store_part(row + first, add_lanes(sums), count);
+  }
+}
+
+// The same for slices of kColumns columns and ranks of whole vectors: every vector is loaded once.
+template <int kColumns>
+inline void last_product_of(const float* left, int64_t rows, const float* slice, int64_t rank,
+                            float* row) {
+  constexpr int kRows = kWidth / kColumns;
+  for (int64_t m = 0; m < rows; m += kRows, left += kRows * rank, row += kWidth) {
+    Wide sums[kWidth] = {};
+    for (int64_t r = 0; r < rank; r += kWidth) {
+      Wide right[kColumns];
+      for (int j = 0; j < kColumns; ++j) right[j] = wide_load(slice + j * rank + r);
+      for (int i = 0; i < kRows; ++i) {
+        const Wide part = wide_load(left + i * rank + r);
+        for (int j = 0; j < kColumns; ++j) sums[i * kColumns + j] += part * right[j];
+      }
+    }
+    wide_store(row, add_lanes(sums));
   }
 }
 
@@ -167,25 +225,27 @@ void rows_of_last(const TensorTrain& train, const TrainIndex& index, const Produ
                   float* out) {
   const int64_t k = train.cores - 1, rank = train.ranks[k], columns = train.columns[k];
   const int64_t lead = leading_columns(train, k - 1);
+  const bool whole = rank % kWidth == 0 && lead * columns % kWidth == 0;
   const Level& level = index.levels[k];
 #pragma omp for schedule(static)
-  for (int64_t node = 0; node < level.size(); ++node)
-    last_product(product_of(train, index, products, k - 1, level.parent[node]), lead,
-                 slice_of(train, k, level.digit[node]), columns, rank,
-                 out + node * lead * columns);
+  for (int64_t node = 0; node < level.size(); ++node) {
+    const float* left = product_of(train, index, products, k - 1, level.parent[node]);
+    const float* slice = slice_of(train, k, level.digit[node]);
+    float* row = out + node * lead * columns;
+    if (whole && columns == kFewColumns)
+      last_product_of<kFewColumns>(left, lead, slice, rank, row);
+    else
+      last_product(left, lead, slice, columns, rank, row);
+  }
 }
 
-void rows(const TensorTrain& train, const int64_t* ids, int64_t n, float* buffer, float* out,
+void rows(const TensorTrain& train, const TrainIndex& index, float* buffer, float* out,
           int threads) {
-  if (n == 0) return;
-  static thread_local TrainIndex index;
-  index.build(train, ids, n);
-  const TrainIndex& built = index;
-  const Products products = place_products(train, built, buffer);
+  const Products products = place_products(train, index, buffer);
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    for (int64_t k = 1; k + 1 < train.cores; ++k) forward_level(train, built, products, k);
-    rows_of_last(train, built, products, out);
+    for (int64_t k = 1; k + 1 < train.cores; ++k) forward_level(train, index, products, k);
+    rows_of_last(train, index, products, out);
   }
 }
 
@@ -223,6 +283,13 @@ struct Backward {
   Products products, grads;        // P_k, and dP_k in the same order
   float* before[kMaxCores];        // dP_(k-1) of every node of level k, before it is summed
   const float* row_grads;
+  bool every;
+
+  // Where the gradient of the first core's slice of a node goes.
+  float* first_slice(float* const* core_grads, int64_t node) const {
+    const Level& level = index.levels[0];
+    return core_grads[0] + (every ? level.digit[node] : node) * node_elements(train, 0);
+  }
 };
 
 // dP of the prefixes before the last digit: a row's gradient times its slice, over the ids.
@@ -232,7 +299,7 @@ void last_prefixes(const Backward& b, float* const* core_grads) {
   const Level &level = b.index.levels[k], &above = b.index.levels[k - 1];
 #pragma omp for schedule(dynamic, 32)
   for (int64_t node = 0; node < above.size(); ++node) {
-    float* target = k == 1 ? core_grads[0] + above.slot[node] * lead * rank
+    float* target = k == 1 ? b.first_slice(core_grads, node)
                            : b.grads.data[k - 1] + above.slot[node] * lead * rank;
     const int64_t first = above.children[node], end = above.children[node + 1];
     combine_rows(lead, rank, [&](int64_t m) {
@@ -264,7 +331,7 @@ void last_slices(const Backward& b, float* core_grad) {
           for (int64_t m = 0; m < lead; ++m) visit(left + m * rank, weights + m * columns, 1);
         }
       };
-    }, core_grad + g * columns * rank);
+    }, core_grad + b.index.place_of_group(k, g, b.every) * columns * rank);
   }
 }
 
@@ -272,15 +339,15 @@ void last_slices(const Backward& b, float* core_grad) {
 void middle_level(const Backward& b, int64_t k, float* core_grad) {
   const Level& level = b.index.levels[k];
   const int64_t inner = b.train.ranks[k], width = b.train.columns[k] * b.train.ranks[k + 1];
-  const int64_t lead = leading_columns(b.train, k - 1), panel = round_up(inner, kTileWidth);
+  const int64_t lead = leading_columns(b.train, k - 1), panel = round_up(inner, kWidth);
 #pragma omp for schedule(dynamic, 4)
   for (int64_t g = 0; g < level.num_groups(); ++g) {
     static thread_local Scratch parents, turned;
     const int64_t first = level.groups[g], end = level.groups[g + 1], rows = (end - first) * lead;
     const float* grad = b.grads.data[k] + first * lead * width;
     const float* left = gather_parents(b.train, b.index, b.products, k, first, end, parents);
-    multiply({left, 1, inner}, inner, rows, grad, width, width, core_grad + g * inner * width,
-             width);
+    multiply({left, 1, inner}, inner, rows, grad, width, width,
+             core_grad + b.index.place_of_group(k, g, b.every) * inner * width, width);
     float* slice = turned.at_least(width * panel);
     transpose(slice_of(b.train, k, level.digit[level.nodes[first]]), width, inner, width, slice,
               panel);
@@ -293,10 +360,10 @@ void middle_level(const Backward& b, int64_t k, float* core_grad) {
 void sum_children(const Backward& b, int64_t k, float* const* core_grads) {
   const Level &level = b.index.levels[k], &above = b.index.levels[k - 1];
   const int64_t elements = node_elements(b.train, k - 1);
-  float* target = k == 1 ? core_grads[0] : b.grads.data[k - 1];
 #pragma omp for schedule(static)
   for (int64_t node = 0; node < above.size(); ++node) {
-    float* sum = target + above.slot[node] * elements;
+    float* sum = k == 1 ? b.first_slice(core_grads, node)
+                        : b.grads.data[k - 1] + above.slot[node] * elements;
     std::fill_n(sum, elements, 0.f);
     for (int64_t child = above.children[node]; child < above.children[node + 1]; ++child) {
       const float* part = b.before[k] + level.slot[child] * elements;
@@ -305,31 +372,16 @@ void sum_children(const Backward& b, int64_t k, float* const* core_grads) {
   }
 }
 
-void list_touched(const TensorTrain& train, const TrainIndex& index, int64_t* const* touched,
-                  int64_t* counts) {
-  for (int64_t k = 0; k < train.cores; ++k) {
-    const Level& level = index.levels[k];
-    counts[k] = level.num_groups();
-    for (int64_t g = 0; g < counts[k]; ++g)
-      touched[k][g] = level.digit[level.nodes[level.groups[g]]];
-  }
-}
-
-void gradients(const TensorTrain& train, const int64_t* ids, int64_t n, const float* products,
-               const float* row_grads, int64_t* const* touched, float* const* core_grads,
-               int64_t* counts, int threads) {
-  std::fill_n(counts, train.cores, 0);
-  if (n == 0) return;
-  static thread_local TrainIndex index;
+void gradients(const TensorTrain& train, const TrainIndex& index, const float* products,
+               const float* row_grads, bool every, float* const* core_grads, int threads) {
   static thread_local Scratch grads, before[kMaxCores];
-  index.build(train, ids, n);
-  list_touched(train, index, touched, counts);
   Backward b{train, index, place_products(train, index, const_cast<float*>(products)), {}, {},
-             row_grads};
-  b.grads = place_products(train, index, grads.at_least(product_elements(train, n)));
-  for (int64_t k = 1; k + 1 < train.cores; ++k)
-    b.before[k] = before[k].at_least(index.levels[k].size() * node_elements(train, k - 1));
+             row_grads, every};
   const int64_t last = train.cores - 1;
+  b.grads = place_products(train, index,
+                           grads.at_least(product_elements(train, index.levels[last].size())));
+  for (int64_t k = 1; k < last; ++k)
+    b.before[k] = before[k].at_least(index.levels[k].size() * node_elements(train, k - 1));
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     last_prefixes(b, core_grads);

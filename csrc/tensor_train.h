@@ -14,17 +14,19 @@ struct TensorTrain {
   const float* data[kMaxCores];
 };
 
-// Ids ascend and differ. `products` keeps the products of the leading cores for every distinct
-// prefix: rows() fills it, gradients() reads it; room as product_elements() says.
+struct TrainIndex;
+
+// The index is that of ids which ascend and differ, at least one. `products` keeps the products of
+// the leading cores for every distinct prefix: rows() fills it, gradients() reads it; room as
+// product_elements() says.
 struct TensorTrainKernels {
-  // out[n][product of columns]
-  void (*rows)(const TensorTrain& train, const int64_t* ids, int64_t n, float* products, float* out,
+  // out[ids][product of columns]
+  void (*rows)(const TensorTrain& train, const TrainIndex& index, float* products, float* out,
                int threads);
-  // Of every core k: the slices that the ids touch, ascending, into touched[k] (room for
-  // min(n, rows[k])), their gradients, slice after slice, into grads[k], how many into counts[k].
-  void (*gradients)(const TensorTrain& train, const int64_t* ids, int64_t n, const float* products,
-                    const float* row_grads, int64_t* const* touched, float* const* grads,
-                    int64_t* counts, int threads);
+  // Of every core k the gradients of the slices that the ids meet, into grads[k]: slice after slice,
+  // or, where `every` is set, each at its place among all slices of the core.
+  void (*gradients)(const TensorTrain& train, const TrainIndex& index, const float* products,
+                    const float* row_grads, bool every, float* const* grads, int threads);
 };
 
 }  // namespace shardlab

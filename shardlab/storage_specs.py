@@ -34,7 +34,7 @@ ADMISSIONS = ("always", "frequency")
 ROUNDINGS = ("stochastic", "nearest")
 PRUNED_DTYPES = ("fp32", "fp16", "int8")
 PRUNED_STARTS = ("empty", "dense")
-TENSOR_TRAIN_INITS = ("sampled_gaussian", "gaussian", "uniform")
+TENSOR_TRAIN_INITS = ("isometric", "sampled_gaussian", "gaussian", "uniform")
 
 
 @dataclass(frozen=True)
@@ -88,8 +88,9 @@ class TensorTrainSpec:
         row_factors: rows of every core; empty: chosen, with at most 2 % padding.
         column_factors: columns of every core; empty: chosen.
         dtype: of the cores, ``fp32`` or ``bf16``.
-        init: initial distribution, a member of `TENSOR_TRAIN_INITS`.
-        lr_scale: the cores' learning rate as a multiple of the rows'.
+        init: initial distribution, a member of `TENSOR_TRAIN_INITS`; ``isometric`` also balances
+            the cores' learning rates (`shardlab.storage.tensor_train_init`).
+        lr_scale: the cores' learning rate as a multiple of the rows', or of the balanced ones.
         cache_fraction: share of the rows that a cache of plain fp32 rows holds; 0 for none.
         cache_warmup_steps: optimiser steps that only count uses; then the hottest rows are cached.
         cache_refresh_steps: steps between later choices of the cached rows; 0: the first one stays.
@@ -101,7 +102,7 @@ class TensorTrainSpec:
     row_factors: tuple[int, ...] = ()
     column_factors: tuple[int, ...] = ()
     dtype: str = "fp32"
-    init: str = "sampled_gaussian"
+    init: str = "isometric"
     lr_scale: float = 1.0
     cache_fraction: float = 0.0
     cache_warmup_steps: int = 1000

@@ -40,6 +40,16 @@ def whole_table(cores: Sequence[Tensor]) -> Tensor:
     return table.reshape(table.shape[0], -1)
 
 
+def rate_of(table: object, number: int, core: Tensor, optimizer: PlainOptimizer) -> float:
+    """Learning rate of a core: balanced where the start is isometric and the rule normalises."""
+    spec = table.storage
+    rate = optimizer.lr * spec.lr_scale
+    if spec.init != "isometric" or optimizer.kind == "sgd":
+        return rate
+    pace = 3 if number == spec.cores // 2 else 1
+    return rate * pace * (table.embedding_dim / core[0].numel()) ** 0.5
+
+
 class TrainOracle:
     """Tables of tensor trains, whole.
 
@@ -55,12 +65,13 @@ class TrainOracle:
         self.cores = {name: [nn.Parameter(core.double().clone()) for core in found]
                       for name, found in cores.items()}
         parameters = [core for found in self.cores.values() for core in found]
-        makers = {"sgd": lambda: torch.optim.SGD(parameters, optimizer.lr,
-                                                 weight_decay=optimizer.weight_decay),
-                  "adagrad": lambda: torch.optim.Adagrad(parameters, optimizer.lr,
-                                                         eps=optimizer.eps),
-                  "adam": lambda: torch.optim.Adam(parameters, optimizer.lr, optimizer.betas,
-                                                   optimizer.eps)}
+        self.rates = {id(core): rate_of(tables[name], number, core, optimizer)
+                      for name, found in self.cores.items() for number, core in enumerate(found)}
+        groups = [{"params": [core], "lr": self.rates[id(core)]} for core in parameters]
+        makers = {"sgd": lambda: torch.optim.SGD(groups, weight_decay=optimizer.weight_decay),
+                  "adagrad": lambda: torch.optim.Adagrad(groups, eps=optimizer.eps),
+                  "adam": lambda: torch.optim.Adam(groups, betas=optimizer.betas,
+                                                   eps=optimizer.eps)}
         self.torch = makers[optimizer.kind]() if optimizer.kind in makers else None
         self.sums = {id(core): torch.zeros(core.shape[0], 1, 1, 1, dtype=torch.float64)
                      for core in parameters}
@@ -93,11 +104,11 @@ class TrainOracle:
             with torch.no_grad():
                 if opt.kind == "row_wise_adagrad":
                     self.sums[id(core)] += square
-                    core -= opt.lr * grad / (self.sums[id(core)].sqrt() + opt.eps)
+                    core -= self.rates[id(core)] * grad / (self.sums[id(core)].sqrt() + opt.eps)
                 else:
                     beta1, beta2 = opt.betas
                     first, second = self.moments[id(core)], self.sums[id(core)]
                     first.mul_(beta1).add_((1 - beta1) * grad)
                     second.mul_(beta2).add_((1 - beta2) * square)
                     root = (second / (1 - beta2**self.steps)).sqrt() + opt.eps
-                    core -= opt.lr * first / (1 - beta1**self.steps) / root
+                    core -= self.rates[id(core)] * first / (1 - beta1**self.steps) / root

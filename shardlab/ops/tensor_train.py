@@ -17,7 +17,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,7 +41,7 @@ class TensorTrain:
 
     @cached_property
     def kernel(self) -> tuple[list[int], list[int]]:
-        """What the native face takes: numbers, and where the cores start.
+        """What the native face takes: sizes, and where the cores begin.
 
         Raises:
             TypeError: a core of another size, dtype or layout than the shape says.
@@ -87,12 +87,36 @@ class CoreGradients:
     Attributes:
         touched: int64 [t_k] of every core, ascending: its slices that got a gradient.
         grads: [t_k, slice elements] of every core.
-        flat: a buffer that holds all of ``grads``, and where in it each core's begin; or None.
     """
 
     touched: tuple[Tensor, ...]
     grads: tuple[Tensor, ...]
-    flat: tuple[Tensor, list[int]] | None = None
+
+
+@dataclass(frozen=True)
+class SliceGradients:
+    """The same of many cores, one behind the other, as `shardlab.ops.rows.update_rows` takes them.
+
+    Attributes:
+        ids: int64 [t]: slices that got a gradient, ascending within a core.
+        splits: int64 [cores + 1] on CPU: where each core's begin in ``ids``, and the end.
+        sources: int64 [t]: where each slice's gradient begins in ``grads``.
+        grads: fp32, flat.
+    """
+
+    ids: Tensor
+    splits: Tensor
+    sources: Tensor
+    grads: Tensor
+
+    def core(self, number: int, elements: int) -> tuple[Tensor, Tensor]:
+        """(touched, gradients [t_k, elements]) of one core."""
+        first, end = self.splits[number:number + 2].tolist()
+        if first == end:
+            return self.ids[:0], self.grads[:0].view(0, elements)
+        start = int(self.sources[first])
+        return (self.ids[first:end],
+                self.grads[start:start + (end - first) * elements].view(-1, elements))
 
 
 @dataclass
@@ -100,6 +124,11 @@ class Workspace:
     """Memory that calls share and keep: fresh pages would cost more than small products do."""
 
     _buffers: dict[str, Tensor] = field(default_factory=dict)
+
+    @cached_property
+    def batch(self) -> Any:
+        """What the native face keeps from a read to the gradients."""
+        return native().TensorTrainBatch()  # type: ignore[union-attr]
 
     def take(self, name: str, count: int, like: Tensor) -> Tensor:
         """[count] elements of the dtype and on the device of ``like``; contents undefined."""
@@ -124,10 +153,8 @@ def tensor_train_rows(train: TensorTrain, ids: Tensor, out: Tensor, workspace: W
     _check(train, ids, out)
     face = face_of("tensor_train_rows", out.device.type)
     if face == "native":
-        products = _native_products(train, ids, workspace)
-        native().tensor_train_rows(  # type: ignore[union-attr]
-            *train.kernel, address(ids), ids.numel(), address(products), address(out),
-            torch.get_num_threads())
+        workspace.batch.rows([train.kernel], address(ids), [0, ids.numel()], address(out),
+                             torch.get_num_threads())
     elif face == "triton":
         from shardlab.ops.triton import tensor_train as kernels
 
@@ -205,34 +232,35 @@ def tensor_train_gradients(train: TensorTrain, ids: Tensor, grads: Tensor, works
 
 def _native_gradients(train: TensorTrain, ids: Tensor, grads: Tensor, workspace: Workspace,
                       products: bool) -> CoreGradients:
-    count = ids.numel()
     if not products:
         rows = workspace.take("rows", grads.numel(), grads).view_as(grads)
         tensor_train_rows(train, ids, rows, workspace)
-    kept = _native_products(train, ids, workspace)
-    slices = [min(count, core.shape[0]) for core in train.cores]
-    widths = [core.shape[1] for core in train.cores]
-    lists = list(accumulate(slices, initial=0))
-    starts = list(accumulate((n * width for n, width in zip(slices, widths, strict=True)),
-                             initial=0))
-    touched = workspace.take("touched", lists[-1], ids)
-    flat = workspace.take("grads", starts[-1], grads)
-    first_list, first_grad = address(touched), address(flat)
-    counts = native().tensor_train_gradients(  # type: ignore[union-attr]
-        *train.kernel, address(ids), count, address(kept), address(grads),
-        [first_list + at * touched.element_size() for at in lists[:-1]],
-        [first_grad + at * flat.element_size() for at in starts[:-1]], torch.get_num_threads())
-    return CoreGradients(
-        tuple(touched[at:at + n] for at, n in zip(lists[:-1], counts, strict=False)),
-        tuple(flat[at:at + n * width].view(n, width)
-              for at, n, width in zip(starts, counts, widths, strict=False)),
-        (flat, starts[:-1]))
+    found = native_slice_gradients([(0, core) for core in range(len(train.cores))], [False], grads,
+                                   workspace)
+    pairs = [found.core(number, core.shape[1]) for number, core in enumerate(train.cores)]
+    return CoreGradients(tuple(touched for touched, _ in pairs),
+                         tuple(values for _, values in pairs))
 
 
-def _native_products(train: TensorTrain, ids: Tensor, workspace: Workspace) -> Tensor:
-    elements = native().tensor_train_product_elements(  # type: ignore[union-attr]
-        train.kernel[0], ids.numel())
-    return workspace.take("products", elements, train.cores[0])
+def native_slice_gradients(order: Sequence[tuple[int, int]], every: Sequence[bool], grads: Tensor,
+                           workspace: Workspace) -> SliceGradients:
+    """Gradients of the ids that the workspace's batch read last.
+
+    Args:
+        order: (train, core) of the cores, as they are wanted.
+        every: of every train, whether slices that no id meets get a gradient of zeros.
+        grads: fp32, flat: of the rows of all trains, one behind the other.
+        workspace: holds the result until its next use.
+    """
+    slices, elements = workspace.batch.sizes(order, every)
+    lists = workspace.take("touched", 2 * slices, torch.empty(0, dtype=torch.int64))
+    ids, sources = lists[:slices], lists[slices:]
+    splits = torch.empty(len(order) + 1, dtype=torch.int64)
+    flat = workspace.take("grads", elements, grads)
+    workspace.batch.gradients(address(grads), order, every,
+                              [address(tensor) for tensor in (ids, splits, sources, flat)],
+                              torch.get_num_threads())
+    return SliceGradients(ids, splits, sources, flat)
 
 
 def tensor_train_gradients_reference(train: TensorTrain, ids: Tensor,

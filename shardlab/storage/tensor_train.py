@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -23,7 +24,8 @@ from shardlab.ops.blocks import Blocks
 from shardlab.ops.cache import COUNTERS
 from shardlab.ops.rows import ROW_WISE, StepParameters, pool_rows, sum_rows
 from shardlab.ops.scatter import scatter_rows
-from shardlab.ops.tensor_train import CoreGradients, Workspace
+from shardlab.ops.tensor_train import CoreGradients
+from shardlab.ops.tensor_train_batch import all_slices
 from shardlab.ops.unique import (
     BOUNDS_CODE,
     Segments,
@@ -34,6 +36,8 @@ from shardlab.ops.unique import (
 from shardlab.specs import BoundsMode
 from shardlab.storage.base import LocalShard, PlacedJobs, StorageOptions, TableChunk
 from shardlab.storage.levels import Clock
+from shardlab.storage.tensor_train_batch import TrainBatch
+from shardlab.storage.tensor_train_cores import build_cores
 from shardlab.storage.tensor_train_files import load_train, save_train
 from shardlab.storage.tensor_train_shard import TensorTrainShard, moves_every_slice
 from shardlab.storage_bytes import TierBytes, tier_bytes
@@ -55,12 +59,14 @@ class TensorTrainStorage:
     def __init__(self, shards: list[LocalShard], options: StorageOptions) -> None:
         self.shards, self.optimizer = shards, options.optimizer
         self.clock = Clock(options.seed)
-        self.trains = [TensorTrainShard(local, options, self.clock) for local in shards]
+        arenas, self.memories = build_cores(shards, options, self.clock)
+        self.trains = [TensorTrainShard(local, options, cores)
+                       for local, cores in zip(shards, arenas, strict=True)]
+        self._batch = TrainBatch(self.trains, self.memories)
         limits = torch.tensor([local.shard.rows for local in shards], dtype=torch.int64)
         # Ids were checked; those that a bounds mode dropped are -1.
         modes = torch.full_like(limits, BOUNDS_CODE[BoundsMode.IGNORE])
         self._segments = Segments(limits, modes)
-        self._workspace = Workspace()
 
     # ------------------------------------------------------------------ verbs
     def read(self, segments: Tensor, ids: Tensor, out: Tensor) -> None:
@@ -72,7 +78,7 @@ class TensorTrainStorage:
 
     def read_scattered(self, uniques: Uniques, weights: Tensor | None, out: Tensor) -> None:
         """Copies every row to its entries' places (`ops.scatter.scatter_rows`)."""
-        rows, starts = self._rows(uniques)
+        rows, starts = self._batch.rows(uniques.ids, uniques.splits.tolist())
         counts = uniques.splits.diff().tolist()
         table = torch.tensor([[_FP32_BYTES * start, _FP32_BYTES * train.columns, 0, 0,
                                train.columns, count]
@@ -94,28 +100,12 @@ class TensorTrainStorage:
         chunks = _job_chunks(jobs.jobs, offsets)
         uniques = unique_segments(index, chunks, self._segments, inverse=True)
         assert uniques.inverse is not None
-        rows, starts = self._rows(uniques)
+        rows, starts = self._batch.rows(uniques.ids, uniques.splits.tolist())
         placed = jobs.jobs.clone()
         width = torch.tensor([train.columns for train in self.trains], dtype=torch.int64)
         base = torch.tensor(starts, dtype=torch.int64) - uniques.splits[:-1] * width
         placed[:, 0], placed[:, 1] = base[jobs.jobs[:, 0]], width[jobs.jobs[:, 0]]
         pool_rows(rows, placed, uniques.inverse, offsets, weights, out)
-
-    def _rows(self, uniques: Uniques) -> tuple[Tensor, list[int]]:
-        """Rows of all uniques behind each other, flat, and where each block's begin."""
-        edges = uniques.splits.tolist()
-        sizes = [(edges[block + 1] - edges[block]) * train.columns
-                 for block, train in enumerate(self.trains)]
-        flat = self._workspace.take("rows", sum(sizes),
-                                    torch.empty(0, device=uniques.ids.device))
-        starts, at = [], 0
-        for block, (train, size) in enumerate(zip(self.trains, sizes, strict=True)):
-            starts.append(at)
-            if size:
-                ids = uniques.ids[edges[block]:edges[block + 1]]
-                train.rows(ids, flat[at:at + size].view(-1, train.columns))
-            at += size
-        return flat, starts
 
     def begin_step(self, step: int) -> None:
         """Tells how many optimiser steps were taken, this one included."""
@@ -129,30 +119,62 @@ class TensorTrainStorage:
         slices; ``row_squares`` are for cached rows of which this shard has some columns.
         """
         edges = uniques.splits.tolist()
-        for block, train in enumerate(self.trains):
-            start, count = edges[block], edges[block + 1] - edges[block]
-            if not count:
-                continue
-            summed = self._summed(uniques, weights, grads, (start, count, train.columns), step)
-            uses = uniques.starts[start:start + count + 1].diff()
-            squares = None if row_squares is None else row_squares[start:start + count]
-            found = train.learn(uniques.ids[start:start + count], summed, uses, step, squares)
+        touched = [number for number in range(len(self.trains))
+                   if edges[number + 1] > edges[number]]
+        if not touched:
+            return
+        summed = self._summed(uniques, weights, grads, edges, step)
+        ids, cores_edges, summed = self._learn_hot(uniques, summed, edges, step, row_squares)
+        found = self._batch.gradients(ids, cores_edges, summed, step)
+        first = 0
+        for memory in self.memories:
+            if not memory.kind.is_shared:
+                memory.step(found, first, step)
+            first += len(memory.owners)
+        self._batch.forget()
+        for number in touched:
+            train = self.trains[number]
             if train.is_shared:
-                train.waiting = found
+                pairs = [self._batch.gradient_of(found, number, core)
+                         for core in range(len(train.cores.shape.row_factors))]
+                train.waiting = CoreGradients(tuple(slices for slices, _ in pairs),
+                                              tuple(values for _, values in pairs))
             else:
-                train.step(found, step)
                 train.choose_hot_rows(self.clock.step)
 
-    def _summed(self, uniques: Uniques, weights: Tensor | None, grads: Tensor,
-                span: tuple[int, int, int], step: StepParameters) -> Tensor:
-        """fp32 [n, columns]: summed, scaled and clipped gradients of a block's rows."""
-        start, count, columns = span
-        summed = self._workspace.take("summed", count * columns, grads)
-        piece = torch.tensor([[start, count, columns, 0, 0, columns]])
-        sum_rows(grads, uniques, weights, piece, step.scale, summed)
+    def _summed(self, uniques: Uniques, weights: Tensor | None, grads: Tensor, edges: list[int],
+                step: StepParameters) -> Tensor:
+        """fp32, flat: summed, scaled and clipped gradients of all rows."""
+        pieces, at = [], 0
+        for number, train in enumerate(self.trains):
+            count = edges[number + 1] - edges[number]
+            pieces.append([edges[number], count, train.columns, 0, at, train.columns])
+            at += count * train.columns
+        summed = self._batch.workspace.take("summed", at, grads)
+        sum_rows(grads, uniques, weights, torch.tensor(pieces), step.scale, summed)
         if step.clip_value > 0:
             summed.clamp_(-step.clip_value, step.clip_value)
-        return summed.view(count, columns)
+        return summed
+
+    def _learn_hot(self, uniques: Uniques, summed: Tensor, edges: list[int], step: StepParameters,
+                   row_squares: Tensor | None) -> tuple[Tensor, list[int], Tensor]:
+        """Steps the cached rows; ids, edges and gradients of those that the cores make."""
+        if all(train.hot is None for train in self.trains):
+            return uniques.ids, edges, summed
+        ids, parts, at = [], [], 0
+        for number, train in enumerate(self.trains):
+            rows = slice(edges[number], edges[number + 1])
+            size = (rows.stop - rows.start) * train.columns
+            part = uniques.ids[rows], summed[at:at + size].view(-1, train.columns)
+            at += size
+            if train.hot is not None and size:
+                uses = uniques.starts[rows.start:rows.stop + 1].diff()
+                part = train.learn_hot(*part, uses, step,
+                                       None if row_squares is None else row_squares[rows])
+            ids.append(part[0])
+            parts.append(part[1].reshape(-1))
+        return (torch.cat(ids), [0, *accumulate(part.numel() for part in ids)],
+                torch.cat(parts))
 
     def prefetch(self, segments: Tensor, ids: Tensor) -> None:
         """Nothing: cores are small and near."""
@@ -209,27 +231,25 @@ class TensorTrainStorage:
         cores, shape = train.cores, train.cores.shape
         own = train.waiting
         if own is None:
-            empty = shared.new_empty(0, int(cores.blocks.table[0, 4]))
+            empty = shared.new_empty(0, cores.size(0)[1])
             own = CoreGradients((torch.empty(0, dtype=torch.int64, device=shared.device),),
                                 (empty,))
-        first = CoreGradients(own.touched[:1], own.grads[:1])
+        slices, first = own.touched[0], own.grads[0]
         if moves_every_slice(step):
-            first = cores.all_slices(first)
-        touched, grads, at = list(first.touched), list(first.grads), 0
+            slices, first = all_slices(shape.row_factors[0], slices, first)
+        touched, grads, at = [slices], [first], 0
         for core in range(1, len(shape.row_factors)):
-            elements = int(cores.blocks.table[core, 4])
-            size = shape.row_factors[core] * elements
-            touched.append(torch.arange(shape.row_factors[core], device=shared.device))
-            grads.append(shared[at:at + size].view(-1, elements))
-            at += size
+            count, elements = cores.size(core)
+            touched.append(torch.arange(count, device=shared.device))
+            grads.append(shared[at:at + count * elements].view(-1, elements))
+            at += count * elements
         squares = None
         if step.kind in ROW_WISE and at < shared.numel():
             width = cores.place.whole.column_factors[0] * shape.ranks[1]
-            squares = {0: shared[at + cores.place.first_slice + first.touched[0]] / width}
-        cores.step(CoreGradients(tuple(touched), tuple(grads)), train.core_step(step),
-                   range(len(grads)), squares)
+            squares = shared[at + cores.place.first_slice + slices] / width
+        cores.step(CoreGradients(tuple(touched), tuple(grads)), step, squares)
         train.waiting = None
-        train.forget_products()
+        self._batch.forget()
         train.choose_hot_rows(self.clock.step)
 
     # ------------------------------------------------------------------ checkpoints
@@ -240,6 +260,7 @@ class TensorTrainStorage:
 
     def begin_load(self) -> None:
         """Clears the optimiser state."""
+        self._batch.forget()
         for train in self.trains:
             train.collected = None
             train.clear_hot_rows()
@@ -249,6 +270,7 @@ class TensorTrainStorage:
 
     def load_chunk(self, chunk: TableChunk) -> None:
         """Takes what of the chunk lies in this storage's shards."""
+        self._batch.forget()
         for train in self.trains:
             if train.local.table.name == chunk.table:
                 load_train(train, chunk)

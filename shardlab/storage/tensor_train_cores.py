@@ -7,27 +7,25 @@ written back in the cores' dtype. "Row-wise" state is one number per slice.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from itertools import accumulate
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from shardlab.codecs import table_key
-from shardlab.ops.blocks import Blocks, Encoding
+from shardlab.ops.blocks import Encoding
 from shardlab.ops.codecs import Rounding, decode_rows, encode_rows
 from shardlab.ops.records import Records
-from shardlab.ops.rows import StepParameters, update_rows
+from shardlab.ops.rows import StepParameters
 from shardlab.ops.tensor_train import CoreGradients, TensorTrain, Workspace
-from shardlab.ops.unique import Uniques, fill_affine
-from shardlab.storage.base import LocalShard
+from shardlab.ops.tensor_train_batch import join_gradients
+from shardlab.storage.base import LocalShard, StorageOptions
 from shardlab.storage.levels import Clock
-from shardlab.storage_bytes import OPTIMIZER_STATE, payload_bytes
+from shardlab.storage.tensor_train_init import lr_multiples
+from shardlab.storage.tensor_train_memory import CoreKind, CoreMemory, CorePart
+from shardlab.storage_bytes import OPTIMIZER_STATE
 from shardlab.storage_specs import TensorTrainSpec
 from shardlab.tensor_train_shapes import TensorTrainShape
-from shardlab.tiers import allocate
-
-_FP32_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -69,49 +67,68 @@ def piece_of(local: LocalShard) -> PieceShape:
                       shard.row_start // whole.row_unit, shard.col_start // whole.column_unit)
 
 
+def is_shared(local: LocalShard) -> bool:
+    """Whether other ranks hold some of the shard's cores, too."""
+    return not local.replicated and (
+        (local.shard.rows, local.shard.columns)
+        != (local.table.num_embeddings, local.table.embedding_dim))
+
+
+def build_cores(shards: list[LocalShard], options: StorageOptions,
+                clock: Clock) -> tuple[list[CoreArena], list[CoreMemory]]:
+    """The cores of all shards, and the memories in which they lie.
+
+    Raises:
+        ConfigError: factors that do not fit a table.
+    """
+    pieces = [piece_of(local) for local in shards]
+    kinds: dict[CoreKind, list[CorePart]] = {}
+    for number, (local, piece) in enumerate(zip(shards, pieces, strict=True)):
+        assert isinstance(local.storage, TensorTrainSpec)
+        multiples = lr_multiples(local.storage, piece.whole, options.optimizer)
+        for core, (before, slices, columns, after) in enumerate(piece.piece.core_shapes):
+            kind = CoreKind(local.storage.dtype, multiples[core], is_shared(local))
+            kinds.setdefault(kind, []).append(CorePart(
+                (number, core), slices, before * columns * after,
+                _encoding(local, piece, core, options.optimizer)))
+    memories = [CoreMemory(kind, parts, options.device, clock) for kind, parts in kinds.items()]
+    places = {owner: (memory, block) for memory in memories
+              for block, owner in enumerate(memory.owners)}
+    return [CoreArena(local, piece, [places[number, core]
+                                     for core in range(len(piece.piece.row_factors))], clock)
+            for number, (local, piece) in enumerate(zip(shards, pieces, strict=True))], memories
+
+
+def _encoding(local: LocalShard, piece: PieceShape, core: int, optimizer: str) -> Encoding:
+    assert isinstance(local.storage, TensorTrainSpec)
+    per_column, per_row = OPTIMIZER_STATE[optimizer]
+    first_slice, column = 0, 0
+    if core == 0:
+        first_slice, column = piece.first_slice, piece.first_column * piece.piece.ranks[1]
+    return Encoding(codec=local.storage.dtype, state_codec="fp32", element_states=per_column,
+                    row_states=per_row, row_start=first_slice, col_start=column,
+                    table_key=table_key(f"{local.table.name}/core{core}"))
+
+
 class CoreArena:
     """The cores of a shard and their optimiser state.
 
     Args:
         local: the shard.
-        optimizer: kind of row optimiser.
-        device: where the cores lie.
+        piece: where it lies among its table's cores.
+        places: of every core, its memory and block.
         clock: for the random bits of rounding.
     """
 
-    def __init__(self, local: LocalShard, optimizer: str, device: torch.device,
-                 clock: Clock) -> None:
+    def __init__(self, local: LocalShard, piece: PieceShape,
+                 places: list[tuple[CoreMemory, int]], clock: Clock) -> None:
         assert isinstance(local.storage, TensorTrainSpec)
-        self.place, self.clock, self._optimizer = piece_of(local), clock, optimizer
-        self.dtype, self._name = local.storage.dtype, local.table.name
-        per_column, per_row = OPTIMIZER_STATE[optimizer]
-        table, offset = torch.zeros(len(self.shape.row_factors), 6, dtype=torch.int64), 0
-        for number, (before, slices, columns, after) in enumerate(self.shape.core_shapes):
-            elements = before * columns * after
-            size = payload_bytes(self.dtype, elements)
-            state = _FP32_BYTES * (per_column * elements + per_row)
-            table[number] = torch.tensor([offset, size, 0, state, elements, slices])
-            offset += slices * size
-        offset = -(-offset // _FP32_BYTES) * _FP32_BYTES if table[:, 3].any() else offset
-        for number in range(len(table)):
-            table[number, 2] = offset
-            offset += int(table[number, 3] * table[number, 5])
-        self.data = allocate(offset, device)
-        self.blocks = Blocks(table) if self.dtype == "fp32" else \
-            Blocks.build(table, [self._encoding(number) for number in range(len(table))])
+        self.place, self._places, self._clock = piece, places, clock
+        self.dtype = local.storage.dtype
+        self.device = places[0][0].data.device
         self._train: TensorTrain | None = None
         if self.dtype == "fp32":
             self._train = self.train(Workspace())
-
-    def _encoding(self, number: int) -> Encoding:
-        per_column, per_row = OPTIMIZER_STATE[self._optimizer]
-        first_slice, column = 0, 0
-        if number == 0:
-            first_slice = self.place.first_slice
-            column = self.place.first_column * self.shape.ranks[1]
-        return Encoding(codec=self.dtype, state_codec="fp32", element_states=per_column,
-                        row_states=per_row, row_start=first_slice, col_start=column,
-                        table_key=table_key(f"{self._name}/core{number}"))
 
     @property
     def shape(self) -> TensorTrainShape:
@@ -123,98 +140,78 @@ class CoreArena:
         if self._train is not None:
             return self._train
         return TensorTrain(self.shape, tuple(
-            self.read_core(number, workspace) for number in range(len(self.blocks.table))))
+            self.read_core(number, workspace) for number in range(len(self._places))))
+
+    def size(self, number: int) -> tuple[int, int]:
+        """(slices, elements of a slice) of a core."""
+        memory, block = self._places[number]
+        elements, slices = memory.blocks.table[block, 4:].tolist()
+        return slices, elements
 
     def read_core(self, number: int, workspace: Workspace | None = None) -> Tensor:
         """fp32 [slices, elements] of a core; a view where cores are fp32."""
+        memory, block = self._places[number]
         if self.dtype == "fp32":
-            return self.blocks.rows(self.data, number)
-        _, _, _, _, elements, slices = self.blocks.table[number].tolist()
-        like = torch.empty(0, device=self.data.device)
-        out = torch.empty(slices, elements, device=self.data.device) if workspace is None else \
+            return memory.blocks.rows(memory.data, block)
+        slices, elements = self.size(number)
+        like = torch.empty(0, device=self.device)
+        out = torch.empty(slices, elements, device=self.device) if workspace is None else \
             workspace.take(f"core{number}", slices * elements, like).view(slices, elements)
-        decode_rows(self.blocks.payloads(self.data, number), self.dtype, out)
+        decode_rows(memory.blocks.payloads(memory.data, block), self.dtype, out)
         return out
 
     def write_core(self, number: int, values: Tensor) -> None:
         """Encodes fp32 [slices, elements]."""
-        encoding = self.blocks.encoding(number)
-        rounding = Rounding(True, self.clock.key(0) ^ encoding.table_key, encoding.row_start,
+        memory, block = self._places[number]
+        encoding = memory.blocks.encoding(block)
+        rounding = Rounding(True, self._clock.key(0) ^ encoding.table_key, encoding.row_start,
                             encoding.col_start)
-        encode_rows(values.to(self.data.device).contiguous(), self.dtype,
-                    self.blocks.payloads(self.data, number), rounding)
+        encode_rows(values.to(self.device).contiguous(), self.dtype,
+                    memory.blocks.payloads(memory.data, block), rounding)
 
     def read_state(self, number: int) -> Tensor:
         """fp32 [slices, state elements] of a core, a copy."""
-        slices = int(self.blocks.table[number, 5])
-        if not int(self.blocks.table[number, 3]):
-            return torch.empty(slices, 0)
+        memory, block = self._places[number]
+        if not int(memory.blocks.table[block, 3]):
+            return torch.empty(self.size(number)[0], 0)
         if self.dtype == "fp32":
-            return self.blocks.state(self.data, number).to("cpu", copy=True)
+            return memory.blocks.state(memory.data, block).to("cpu", copy=True)
         return self._records(number).read_states().cpu()
 
     def write_state(self, number: int, state: Tensor) -> None:
         """Writes fp32 [slices, state elements]."""
-        if not int(self.blocks.table[number, 3]):
+        memory, block = self._places[number]
+        if not int(memory.blocks.table[block, 3]):
             return
         if self.dtype == "fp32":
-            self.blocks.state(self.data, number).copy_(state)
+            memory.blocks.state(memory.data, block).copy_(state)
         else:
-            self._records(number).write_states(state.to(self.data.device), None)
+            self._records(number).write_states(state.to(self.device), None)
 
     def _records(self, number: int) -> Records:
-        places = torch.arange(int(self.blocks.table[number, 5]), device=self.data.device)
-        return Records(self.data, self.blocks, number, places)
+        memory, block = self._places[number]
+        places = torch.arange(self.size(number)[0], device=self.device)
+        return Records(memory.data, memory.blocks, block, places)
 
-    def step(self, grads: CoreGradients, step: StepParameters, cores: range,
-             row_squares: dict[int, Tensor] | None = None) -> None:
-        """One optimiser step on slices of some cores.
+    def step(self, grads: CoreGradients, step: StepParameters,
+             first_squares: Tensor | None = None) -> None:
+        """One optimiser step on slices of all cores, which the shard shares with other ranks.
 
         Args:
-            grads: of those cores; fp32 [slices, elements] each.
+            grads: fp32 [slices, elements] of every core.
             step: gradients are scaled and clipped already.
-            cores: numbers of the cores that ``grads`` lists.
-            row_squares: by core, fp32 [slices]: mean square of every slice's gradient, where the
-                shard holds only a part of the slice.
+            first_squares: fp32 [slices]: mean square of every slice's gradient of the first core,
+                where the shard holds only a part of the slice.
         """
-        edges = [0] * (len(self.blocks.table) + 1)
-        for number, touched in zip(cores, grads.touched, strict=True):
-            edges[number + 1] = touched.numel()
-        splits = torch.tensor(edges).cumsum(0)
-        flat, sources = _joined(grads)
-        ids = torch.cat(grads.touched)
-        squares = None
-        if row_squares is not None:
-            squares = torch.cat([
-                row_squares.get(number, torch.full_like(touched, -1, dtype=torch.float32))
-                for number, touched in zip(cores, grads.touched, strict=True)])
-        uniques = Uniques(ids, splits, torch.arange(ids.numel() + 1, device=ids.device), sources)
-        update_rows(self.data, self.blocks, uniques, None, flat,
-                    replace(step, scale=1.0, clip_value=0.0, key=self.clock.key(0), rows=None),
-                    squares)
-
-    def all_slices(self, grads: CoreGradients) -> CoreGradients:
-        """The same with zeros for the slices that got no gradient: rules that move every slice."""
-        touched, full = [], []
-        for core, (where, values) in enumerate(zip(grads.touched, grads.grads, strict=True)):
-            slices, elements = int(self.blocks.table[core, 5]), int(self.blocks.table[core, 4])
-            dense = torch.zeros(slices, elements, device=values.device)
-            dense[where] = values
-            touched.append(torch.arange(slices, device=values.device))
-            full.append(dense)
-        return CoreGradients(tuple(touched), tuple(full))
-
-
-def _joined(grads: CoreGradients) -> tuple[Tensor, Tensor]:
-    """All gradients in one buffer, and where every slice's begins."""
-    if grads.flat is None:
-        parts = [values for values in grads.grads if values.numel()]
-        flat = torch.cat([part.reshape(-1) for part in parts]) if parts else torch.empty(0)
-        starts = list(accumulate((values.numel() for values in grads.grads), initial=0))
-    else:
-        flat, starts = grads.flat
-    pieces, at = [], 0
-    for values, first in zip(grads.grads, starts, strict=False):
-        pieces.append([at, values.shape[0], first, values.shape[1]])
-        at += values.shape[0]
-    return flat, fill_affine(torch.tensor(pieces), at, flat.device)
+        for memory in dict.fromkeys(memory for memory, _ in self._places):
+            pairs = [(grads.touched[0][:0], grads.grads[0].new_empty(0, elements))
+                     for elements in memory.blocks.table[:, 4].tolist()]
+            squares = [torch.empty(0, device=self.device) for _ in pairs]
+            for core, (found, block) in enumerate(self._places):
+                if found is memory:
+                    pairs[block] = grads.touched[core], grads.grads[core]
+                    squares[block] = grads.grads[core].new_full((len(pairs[block][0]),), -1.0)
+                    if core == 0 and first_squares is not None:
+                        squares[block] = first_squares
+            memory.step(join_gradients(pairs, self.device), 0, step,
+                        None if first_squares is None else torch.cat(squares))

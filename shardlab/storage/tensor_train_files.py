@@ -69,7 +69,6 @@ def load_train(train: TensorTrainShard, chunk: TableChunk) -> None:
                               f"{sorted(names)}, {train.optimizer} needs {sorted(wanted)}")
     count = len(shape.row_factors)
     first_slices, first_columns = found[1], found[1 + count]
-    train.forget_products()
     for core in range(count):
         _load_core(train, chunk, core, (chunk.row_start // whole.row_unit, first_slices,
                                         chunk.col_start // whole.column_unit, first_columns))
@@ -106,7 +105,7 @@ def _load_hot(train: TensorTrainShard, chunk: TableChunk) -> None:
         return
     old = torch.empty(0, dtype=torch.int64) if hot is None else hot.ids.clone()
     merged = torch.unique(torch.cat([old, ids]))
-    rows = train.core_rows(merged.to(train.cores.data.device)).cpu().clone()
+    rows = train.core_rows(merged.to(train.cores.device)).cpu().clone()
     place = torch.searchsorted(merged, ids)
     to, taken = slice(mine.start, mine.stop), slice(source.start, source.stop)
     if hot is not None:
@@ -126,7 +125,7 @@ def _load_hot(train: TensorTrainShard, chunk: TableChunk) -> None:
         state[place, per_column * hot.columns:] = given[:, per_column * theirs:]
         hot.set(merged[:fits], rows[:fits], state[:fits])
     if merged.numel() > fits:
-        train.fold_rows(merged[fits:], rows[fits:].to(train.cores.data.device))
+        train.fold_rows(merged[fits:], rows[fits:].to(train.cores.device))
 
 
 def _load_uses(train: TensorTrainShard, hot: HotRows, chunk: TableChunk) -> None:
@@ -172,7 +171,6 @@ def _collect(train: TensorTrainShard, chunk: TableChunk) -> None:
         for core, values in enumerate(decompose(train.collected, train.cores.shape)):
             train.cores.write_core(core, values)
         train.collected = None
-        train.forget_products()
 
 
 def _load_core(train: TensorTrainShard, chunk: TableChunk, core: int,
@@ -202,7 +200,7 @@ def _load_state(train: TensorTrainShard, chunk: TableChunk, core: int,
                 area: tuple[range, range, slice, slice]) -> None:
     """Copies the state of slices; "row-wise" parts are one number per slice."""
     rows, from_rows, to, source = area
-    elements = int(train.cores.blocks.table[core, 4])
+    elements = train.cores.size(core)[1]
     per_column, _ = OPTIMIZER_STATE[train.optimizer]
     state = train.cores.read_state(core)
     for number, name in enumerate(STATE_NAMES[train.optimizer]):

@@ -11,21 +11,23 @@ import pytest
 from shardlab.errors import ConfigError
 from shardlab.tensor_train_shapes import tensor_train_shape
 
-#: rows, row factors, parameters at ranks 16, 32, 64 (arXiv 2101.11714, table 2; columns 2 x 2 x 4).
+#: rows, row factors, parameters at ranks 16, 32, 64: the 21 counts of arXiv 2101.11714, table 2,
+#: with columns 2 x 2 x 4; and at rank 8, whose counts follow from the formula.
 PAPER = [
-    (10131227, (200, 220, 250), (135040, 495360, 1891840)),
-    (8351593, (200, 200, 209), (122176, 449152, 1717504)),
-    (7046547, (200, 200, 200), (121600, 448000, 1715200)),
-    (5461306, (166, 175, 188), (106944, 393088, 1502976)),
-    (2202608, (125, 130, 136), (79264, 291648, 1115776)),
-    (286181, (53, 72, 75), (43360, 160448, 615808)),
-    (142572, (50, 52, 55), (31744, 116736, 446464)),
+    (10131227, (200, 220, 250), (135040, 495360, 1891840), 39360),
+    (8351593, (200, 200, 209), (122176, 449152, 1717504), 35488),
+    (7046547, (200, 200, 200), (121600, 448000, 1715200), 35200),
+    (5461306, (166, 175, 188), (106944, 393088, 1502976), 31072),
+    (2202608, (125, 130, 136), (79264, 291648, 1115776), 22992),
+    (286181, (53, 72, 75), (43360, 160448, 615808), 12464),
+    (142572, (50, 52, 55), (31744, 116736, 446464), 9216),
 ]
 
 
-@pytest.mark.parametrize(("rows", "factors", "counts"), PAPER, ids=[str(p[0]) for p in PAPER])
-def test_parameter_counts_of_the_paper(rows, factors, counts):
-    for rank, count in zip((16, 32, 64), counts, strict=True):
+@pytest.mark.parametrize(("rows", "factors", "counts", "narrow"), PAPER,
+                         ids=[str(p[0]) for p in PAPER])
+def test_parameter_counts_of_the_paper(rows, factors, counts, narrow):
+    for rank, count in zip((16, 32, 64, 8), (*counts, narrow), strict=True):
         shape = tensor_train_shape(rows, 16, rank, 3, factors, (2, 2, 4))
         assert shape.parameters == count
         assert shape.row_factors == factors

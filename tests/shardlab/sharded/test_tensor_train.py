@@ -57,12 +57,22 @@ class Case:
 
 def train(groups, case):
     """(outputs of every step, chunks before, chunks after) of this rank."""
-    model, optimizer = sl.shard(Bare(case.tables), case.plan, groups=groups, seed=3,
-                                optimizer=make_optimizer(case.optimizer))
+    model, optimizer = _sharded(groups, case, seed=3)
     before = _cores(model)
+    outputs = _continue(groups, case, model, optimizer)
+    return outputs, before, _cores(model)
+
+
+def _sharded(groups, case, seed):
+    return sl.shard(Bare(case.tables), case.plan, groups=groups, seed=seed,
+                    optimizer=make_optimizer(case.optimizer))
+
+
+def _continue(groups, case, model, optimizer, first=0):
+    """Outputs of the steps from ``first`` on."""
     outputs = []
     features = [feature for table in case.tables for feature in table.feature_names]
-    for number, step in enumerate(case.steps):
+    for number, step in enumerate(case.steps[first:], first):
         optimizer.zero_grad()
         order = shuffled(features, number * groups.world_size + groups.rank)
         pooled = model(build_features(step.parts[groups.rank], order))
@@ -71,7 +81,7 @@ def train(groups, case):
         loss.backward()
         optimizer.step()
         outputs.append(out.detach().clone())
-    return outputs, before, _cores(model)
+    return outputs
 
 
 def _cores(model):
@@ -161,6 +171,56 @@ def test_cached_rows_train_alike_however_the_table_is_cut(optimizer):
         assert cached
         for found, wanted in zip(outputs, first[0], strict=True):
             torch.testing.assert_close(found, wanted, rtol=2e-4, atol=2e-4)
+
+
+SAVED_AFTER = 3
+
+
+def save_and_resume(groups, case, other, path):
+    """Outputs from the checkpoint on: uninterrupted, resumed, and resumed on another plan."""
+    start = dataclasses.replace(case, steps=case.steps[:SAVED_AFTER])
+    model, optimizer = _sharded(groups, start, seed=3)
+    _continue(groups, start, model, optimizer)
+    sl.save(path, model, optimizer, groups)
+    return [_continue(groups, case, model, optimizer, SAVED_AFTER),
+            resume(groups, case, path), resume(groups, dataclasses.replace(case, plan=other), path)]
+
+
+def resume(groups, case, path):
+    """Outputs of a job that starts from a checkpoint."""
+    model, optimizer = _sharded(groups, case, seed=4)
+    sl.load(path, model, optimizer, groups)
+    return _continue(groups, case, model, optimizer, SAVED_AFTER)
+
+
+def test_checkpoints_resume_on_any_plan_and_world(tmp_path):
+    """With cached rows: bit for bit on the same plan, within rounding on others and on one rank."""
+    tables = _tables(cache_fraction=1.0, cache_warmup_steps=2)
+    generator = torch.Generator().manual_seed(7)
+    steps = random_steps(tables, [[4, 3]] * 6, generator=generator)
+    # Its state has a part per column and one per row.
+    case = Case(tables, _plan(tables, 2, ExchangeKind.ROWS), OPTIMIZERS[4], steps)
+    turned = ShardingPlan(2, tuple(
+        dataclasses.replace(plan, table=table.name) for plan, table in zip(
+            (*case.plan.tables[1:-1], case.plan.tables[0], case.plan.tables[-1]), tables,
+            strict=True)))
+    path = tmp_path / "saved"
+    results = run_ranks(2, save_and_resume, case, turned, path)
+    for whole, resumed, cut_anew in results:
+        for found, other, wanted in zip(resumed, cut_anew, whole, strict=True):
+            assert torch.equal(found, wanted)
+            torch.testing.assert_close(other, wanted, rtol=2e-4, atol=2e-4)
+    one = dataclasses.replace(
+        case, plan=_plan(tables, 1, ExchangeKind.ROWS),
+        steps=[dataclasses.replace(step, parts=_regroup_all(step.parts),
+                                   targets=[torch.cat(step.targets)]) for step in steps])
+    for found, *wanted in zip(resume(sl.comm.Groups(), one, path),
+                              *(whole for whole, _, _ in results), strict=True):
+        torch.testing.assert_close(found, torch.cat(wanted), rtol=2e-4, atol=2e-4)
+
+
+def _regroup_all(parts):
+    return [_join(parts)]
 
 
 def _regroup(parts, world):

@@ -48,7 +48,7 @@ def batches(count, seed=0, hot=range(10)):
 def test_bytes_count_rows_state_and_counts(optimizer):
     storage = storage_of(cached_table(), optimizer)
     (one,) = storage.trains
-    held = one.cores.data.numel() + one.hot.held_bytes
+    held = sum(memory.data.numel() for memory in storage.memories) + one.hot.held_bytes
     assert storage.tier_bytes().total == held
     assert held == tier_bytes(storage.shards[0].storage, 1000, 16, optimizer).total
 

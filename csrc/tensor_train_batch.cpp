@@ -1,0 +1,76 @@
+#include "tensor_train_batch.h"
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+
+#include "dispatch.h"
+
+namespace shardlab {
+
+void TensorTrainBatch::rows(std::vector<TensorTrain> trains, const int64_t* ids,
+                            const std::vector<int64_t>& edges, float* out, int threads) {
+  entries_.resize(trains.size());
+  for (size_t t = 0; t < trains.size(); ++t) {
+    Entry& entry = entries_[t];
+    entry.train = trains[t];
+    entry.count = edges[t + 1] - edges[t];
+    if (entry.count == 0) continue;
+    entry.index.build(entry.train, ids + edges[t], entry.count);
+    const int64_t elements = product_elements(entry.train, entry.count);
+    if (elements > entry.room) {
+      entry.products.reset(new (std::align_val_t{64}) float[elements]);
+      entry.room = elements;
+    }
+    active_kernels().tensor_train->rows(entry.train, entry.index, entry.products.get(), out,
+                                        threads);
+    out += entry.count * leading_columns(entry.train, entry.train.cores - 1);
+  }
+}
+
+std::pair<int64_t, int64_t> TensorTrainBatch::sizes(const CoreOrder& order,
+                                                    const std::vector<bool>& every) const {
+  std::pair<int64_t, int64_t> total{};
+  for (const auto& [t, core] : order) {
+    const int64_t slices = entries_[t].num_slices(core, every[t]);
+    total.first += slices;
+    total.second += slices * slice_elements(entries_[t].train, core);
+  }
+  return total;
+}
+
+void TensorTrainBatch::gradients(const float* row_grads, const CoreOrder& order,
+                                 const std::vector<bool>& every, const TouchedSlices& touched,
+                                 int threads) {
+  std::vector<float*> targets(entries_.size() * kMaxCores);
+  int64_t slices = 0, elements = 0;
+  touched.splits[0] = 0;
+  for (size_t at = 0; at < order.size(); ++at) {
+    const auto [t, core] = order[at];
+    const Entry& entry = entries_[t];
+    const int64_t size = slice_elements(entry.train, core);
+    const int64_t count = entry.num_slices(core, every[t]);
+    targets[t * kMaxCores + core] = touched.grads + elements;
+    for (int64_t i = 0; i < count; ++i, ++slices, elements += size) {
+      const Level& level = entry.index.levels[core];
+      touched.ids[slices] = every[t] ? i : level.digit[level.nodes[level.groups[i]]];
+      touched.sources[slices] = elements;
+    }
+    if (every[t]) std::fill_n(touched.grads + elements - count * size, count * size, 0.f);
+    touched.splits[at + 1] = slices;
+  }
+  for (size_t t = 0; t < entries_.size(); ++t)
+    for (int64_t core = 0; entries_[t].count > 0 && core < entries_[t].train.cores; ++core)
+      if (!targets[t * kMaxCores + core])
+        throw std::invalid_argument("order: core " + std::to_string(core) + " of train " +
+                                    std::to_string(t) + " is missing; list every core once");
+  for (size_t t = 0; t < entries_.size(); ++t) {
+    const Entry& entry = entries_[t];
+    if (entry.count == 0) continue;
+    active_kernels().tensor_train->gradients(entry.train, entry.index, entry.products.get(),
+                                             row_grads, every[t], &targets[t * kMaxCores], threads);
+    row_grads += entry.count * leading_columns(entry.train, entry.train.cores - 1);
+  }
+}
+
+}  // namespace shardlab
