@@ -126,6 +126,15 @@ struct Present {
       : places(most), sources(most), rows(most), starts(most + 1), squares(most) {
     for (int64_t i = 0; i <= most; ++i) starts[i] = i;
   }
+
+  void add(const ChunkBlock& block, int64_t row, int64_t chunk, int64_t place, int64_t source,
+           float mean) {
+    places[count] = place;
+    sources[count] = source;
+    rows[count] = (block.row_start + row) * block.table_chunks + block.first_chunk + chunk;
+    squares[count++] = mean;
+  }
+
   std::vector<int64_t> places, sources, rows, starts;
   std::vector<float> squares;
   int64_t count = 0;
@@ -184,12 +193,66 @@ inline void weigh_row(const ChunkStore& store, const ChunkBlock& block, float we
     if (norm > 0)
       utility = utility_code(utility_of(utility) + norm * weight,
                              chunk_word(block, norms.key, row, k));
-    const int64_t at = present.count++;
-    present.places[at] = places_of(value)[k];
-    present.sources[at] = source + k * width;
-    present.rows[at] = (block.row_start + row) * block.table_chunks + block.first_chunk + k;
-    present.squares[at] = mean;
+    present.add(block, row, k, places_of(value)[k], source + k * width, mean);
   }
+}
+
+// Summed, scaled, clipped gradients of whole rows, for as many as a tile has.
+class Gradients {
+ public:
+  Gradients(const Updates& updates, int64_t columns, const Step& s)
+      : updates_(updates),
+        columns_(columns),
+        scale_(s.scale),
+        clip_(s.clip_value),
+        plain_(s.scale == 1.0f && s.clip_value <= 0.0f && !updates.csr.weights),
+        sums_(kTile * columns) {}
+
+  SHARDLAB_INLINE void prefetch(int64_t u) const {
+    const Csr& csr = updates_.csr;
+    for (int64_t e = csr.starts[u]; e < csr.starts[u + 1]; ++e)
+      prefetch_read(updates_.grads + csr.sources[e], columns_ * (int64_t)sizeof(float));
+  }
+
+  // Of unique u, row i of the tile; where it lies already, if nothing changes it.
+  const float* sum(int64_t u, int64_t i) {
+    const Csr& csr = updates_.csr;
+    const int64_t from = csr.starts[u], to = csr.starts[u + 1];
+    if (plain_ && to - from == 1) return updates_.grads + csr.sources[from];
+    float* sum = sums_.data() + i * columns_;
+    with_weights(csr.weights, [&](const auto& weight) {
+      auto row = [&](int64_t k) { return (const char*)(updates_.grads + csr.sources[k]); };
+      sum_rows<Fp32Reader>(from, to, columns_, row, weight,
+                           [&](int64_t c, Vec value, int64_t lanes) {
+                             value = value * scale_;
+                             write_lanes(sum + c, clip_ > 0.0f ? clamp(value, clip_) : value,
+                                         lanes);
+                           });
+    });
+    return sum;
+  }
+
+ private:
+  const Updates& updates_;
+  int64_t columns_;
+  float scale_, clip_;
+  bool plain_;
+  std::vector<float> sums_;
+};
+
+// Steps the chunks of a tile; their gradients are summed already.
+template <class Rule>
+void step_present(const Arena& arena, int64_t b, const Updates& updates, const Present& present,
+                  const Step& s, float* buffer) {
+  Step rest = s;
+  rest.scale = 1.0f;
+  rest.clip_value = 0.0f;
+  const Updates some{present.places.data(), nullptr,
+                     {present.starts.data(), present.sources.data(), nullptr}, updates.grads,
+                     present.squares.data(), updates.key, present.rows.data()};
+  with_rows(arena, b, some, present.count, [&](auto rows) {
+    update_block<Rule>(rows, some, 0, present.count, rest, buffer);
+  });
 }
 
 template <class Rule>
@@ -197,19 +260,14 @@ void update_rows(const ChunkCall& call, const Arena& arena, int64_t b, const Upd
                  int64_t begin, int64_t end, const Step& s, const Norms& norms) {
   const ChunkStore& store = call.stores[call.blocks[b].store];
   const Block& block = arena.blocks[b];
-  const int64_t width = block.columns, columns = width * store.chunks;
-  const Csr& csr = updates.csr;
-  const bool plain = s.scale == 1.0f && s.clip_value <= 0.0f;
-  std::vector<float> sums(kTile * columns), buffer(kLanes * width), squares(store.chunks);
+  const int64_t width = block.columns;
+  std::vector<float> buffer(kLanes * width), squares(store.chunks);
+  Gradients grads(updates, width * store.chunks, s);
   Present present(kTile * store.chunks);
-  Step rest = s;
-  rest.scale = 1.0f;
-  rest.clip_value = 0.0f;
   Tile tile;
   for (int64_t first = begin; first < end; first += kTile) {
     const int64_t n = std::min(kTile, end - first);
-    for (int64_t e = csr.starts[first]; e < csr.starts[first + n]; ++e)
-      prefetch_read(updates.grads + csr.sources[e], columns * (int64_t)sizeof(float));
+    for (int64_t u = first; u < first + n; ++u) grads.prefetch(u);
     tile.find(store, b, updates.ids + first, n, [&](int64_t place) SHARDLAB_INLINE {
       prefetch_write(arena.bytes + block.row_offset + place * block.row_bytes, block.row_bytes);
       prefetch_write(arena.bytes + block.state_offset + place * block.state_bytes,
@@ -217,34 +275,49 @@ void update_rows(const ChunkCall& call, const Arena& arena, int64_t b, const Upd
     });
     present.count = 0;
     for (int64_t i = 0; i < n; ++i) {
-      const int64_t u = first + i, from = csr.starts[u], to = csr.starts[u + 1];
-      const float* grad = updates.grads + csr.sources[from];
-      if (!plain || csr.weights || to - from != 1) {
-        float* sum = sums.data() + i * columns;
-        grad = sum;
-        with_weights(csr.weights, [&](const auto& weight) {
-          auto row = [&](int64_t k) { return (const char*)(updates.grads + csr.sources[k]); };
-          sum_rows<Fp32Reader>(from, to, columns, row, weight,
-                               [&](int64_t c, Vec value, int64_t lanes) {
-                                 value = value * s.scale;
-                                 write_lanes(sum + c, s.clip_value > 0.0f
-                                                          ? clamp(value, s.clip_value)
-                                                          : value,
-                                             lanes);
-                               });
-        });
-      }
+      const int64_t u = first + i;
+      const float* grad = grads.sum(u, i);
       float mean = chunk_squares(grad, store.chunks, width, squares.data());
       if (updates.row_squares && updates.row_squares[u] >= 0) mean = updates.row_squares[u];
-      weigh_row(store, call.blocks[b], norms.weights[b], norms, updates, u, tile.slots[i], squares.data(),
-                grad - updates.grads, width, mean, present);
+      weigh_row(store, call.blocks[b], norms.weights[b], norms, updates, u, tile.slots[i],
+                squares.data(), grad - updates.grads, width, mean, present);
     }
-    const Updates some{present.places.data(), nullptr,
-                       {present.starts.data(), present.sources.data(), nullptr}, updates.grads,
-                       present.squares.data(), updates.key, present.rows.data()};
-    with_rows(arena, b, some, present.count, [&](auto rows) {
-      update_block<Rule>(rows, some, 0, present.count, rest, buffer.data());
-    });
+    step_present<Rule>(arena, b, updates, present, s, buffer.data());
+  }
+}
+
+// A chunk that was admitted: unique, chunk of its row, place.
+struct Admitted {
+  int64_t unique, chunk, place;
+};
+
+template <class Rule>
+void admit_rows(const ChunkCall& call, const Arena& arena, int64_t b, const Updates& updates,
+                const Admitted* one, const Admitted* end, const Step& s) {
+  const ChunkStore& store = call.stores[call.blocks[b].store];
+  const ChunkBlock& place = call.blocks[b];
+  const int64_t width = arena.blocks[b].columns;
+  std::vector<float> buffer(kLanes * width), squares(store.chunks);
+  Gradients grads(updates, width * store.chunks, s);
+  Present present(kTile * store.chunks);
+  while (one < end) {
+    present.count = 0;
+    const Admitted* ahead = one;
+    for (int64_t i = 0; i < kTile && ahead < end; ++ahead) {
+      if (ahead > one && ahead->unique == ahead[-1].unique) continue;
+      grads.prefetch(ahead->unique);
+      ++i;
+    }
+    for (int64_t i = 0; i < kTile && one < end; ++i) {
+      const int64_t u = one->unique;
+      const float* grad = grads.sum(u, i);
+      float mean = chunk_squares(grad, store.chunks, width, squares.data());
+      if (updates.row_squares && updates.row_squares[u] >= 0) mean = updates.row_squares[u];
+      for (; one < end && one->unique == u; ++one)
+        present.add(place, updates.ids[u], one->chunk, one->place,
+                    grad - updates.grads + one->chunk * width, mean);
+    }
+    step_present<Rule>(arena, b, updates, present, s, buffer.data());
   }
 }
 
@@ -265,6 +338,28 @@ void update_with(const ChunkCall& call, const Arena& arena, const Updates& updat
   }
 }
 
+template <class Rule>
+void admit_with(const ChunkCall& call, const Arena& arena, const Updates& updates, const Step& s,
+                const Admitted* admitted, int64_t count, int threads) {
+#pragma omp parallel num_threads(threads)
+  {
+    const int64_t parts = omp_get_num_threads(), me = omp_get_thread_num();
+    // Chunks of a row are stepped by one thread, which sums its gradient once.
+    const auto edge = [&](int64_t part) {
+      int64_t at = count * part / parts;
+      while (at > 0 && at < count && admitted[at].unique == admitted[at - 1].unique) ++at;
+      return at;
+    };
+    const Admitted *one = admitted + edge(me), *end = admitted + edge(me + 1);
+    for (int64_t b = 0; b < arena.num_blocks && one < end; ++b) {
+      const Admitted* stop = std::partition_point(
+          one, end, [&](const Admitted& a) { return a.unique < updates.splits[b + 1]; });
+      if (one < stop) admit_rows<Rule>(call, arena, b, updates, one, stop, s);
+      one = stop;
+    }
+  }
+}
+
 void update_all(const ChunkCall& call, const Arena& arena, const Updates& updates, Rule rule,
             const Step& s, const float* weights, uint64_t utility_key, float* out, int64_t stride,
             int threads) {
@@ -280,8 +375,23 @@ void update_all(const ChunkCall& call, const Arena& arena, const Updates& update
   }
 }
 
+void admit_all(const ChunkCall& call, const Arena& arena, const Updates& updates, Rule rule,
+               const Step& s, const int64_t* admitted, int64_t count, int threads) {
+  const Admitted* chunks = (const Admitted*)admitted;
+  switch (rule) {
+    case Rule::kSgd: return admit_with<Sgd>(call, arena, updates, s, chunks, count, threads);
+    case Rule::kAdagrad:
+      return admit_with<Adagrad>(call, arena, updates, s, chunks, count, threads);
+    case Rule::kRowWiseAdagrad:
+      return admit_with<RowWiseAdagrad>(call, arena, updates, s, chunks, count, threads);
+    case Rule::kAdam: return admit_with<Adam>(call, arena, updates, s, chunks, count, threads);
+    case Rule::kRowWiseAdam:
+      return admit_with<RowWiseAdam>(call, arena, updates, s, chunks, count, threads);
+  }
+}
+
 }  // namespace
 
-extern const ChunkKernels chunk_kernels{read_all, update_all};
+extern const ChunkKernels chunk_kernels{read_all, update_all, admit_all};
 
 }  // namespace shardlab::SHARDLAB_ISA
