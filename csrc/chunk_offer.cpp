@@ -1,40 +1,90 @@
 // What becomes of absent chunks that were asked for: counted, admitted, in place of others.
 #include <algorithm>
+#include <vector>
 
 #include "chunk_index.h"
 
 namespace shardlab {
 namespace {
 
-constexpr int64_t kTile = 32;
 // Rows from which a chunk that goes is chosen: the least of 8 is among the lowest ninth on average.
 constexpr int64_t kDrawn = 8;
 
 // Where the rows that are drawn for a row begin.
 uint64_t draw_hash(const ChunkOffers& in, uint64_t key) { return chunk_mix(key ^ in.key); }
 
-// The rows of a tile that have absent chunks to offer.
-struct OfferTile {
-  int64_t count = 0, rows[kTile];
-  uint64_t keys[kTile];
+// A row with absent chunks that were asked for, and their cells in the sketch.
+struct Offer {
+  int64_t row;
+  uint64_t key;
+  Cells* cells;  // [chunks]
+};
 
-  void collect(const ChunkStore& store, int64_t block, const ChunkOffers& in, int64_t begin,
-               int64_t end) {
-    count = 0;
-    for (int64_t i = begin; i < end; ++i) {
+// The offers of a segment, some of them ahead of the one that is worked on: its line of the sketch
+// is fetched first, and, if it may be worth a place in a store that is full, the rows drawn for it.
+class OfferQueue {
+ public:
+  OfferQueue(const ChunkStore& store, const ChunkOffers& in, const ChunkSegment& segment)
+      : store_(store), in_(in), block_(segment.block), cells_((kMask + 1) * store.chunks) {
+    const int64_t end = segment.start + segment.count;
+    for (int64_t i = segment.start; i < end; ++i) {
       const float* norms = in.norms + i * in.stride;
-      if (std::none_of(norms, norms + store.chunks, [](float x) { return x > 0; })) continue;
-      rows[count] = i;
-      const uint64_t key = keys[count++] = chunk_key(store, block, in.ids[i]);
-      __builtin_prefetch(keys_of(store) + scaled(key, store.slots));
-      if (store.sketch_lines) __builtin_prefetch(line_of(store, key), 1);
-      if (!store.refused) continue;
-      const int64_t drawn = (int64_t)scaled(draw_hash(in, key), store.slots);
-      __builtin_prefetch(keys_of(store) + drawn);
-      for (int64_t at = 0; at < kDrawn * value_bytes(store); at += kLine)
-        __builtin_prefetch(value_at(store, drawn) + at);
+      if (std::any_of(norms, norms + store.chunks, [](float x) { return x > 0; }))
+        rows_.push_back(i);
+    }
+    for (int64_t n = -2 * kStage; n < 0; ++n) {
+      start(n + 2 * kStage);
+      if (n + kStage >= 0) weigh(n + kStage);
     }
   }
+
+  int64_t size() const { return (int64_t)rows_.size(); }
+  // Offer n; they come one after the other.
+  Offer next(int64_t n) {
+    start(n + 2 * kStage);
+    weigh(n + kStage);
+    return {rows_[n], keys_[n & kMask], cells_.data() + (n & kMask) * store_.chunks};
+  }
+
+ private:
+  static constexpr int64_t kStage = 8, kMask = 4 * kStage - 1;
+
+  void start(int64_t n) {
+    if (n >= size()) return;
+    const uint64_t key = keys_[n & kMask] = chunk_key(store_, block_, in_.ids[rows_[n]]);
+    __builtin_prefetch(keys_of(store_) + scaled(key, store_.slots));
+    if (store_.sketch_lines) __builtin_prefetch(line_of(store_, key), 1);
+  }
+
+  void weigh(int64_t n) {
+    if (n >= size()) return;
+    const uint64_t key = keys_[n & kMask];
+    const float* norms = in_.norms + rows_[n] * in_.stride;
+    uint8_t* line = store_.sketch_lines ? line_of(store_, key) : nullptr;
+    Cells* cells = cells_.data() + (n & kMask) * store_.chunks;
+    float most = 0;
+    for (int64_t k = 0; k < store_.chunks; ++k) {
+      if (norms[k] <= 0) continue;
+      float utility = norms[k] * in_.weights[block_];
+      if (line) {
+        cells[k] = cells_of(line, key, k);
+        utility += cells[k].value();
+      }
+      most = std::max(most, utility);
+    }
+    if (!store_.refused || most < in_.thresholds[block_] * in_.weights[block_]) return;
+    const int64_t drawn = (int64_t)scaled(draw_hash(in_, key), store_.slots);
+    __builtin_prefetch(keys_of(store_) + drawn);
+    for (int64_t at = 0; at < kDrawn * value_bytes(store_); at += kLine)
+      __builtin_prefetch(value_at(store_, drawn) + at);
+  }
+
+  const ChunkStore& store_;
+  const ChunkOffers& in_;
+  int64_t block_;
+  std::vector<int64_t> rows_;
+  std::vector<Cells> cells_;
+  uint64_t keys_[kMask + 1];
 };
 
 // The least useful chunk of kDrawn rows that follow a random hash.
@@ -43,7 +93,6 @@ struct Victim {
   float worth = 0;
   bool whole = false;
 };
-
 
 // own: is left alone. whole: only rows with a single chunk, whose slot becomes free.
 Victim draw(const ChunkStore& store, int64_t own_block, uint64_t own, uint64_t hash, bool whole) {
@@ -92,7 +141,9 @@ int make_room(ChunkStore& store, const ChunkOffers& in, int64_t b, uint64_t key,
 
 // Offers the absent chunks of a row; returns how many were admitted.
 int64_t offer_row(ChunkStore& store, const ChunkBlock& block, const ChunkOffers& in, int64_t b,
-                  int64_t i, uint64_t key, int64_t* admitted, bool& replaced) {
+                  const Offer& offer, int64_t* admitted, bool& replaced) {
+  const int64_t i = offer.row;
+  const uint64_t key = offer.key;
   const float* norms = in.norms + i * in.stride;
   const float threshold = in.thresholds[b] * in.weights[b];
   // A negative norm tells a chunk that is present, and so a row that is.
@@ -103,8 +154,7 @@ int64_t offer_row(ChunkStore& store, const ChunkBlock& block, const ChunkOffers&
   for (int64_t k = 0; k < store.chunks; ++k) {
     if (norms[k] <= 0) continue;
     const uint64_t word = chunk_word(block, in.key, in.ids[i], k);
-    const Cells cells =
-        store.sketch_lines ? cells_of(line_of(store, key), key, k) : Cells{nullptr, nullptr};
+    const Cells& cells = offer.cells[k];
     const float utility = (store.sketch_lines ? cells.value() : 0) + norms[k] * in.weights[b];
     int64_t slot = -1;
     if (utility >= threshold) {
@@ -153,17 +203,13 @@ int64_t still_there(const ChunkCall& call, const ChunkOffers& in, int64_t* admit
 int64_t chunk_offer(const ChunkCall& call, const ChunkOffers& in, int64_t* admitted) {
   int64_t count = 0;
   bool replaced = false;
-  OfferTile tile;
   for (int64_t g = 0; g < in.num_segments; ++g) {
     const ChunkSegment& segment = in.segments[g];
-    const int64_t end = segment.start + segment.count;
     ChunkStore& store = call.stores[call.blocks[segment.block].store];
-    for (int64_t first = segment.start; first < end; first += kTile) {
-      tile.collect(store, segment.block, in, first, std::min(first + kTile, end));
-      for (int64_t i = 0; i < tile.count; ++i)
-        count += offer_row(store, call.blocks[segment.block], in, segment.block, tile.rows[i],
-                           tile.keys[i], admitted + 3 * count, replaced);
-    }
+    OfferQueue queue(store, in, segment);
+    for (int64_t n = 0; n < queue.size(); ++n)
+      count += offer_row(store, call.blocks[segment.block], in, segment.block, queue.next(n),
+                         admitted + 3 * count, replaced);
   }
   return replaced ? still_there(call, in, admitted, count) : count;
 }

@@ -1,7 +1,7 @@
 // Rows of present and absent chunks: read as whole rows, stepped chunk by chunk.
 //
-// Both work on tiles of rows in three rounds: fetch the homes of a tile in the index; find the
-// slots and fetch them; fetch the chunks. Each round waits for memory once, not once a row.
+// Rows are looked up some rows ahead in three stages (Lookup), each of which fetches what the next
+// one reads: waiting for memory overlaps with the work on other rows.
 //
 // Source: arXiv 2401.04408 (chunks, utility = accesses x norm of the gradient); the step is that of
 // whole rows (update_block.h), so that a table with every chunk present trains bit for bit like one
@@ -19,37 +19,69 @@
 namespace shardlab::SHARDLAB_ISA {
 namespace {
 
-constexpr int64_t kTile = 32;
+constexpr int64_t kTile = 16;       // rows whose chunks are stepped together
 constexpr float kMostNorm = 1e30f;  // keeps a utility finite
 
-// The rows of a tile and where their slots are.
-struct Tile {
-  int64_t slots[kTile];
+// Finds the slots of ids [begin, end), some rows ahead of the one that is worked on: the home in the
+// index is fetched first, then the slot behind it, then what the slot tells. Spread over the work on
+// other rows, these never fill the queue of outstanding lines.
+class Lookup {
+ public:
+  Lookup(const ChunkStore& store, int64_t block, const int64_t* ids, int64_t end)
+      : store_(store), block_(block), ids_(ids), end_(end), bytes_(value_bytes(store)) {}
 
-  // Calls fetch(place) for every present chunk.
+  // Calls fetch(i, slot) for the first rows; slots are -1 where no chunk is present.
   template <class Fetch>
-  SHARDLAB_INLINE void find(const ChunkStore& store, int64_t block, const int64_t* ids, int64_t n,
-                            const Fetch& fetch) {
-    uint64_t keys[kTile];
-    for (int64_t i = 0; i < n; ++i) {
-      keys[i] = chunk_key(store, block, ids[i]);
-      const uint64_t home = scaled(keys[i], store.slots);
-      __builtin_prefetch(keys_of(store) + home);
-      prefetch_write(value_at(store, (int64_t)home), 1);
-    }
-    const int64_t bytes = value_bytes(store);
-    for (int64_t i = 0; i < n; ++i) {
-      slots[i] = find_slot(store, keys[i]);
-      if (slots[i] >= 0) prefetch_write(value_at(store, slots[i]), bytes);
-    }
-    for (int64_t i = 0; i < n; ++i) {
-      if (slots[i] < 0) continue;
-      const int32_t* places = places_of(value_at(store, slots[i]));
-      for (int64_t k = 0; k < store.chunks; ++k)
-        if (places[k] >= 0) fetch(places[k]);
+  SHARDLAB_INLINE void begin(int64_t first, const Fetch& fetch) {
+    for (int64_t i = first - 3 * kStage; i < first; ++i) {
+      home(i + 3 * kStage);
+      if (i + 2 * kStage >= first) find(i + 2 * kStage);
+      if (i + kStage >= first) tell(i + kStage, fetch);
     }
   }
+  // The slot of row i; rows come one after the other. Calls fetch for a row ahead.
+  template <class Fetch>
+  SHARDLAB_INLINE int64_t next(int64_t i, const Fetch& fetch) {
+    home(i + 3 * kStage);
+    find(i + 2 * kStage);
+    tell(i + kStage, fetch);
+    return slots_[i & kMask];
+  }
+
+ private:
+  static constexpr int64_t kStage = 8, kMask = 4 * kStage - 1;
+
+  SHARDLAB_INLINE void home(int64_t i) {
+    if (i >= end_) return;
+    const uint64_t key = keys_[i & kMask] = chunk_key(store_, block_, ids_[i]);
+    __builtin_prefetch(keys_of(store_) + scaled(key, store_.slots));
+  }
+  SHARDLAB_INLINE void find(int64_t i) {
+    if (i >= end_) return;
+    const int64_t slot = slots_[i & kMask] = find_slot(store_, keys_[i & kMask]);
+    if (slot >= 0) prefetch_write(value_at(store_, slot), bytes_);
+  }
+  template <class Fetch>
+  SHARDLAB_INLINE void tell(int64_t i, const Fetch& fetch) {
+    if (i < end_) fetch(i, slots_[i & kMask]);
+  }
+
+  const ChunkStore& store_;
+  int64_t block_;
+  const int64_t* ids_;
+  int64_t end_, bytes_;
+  uint64_t keys_[kMask + 1];
+  int64_t slots_[kMask + 1];
 };
+
+// Calls fetch(place) for the present chunks of a slot.
+template <class Fetch>
+SHARDLAB_INLINE inline void for_present(const ChunkStore& store, int64_t slot, const Fetch& fetch) {
+  if (slot < 0) return;
+  const int32_t* places = places_of(value_at(store, slot));
+  for (int64_t k = 0; k < store.chunks; ++k)
+    if (places[k] >= 0) fetch(places[k]);
+}
 
 // ---------------------------------------------------------------- read
 template <class Reader>
@@ -76,24 +108,24 @@ void read_rows(const ChunkStore& store, const Arena& arena, const ChunkRead& rea
   const Block& block = arena.blocks[read.block];
   const char* payloads = arena.bytes + block.row_offset;
   const int64_t width = block.columns, columns = width * store.chunks;
-  Tile tile;
-  for (int64_t first = begin; first < end; first += kTile) {
-    const int64_t n = std::min(kTile, end - first);
-    tile.find(store, read.block, ids + first, n, [&](int64_t place) SHARDLAB_INLINE {
+  const auto fetch = [&](int64_t, int64_t slot) SHARDLAB_INLINE {
+    for_present(store, slot, [&](int64_t place) SHARDLAB_INLINE {
       prefetch_read(payloads + place * store.payload_bytes, store.payload_bytes);
     });
-    for (int64_t i = first; i < first + n; ++i) {
-      const int64_t slot = tile.slots[i - first];
-      const int32_t* places = slot < 0 ? nullptr : places_of(value_at(store, slot));
-      if (!entries) {
-        write_row<Reader>(store, width, payloads, places, 1.0f,
-                          out + read.out_start + (i - read.start) * columns);
-        continue;
-      }
-      for (int64_t e = entries->starts[i]; e < entries->starts[i + 1]; ++e)
-        write_row<Reader>(store, width, payloads, places, entries->weights ? entries->weights[e] : 1,
-                          out + entries->sources[e]);
+  };
+  Lookup lookup(store, read.block, ids, end);
+  lookup.begin(begin, fetch);
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t slot = lookup.next(i, fetch);
+    const int32_t* places = slot < 0 ? nullptr : places_of(value_at(store, slot));
+    if (!entries) {
+      write_row<Reader>(store, width, payloads, places, 1.0f,
+                        out + read.out_start + (i - read.start) * columns);
+      continue;
     }
+    for (int64_t e = entries->starts[i]; e < entries->starts[i + 1]; ++e)
+      write_row<Reader>(store, width, payloads, places, entries->weights ? entries->weights[e] : 1,
+                        out + entries->sources[e]);
   }
 }
 
@@ -264,23 +296,27 @@ void update_rows(const ChunkCall& call, const Arena& arena, int64_t b, const Upd
   std::vector<float> buffer(kLanes * width), squares(store.chunks);
   Gradients grads(updates, width * store.chunks, s);
   Present present(kTile * store.chunks);
-  Tile tile;
-  for (int64_t first = begin; first < end; first += kTile) {
-    const int64_t n = std::min(kTile, end - first);
-    for (int64_t u = first; u < first + n; ++u) grads.prefetch(u);
-    tile.find(store, b, updates.ids + first, n, [&](int64_t place) SHARDLAB_INLINE {
+  const auto fetch = [&](int64_t u, int64_t slot) SHARDLAB_INLINE {
+    grads.prefetch(u);
+    for_present(store, slot, [&](int64_t place) SHARDLAB_INLINE {
       prefetch_write(arena.bytes + block.row_offset + place * block.row_bytes, block.row_bytes);
       prefetch_write(arena.bytes + block.state_offset + place * block.state_bytes,
                      block.state_bytes);
     });
+  };
+  Lookup lookup(store, b, updates.ids, end);
+  lookup.begin(begin, fetch);
+  for (int64_t first = begin; first < end; first += kTile) {
+    const int64_t n = std::min(kTile, end - first);
     present.count = 0;
     for (int64_t i = 0; i < n; ++i) {
       const int64_t u = first + i;
+      const int64_t slot = lookup.next(u, fetch);
       const float* grad = grads.sum(u, i);
       float mean = chunk_squares(grad, store.chunks, width, squares.data());
       if (updates.row_squares && updates.row_squares[u] >= 0) mean = updates.row_squares[u];
-      weigh_row(store, call.blocks[b], norms.weights[b], norms, updates, u, tile.slots[i],
-                squares.data(), grad - updates.grads, width, mean, present);
+      weigh_row(store, call.blocks[b], norms.weights[b], norms, updates, u, slot, squares.data(),
+                grad - updates.grads, width, mean, present);
     }
     step_present<Rule>(arena, b, updates, present, s, buffer.data());
   }

@@ -135,9 +135,11 @@ def scatter_chunks(pools: ChunkPools, uniques: Uniques, weights: Tensor | None,
 
 def block_segments(uniques: Uniques) -> Tensor:
     """int64 [K, 3] on CPU: (block, start, count) of the blocks that have uniques."""
-    counts = uniques.splits.diff()
-    segments = torch.stack([torch.arange(counts.numel()), uniques.splits[:-1], counts], 1)
-    return segments[counts > 0].contiguous()
+    splits = uniques.splits.tolist()
+    found = [(block, start, end - start)
+             for block, (start, end) in enumerate(zip(splits[:-1], splits[1:], strict=True))
+             if end > start]
+    return torch.tensor(found, dtype=torch.int64).view(-1, 3)
 
 
 # ---------------------------------------------------------------- update
