@@ -87,36 +87,66 @@ class OfferQueue {
   uint64_t keys_[kMask + 1];
 };
 
-// The least useful chunk of kDrawn rows that follow a random hash.
+// The least useful chunk of kDrawn rows that follow a random hash, or, for the sake of its slot, the
+// row whose most useful chunk is least (chunk -1).
 struct Victim {
-  int64_t slot = -1, chunk = 0, block = 0;
+  int64_t slot = -1, chunk = 0;
   float worth = 0;
   bool whole = false;
 };
 
-// own: is left alone. whole: only rows with a single chunk, whose slot becomes free.
-Victim draw(const ChunkStore& store, int64_t own_block, uint64_t own, uint64_t hash, bool whole) {
+// Chunks of a row that may leave at once: their places go on the stack, which takes whole pages.
+int64_t most_leaving(const ChunkStore& store) {
+  ChunkStore deeper = store;
+  deeper.free += store.chunks;
+  return held_with(deeper, store.slots, store.committed) <= store.budget ? store.chunks : 1;
+}
+
+// own: is left alone.
+Victim draw(const ChunkStore& store, uint64_t own, uint64_t hash, bool whole) {
   const uint64_t* keys = keys_of(store);
-  const int64_t span = span_of(store.slots);
+  const int64_t span = span_of(store.slots), most = whole ? most_leaving(store) : store.chunks;
   int64_t slot = (int64_t)scaled(hash, store.slots);
   while (keys[slot] && keys[slot] < hash) ++slot;
-  Victim least{-1, 0, 0, 0, whole};
+  Victim least{-1, 0, 0, whole};
+  const auto take = [&](int64_t chunk, float worth) {
+    if (least.slot < 0 || worth < least.worth) least = {slot, chunk, worth, whole};
+  };
   for (int64_t seen = 0; seen < std::min(kDrawn, store.rows); ++slot) {
     while (slot == span || !keys[slot]) slot = slot == span ? 0 : slot + 1;
     ++seen;
     if (keys[slot] == own) continue;
     char* value = value_at(store, slot);
     const int32_t* places = places_of(value);
-    if (whole && std::count_if(places, places + store.chunks, [](int32_t p) { return p >= 0; }) > 1)
-      continue;
-    const int64_t block =
-        store.wide ? own_block : (int64_t)((chunk_unmix(keys[slot]) - 1) >> kTagShift);
+    float best = 0;
+    int64_t present = 0;
     for (int64_t k = 0; k < store.chunks; ++k) {
+      if (places[k] < 0) continue;
       const float worth = utility_of(utilities_of(store, value)[k]);
-      if (places[k] >= 0 && (least.slot < 0 || worth < least.worth)) least = {slot, k, block, worth, whole};
+      best = std::max(best, worth);
+      ++present;
+      if (!whole) take(k, worth);
     }
+    if (whole && present <= most) take(-1, best);
   }
   return least;
+}
+
+// A victim goes; returns how many chunks.
+int64_t replace(ChunkStore& store, const Victim& victim) {
+  char* value = value_at(store, victim.slot);
+  int64_t gone = 0, left = 0;
+  for (int64_t k = 0; k < store.chunks; ++k) {
+    if (places_of(value)[k] < 0) continue;
+    if (victim.chunk >= 0 && victim.chunk != k) {
+      ++left;
+      continue;
+    }
+    leave(store, victim.slot, k, utility_of(utilities_of(store, value)[k]));
+    ++gone;
+  }
+  if (!left) erase(store, victim.slot);
+  return gone;
 }
 
 // Room for one more chunk, of a row that has a slot or not: free room, or a victim's. Slots may
@@ -126,15 +156,11 @@ int make_room(ChunkStore& store, const ChunkOffers& in, int64_t b, uint64_t key,
               bool known, Victim& victim) {
   const bool slot = known || has_slot(store);
   if (slot && has_place(store)) return 2;
-  if (victim.slot < 0 || victim.whole == slot)
-    victim = draw(store, b, key, draw_hash(in, key), !slot);
+  if (victim.slot < 0 || victim.whole == slot) victim = draw(store, key, draw_hash(in, key), !slot);
   if (victim.slot < 0 || utility < victim.worth * in.margins[b]) return 0;
-  leave(store, victim.slot, victim.chunk,
-        utility_of(utilities_of(store, value_at(store, victim.slot))[victim.chunk]));
-  const int32_t* places = places_of(value_at(store, victim.slot));
-  if (std::all_of(places, places + store.chunks, [](int32_t p) { return p < 0; }))
-    erase(store, victim.slot);
-  ++in.evicted[victim.block];
+  const uint64_t theirs = keys_of(store)[victim.slot];
+  const int64_t owner = store.wide ? b : (int64_t)((chunk_unmix(theirs) - 1) >> kTagShift);
+  in.evicted[owner] += replace(store, victim);
   victim = {};
   return 1;
 }
