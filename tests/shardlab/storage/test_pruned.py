@@ -351,6 +351,35 @@ def test_ranks_share_one_budget(kind):
 
 
 # ---------------------------------------------------------------- ids without a bound
+def _several_stores_rank(groups):
+    found = [EmbeddingBagConfig(rows, dim, f"t{i}", storage=pruned(0.3, period=5))
+             for i, (rows, dim) in enumerate(zip(SIZES, (8, 32, 16), strict=True))]
+    ranks = list(range(groups.world_size))
+    plan = ShardingPlan(groups.world_size, tuple(
+        build_table_plan(table, ShardingType.ROW_WISE, ranks, exchange=ExchangeKind.ROWS)
+        for table in found))
+    parts = build(found, plan=plan, groups=groups)
+    storage, most = parts[2].storage, 0
+    for step in range(40):
+        parts[1].zero_grad()
+        parts[0](batch(step * 4 + groups.rank, size=256)).square().mean().backward()
+        parts[1].step()
+        if step % 5 == 4:
+            most = max(most, sum(map(storage.held_bytes, range(len(storage.stores)))))
+    for store in range(len(storage.stores)):
+        assert sum(storage.part_bytes(store).values()) == storage.held_bytes(store)
+    return len(storage.stores), most, storage.tier_bytes().total
+
+
+def test_stores_of_a_rank_share_its_budget():
+    """Tables of other widths have stores of their own; together they keep within the budget."""
+    budget = 0.3 * 4 * sum(rows * dim for rows, dim in zip(SIZES, (8, 32, 16), strict=True))
+    results = run_ranks(4, _several_stores_rank)
+    assert all(stores == 3 for stores, _, _ in results)
+    assert sum(held for _, _, held in results) <= budget * 1.05
+    assert sum(most for _, most, _ in results) <= budget * 1.05
+
+
 def _unbounded_rank(groups, exchange):
     table = EmbeddingBagConfig("unbounded", 8, "t", exchange=exchange, storage={
         "kind": "pruned", "budget": {"bytes": "1MB"}, "chunks": 1})
