@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -137,7 +138,7 @@ def block_segments(uniques: Uniques) -> Tensor:
     """int64 [K, 3] on CPU: (block, start, count) of the blocks that have uniques."""
     splits = uniques.splits.tolist()
     found = [(block, start, end - start)
-             for block, (start, end) in enumerate(zip(splits[:-1], splits[1:], strict=True))
+             for block, (start, end) in enumerate(pairwise(splits))
              if end > start]
     return torch.tensor(found, dtype=torch.int64).view(-1, 3)
 
@@ -171,7 +172,8 @@ def update_chunks(pools: ChunkPools, uniques: Uniques, weights: Tensor | None, g
         fp32 [m, most chunks] on CPU: gradient norm times accesses of absent chunks; -1 elsewhere.
     """
     stride = max((shape.layout.chunks for shape in pools.index.shapes), default=1)
-    norms = torch.full((uniques.ids.numel(), stride), -1.0)
+    norms = torch.full((uniques.ids.numel(), stride), -1.0) if _uneven(pools) \
+        else torch.empty(uniques.ids.numel(), stride)
     if pools.is_native("update_chunks"):
         assert isinstance(pools.index, NativeChunkIndex)
         native().chunk_update(  # type: ignore[union-attr]
@@ -198,6 +200,11 @@ def update_chunks(pools: ChunkPools, uniques: Uniques, weights: Tensor | None, g
                              torch.zeros(none.numel(), dtype=torch.int64)))
     norms[places.T[:, :stride] >= 0] = -1.0
     return norms
+
+
+def _uneven(pools: ChunkPools) -> bool:
+    """Whether rows of some stores have more chunks than those of others."""
+    return len({shape.layout.chunks for shape in pools.index.shapes}) > 1
 
 
 def _addresses(uniques: Uniques, weights: Tensor | None, grads: Tensor,
