@@ -55,6 +55,9 @@ _TOUCH, _DECIDE = 16, 17
 _SAMPLE, _PERCENTILE = 256, 0.95
 #: What is tried next where a threshold leaves more than the budget, and the least of all.
 _RAISE, _LEAST = 1.05, 2.0 ** -49
+#: Free places, as a share of the chunks, from which a decision gives their slabs back: rows whose
+#: chunks are few leave places that only slots of the index, for which there is no room, would fill.
+_IDLE = 1 / 16
 
 
 class PrunedStorage:
@@ -214,11 +217,13 @@ class PrunedStorage:
         """
         key = rounding_key(self.clock.seed, self.clock.step, _DECIDE)
         for store in stores:
-            plan = self.stores[store]
-            blocks = list(plan.blocks)
+            spec, blocks = self.stores[store].spec, list(self.stores[store].blocks)
             self.evicted += self.index.decide(store, self.decay(store), thresholds, key)
-            self.thresholds[blocks] = thresholds[blocks] * (1 + plan.spec.hysteresis)
+            self.thresholds[blocks] = thresholds[blocks] * (1 + spec.hysteresis)
             self.since[store] = self.clock.step
+            numbers = self.index.numbers(store)
+            if numbers.free > _IDLE * numbers.used:
+                self.compact(store)
         # Thresholds come from bins a fifth apart, and pages are whole: a little may be left over.
         while self._share(stores, budget) > budget:
             for store in stores:

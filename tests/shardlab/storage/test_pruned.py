@@ -186,6 +186,14 @@ def test_compaction_changes_no_value():
     assert (before != 0).any()
 
 
+def test_decision_gives_back_what_would_lie_idle():
+    storage = _storage([EmbeddingBagConfig(20_000, 16, "t", storage=pruned(0.5, start="dense"))])
+    before = storage.held_bytes(0)
+    storage.decide(0, torch.tensor([2.0 ** -49]), 1 << 30)  # half of the chunks, by chance
+    assert storage.index.numbers(0).free == 0
+    assert storage.held_bytes(0) < 0.7 * before
+
+
 def test_readmitted_chunks_start_with_zeros_and_fresh_state():
     parts = build(tables(pruned(0.5, start="empty", chunks=1)), OPTIMIZERS[1])
     train(parts, 5)
