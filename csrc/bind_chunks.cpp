@@ -98,6 +98,19 @@ Arena arena_from(const ArenaTuple& t) {
           std::get<3>(t)};
 }
 
+// (ids, splits, starts, sources, weights, grads, row_squares)
+Updates updates_from(const std::vector<Address>& v, int64_t key) {
+  if (v.size() != 7) throw nb::value_error("an update needs 7 tensors");
+  return {at<int64_t>(v[0]), at<int64_t>(v[1]),
+          {at<int64_t>(v[2]), at<int64_t>(v[3]), at<float>(v[4])},
+          at<float>(v[5]), at<float>(v[6]), (uint64_t)key, nullptr};
+}
+
+Step step_from(const std::vector<float>& n) {
+  if (n.size() != 11) throw nb::value_error("a step needs 11 numbers");
+  return {n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], n[9], n[10]};
+}
+
 }  // namespace
 
 void bind_chunks(nb::module_& m) {
@@ -113,19 +126,25 @@ void bind_chunks(nb::module_& m) {
                                   at<int64_t>(ids), entries.empty() ? nullptr : &csr,
                                   at<float>(out), threads);
   });
-  // updates: (ids, splits, starts, sources, weights, grads, row_squares).
   m.def("chunk_update", [](const CallTuple& call, const ArenaTuple& arena,
                            const std::vector<Address>& v, int64_t key, int64_t rule,
                            const std::vector<float>& n, Address weights, int64_t utility_key,
                            Address norms, int64_t stride, int threads) {
-    if (v.size() != 7 || n.size() != 11) throw nb::value_error("an update needs 7 + 11 values");
+    const Updates updates = updates_from(v, key);
+    const Step step = step_from(n);
     nb::gil_scoped_release release;
-    const Updates updates{at<int64_t>(v[0]), at<int64_t>(v[1]),
-                          {at<int64_t>(v[2]), at<int64_t>(v[3]), at<float>(v[4])},
-                          at<float>(v[5]), at<float>(v[6]), (uint64_t)key, nullptr};
-    const Step step{n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], n[9], n[10]};
     active_kernels().chunks->update(call_from(call), arena_from(arena), updates, (Rule)rule, step,
-                                    at<float>(weights), (uint64_t)utility_key, at<float>(norms), stride,
-                                    threads);
+                                    at<float>(weights), (uint64_t)utility_key, at<float>(norms),
+                                    stride, threads);
+  });
+  m.def("chunk_admit", [](const CallTuple& call, const ArenaTuple& arena,
+                          const std::vector<Address>& v, int64_t key, int64_t rule,
+                          const std::vector<float>& n, Address admitted, int64_t count,
+                          int threads) {
+    const Updates updates = updates_from(v, key);
+    const Step step = step_from(n);
+    nb::gil_scoped_release release;
+    active_kernels().chunks->admit(call_from(call), arena_from(arena), updates, (Rule)rule, step,
+                                   at<int64_t>(admitted), count, threads);
   });
 }

@@ -1,73 +1,152 @@
 // What becomes of absent chunks that were asked for: counted, admitted, in place of others.
 #include <algorithm>
+#include <vector>
 
 #include "chunk_index.h"
 
 namespace shardlab {
 namespace {
 
-constexpr int64_t kTile = 32;
 // Rows from which a chunk that goes is chosen: the least of 8 is among the lowest ninth on average.
 constexpr int64_t kDrawn = 8;
 
 // Where the rows that are drawn for a row begin.
 uint64_t draw_hash(const ChunkOffers& in, uint64_t key) { return chunk_mix(key ^ in.key); }
 
-// The rows of a tile that have absent chunks to offer.
-struct OfferTile {
-  int64_t count = 0, rows[kTile];
-  uint64_t keys[kTile];
-
-  void collect(const ChunkStore& store, int64_t block, const ChunkOffers& in, int64_t begin,
-               int64_t end) {
-    count = 0;
-    for (int64_t i = begin; i < end; ++i) {
-      const float* norms = in.norms + i * in.stride;
-      if (std::none_of(norms, norms + store.chunks, [](float x) { return x > 0; })) continue;
-      rows[count] = i;
-      const uint64_t key = keys[count++] = chunk_key(store, block, in.ids[i]);
-      __builtin_prefetch(keys_of(store) + scaled(key, store.slots));
-      if (store.sketch_lines) __builtin_prefetch(line_of(store, key), 1);
-      if (!store.refused) continue;
-      const int64_t drawn = (int64_t)scaled(draw_hash(in, key), store.slots);
-      __builtin_prefetch(keys_of(store) + drawn);
-      for (int64_t at = 0; at < kDrawn * value_bytes(store); at += kLine)
-        __builtin_prefetch(value_at(store, drawn) + at);
-    }
-  }
+// A row with absent chunks that were asked for, and their cells in the sketch.
+struct Offer {
+  int64_t row;
+  uint64_t key;
+  Cells* cells;  // [chunks]
 };
 
-// The least useful chunk of kDrawn rows that follow a random hash.
+// The offers of a segment, some of them ahead of the one that is worked on: its line of the sketch
+// is fetched first, and, if it may be worth a place in a store that is full, the rows drawn for it.
+class OfferQueue {
+ public:
+  OfferQueue(const ChunkStore& store, const ChunkOffers& in, const ChunkSegment& segment)
+      : store_(store), in_(in), block_(segment.block), cells_((kMask + 1) * store.chunks) {
+    const int64_t end = segment.start + segment.count;
+    for (int64_t i = segment.start; i < end; ++i) {
+      const float* norms = in.norms + i * in.stride;
+      if (std::any_of(norms, norms + store.chunks, [](float x) { return x > 0; }))
+        rows_.push_back(i);
+    }
+    for (int64_t n = -2 * kStage; n < 0; ++n) {
+      start(n + 2 * kStage);
+      if (n + kStage >= 0) weigh(n + kStage);
+    }
+  }
+
+  int64_t size() const { return (int64_t)rows_.size(); }
+  // Offer n; they come one after the other.
+  Offer next(int64_t n) {
+    start(n + 2 * kStage);
+    weigh(n + kStage);
+    return {rows_[n], keys_[n & kMask], cells_.data() + (n & kMask) * store_.chunks};
+  }
+
+ private:
+  static constexpr int64_t kStage = 8, kMask = 4 * kStage - 1;
+
+  void start(int64_t n) {
+    if (n >= size()) return;
+    const uint64_t key = keys_[n & kMask] = chunk_key(store_, block_, in_.ids[rows_[n]]);
+    __builtin_prefetch(keys_of(store_) + scaled(key, store_.slots));
+    if (store_.sketch_lines) __builtin_prefetch(line_of(store_, key), 1);
+  }
+
+  void weigh(int64_t n) {
+    if (n >= size()) return;
+    const uint64_t key = keys_[n & kMask];
+    const float* norms = in_.norms + rows_[n] * in_.stride;
+    uint8_t* line = store_.sketch_lines ? line_of(store_, key) : nullptr;
+    Cells* cells = cells_.data() + (n & kMask) * store_.chunks;
+    float most = 0;
+    for (int64_t k = 0; k < store_.chunks; ++k) {
+      if (norms[k] <= 0) continue;
+      float utility = norms[k] * in_.weights[block_];
+      if (line) {
+        cells[k] = cells_of(line, key, k);
+        utility += cells[k].value();
+      }
+      most = std::max(most, utility);
+    }
+    if (!store_.refused || most < in_.thresholds[block_] * in_.weights[block_]) return;
+    const int64_t drawn = (int64_t)scaled(draw_hash(in_, key), store_.slots);
+    __builtin_prefetch(keys_of(store_) + drawn);
+    for (int64_t at = 0; at < kDrawn * value_bytes(store_); at += kLine)
+      __builtin_prefetch(value_at(store_, drawn) + at);
+  }
+
+  const ChunkStore& store_;
+  const ChunkOffers& in_;
+  int64_t block_;
+  std::vector<int64_t> rows_;
+  std::vector<Cells> cells_;
+  uint64_t keys_[kMask + 1];
+};
+
+// The least useful chunk of kDrawn rows that follow a random hash, or, for the sake of its slot, the
+// row whose most useful chunk is least (chunk -1).
 struct Victim {
-  int64_t slot = -1, chunk = 0, block = 0;
+  int64_t slot = -1, chunk = 0;
   float worth = 0;
   bool whole = false;
 };
 
+// Chunks of a row that may leave at once: their places go on the stack, which takes whole pages.
+int64_t most_leaving(const ChunkStore& store) {
+  ChunkStore deeper = store;
+  deeper.free += store.chunks;
+  return held_with(deeper, store.slots, store.committed) <= store.budget ? store.chunks : 1;
+}
 
-// own: is left alone. whole: only rows with a single chunk, whose slot becomes free.
-Victim draw(const ChunkStore& store, int64_t own_block, uint64_t own, uint64_t hash, bool whole) {
+// own: is left alone.
+Victim draw(const ChunkStore& store, uint64_t own, uint64_t hash, bool whole) {
   const uint64_t* keys = keys_of(store);
-  const int64_t span = span_of(store.slots);
+  const int64_t span = span_of(store.slots), most = whole ? most_leaving(store) : store.chunks;
   int64_t slot = (int64_t)scaled(hash, store.slots);
   while (keys[slot] && keys[slot] < hash) ++slot;
-  Victim least{-1, 0, 0, 0, whole};
+  Victim least{-1, 0, 0, whole};
+  const auto take = [&](int64_t chunk, float worth) {
+    if (least.slot < 0 || worth < least.worth) least = {slot, chunk, worth, whole};
+  };
   for (int64_t seen = 0; seen < std::min(kDrawn, store.rows); ++slot) {
     while (slot == span || !keys[slot]) slot = slot == span ? 0 : slot + 1;
     ++seen;
     if (keys[slot] == own) continue;
     char* value = value_at(store, slot);
     const int32_t* places = places_of(value);
-    if (whole && std::count_if(places, places + store.chunks, [](int32_t p) { return p >= 0; }) > 1)
-      continue;
-    const int64_t block =
-        store.wide ? own_block : (int64_t)((chunk_unmix(keys[slot]) - 1) >> kTagShift);
+    float best = 0;
+    int64_t present = 0;
     for (int64_t k = 0; k < store.chunks; ++k) {
+      if (places[k] < 0) continue;
       const float worth = utility_of(utilities_of(store, value)[k]);
-      if (places[k] >= 0 && (least.slot < 0 || worth < least.worth)) least = {slot, k, block, worth, whole};
+      best = std::max(best, worth);
+      ++present;
+      if (!whole) take(k, worth);
     }
+    if (whole && present <= most) take(-1, best);
   }
   return least;
+}
+
+// A victim goes; returns how many chunks.
+int64_t replace(ChunkStore& store, const Victim& victim) {
+  char* value = value_at(store, victim.slot);
+  int64_t gone = 0, left = 0;
+  for (int64_t k = 0; k < store.chunks; ++k) {
+    if (places_of(value)[k] < 0) continue;
+    if (victim.chunk >= 0 && victim.chunk != k) {
+      ++left;
+      continue;
+    }
+    leave(store, victim.slot, k, utility_of(utilities_of(store, value)[k]));
+    ++gone;
+  }
+  if (!left) erase(store, victim.slot);
+  return gone;
 }
 
 // Room for one more chunk, of a row that has a slot or not: free room, or a victim's. Slots may
@@ -77,22 +156,20 @@ int make_room(ChunkStore& store, const ChunkOffers& in, int64_t b, uint64_t key,
               bool known, Victim& victim) {
   const bool slot = known || has_slot(store);
   if (slot && has_place(store)) return 2;
-  if (victim.slot < 0 || victim.whole == slot)
-    victim = draw(store, b, key, draw_hash(in, key), !slot);
+  if (victim.slot < 0 || victim.whole == slot) victim = draw(store, key, draw_hash(in, key), !slot);
   if (victim.slot < 0 || utility < victim.worth * in.margins[b]) return 0;
-  leave(store, victim.slot, victim.chunk,
-        utility_of(utilities_of(store, value_at(store, victim.slot))[victim.chunk]));
-  const int32_t* places = places_of(value_at(store, victim.slot));
-  if (std::all_of(places, places + store.chunks, [](int32_t p) { return p < 0; }))
-    erase(store, victim.slot);
-  ++in.evicted[victim.block];
+  const uint64_t theirs = keys_of(store)[victim.slot];
+  const int64_t owner = store.wide ? b : (int64_t)((chunk_unmix(theirs) - 1) >> kTagShift);
+  in.evicted[owner] += replace(store, victim);
   victim = {};
   return 1;
 }
 
 // Offers the absent chunks of a row; returns how many were admitted.
 int64_t offer_row(ChunkStore& store, const ChunkBlock& block, const ChunkOffers& in, int64_t b,
-                  int64_t i, uint64_t key, int64_t* admitted, bool& replaced) {
+                  const Offer& offer, int64_t* admitted, bool& replaced) {
+  const int64_t i = offer.row;
+  const uint64_t key = offer.key;
   const float* norms = in.norms + i * in.stride;
   const float threshold = in.thresholds[b] * in.weights[b];
   // A negative norm tells a chunk that is present, and so a row that is.
@@ -103,8 +180,7 @@ int64_t offer_row(ChunkStore& store, const ChunkBlock& block, const ChunkOffers&
   for (int64_t k = 0; k < store.chunks; ++k) {
     if (norms[k] <= 0) continue;
     const uint64_t word = chunk_word(block, in.key, in.ids[i], k);
-    const Cells cells =
-        store.sketch_lines ? cells_of(line_of(store, key), key, k) : Cells{nullptr, nullptr};
+    const Cells& cells = offer.cells[k];
     const float utility = (store.sketch_lines ? cells.value() : 0) + norms[k] * in.weights[b];
     int64_t slot = -1;
     if (utility >= threshold) {
@@ -153,17 +229,13 @@ int64_t still_there(const ChunkCall& call, const ChunkOffers& in, int64_t* admit
 int64_t chunk_offer(const ChunkCall& call, const ChunkOffers& in, int64_t* admitted) {
   int64_t count = 0;
   bool replaced = false;
-  OfferTile tile;
   for (int64_t g = 0; g < in.num_segments; ++g) {
     const ChunkSegment& segment = in.segments[g];
-    const int64_t end = segment.start + segment.count;
     ChunkStore& store = call.stores[call.blocks[segment.block].store];
-    for (int64_t first = segment.start; first < end; first += kTile) {
-      tile.collect(store, segment.block, in, first, std::min(first + kTile, end));
-      for (int64_t i = 0; i < tile.count; ++i)
-        count += offer_row(store, call.blocks[segment.block], in, segment.block, tile.rows[i],
-                           tile.keys[i], admitted + 3 * count, replaced);
-    }
+    OfferQueue queue(store, in, segment);
+    for (int64_t n = 0; n < queue.size(); ++n)
+      count += offer_row(store, call.blocks[segment.block], in, segment.block, queue.next(n),
+                         admitted + 3 * count, replaced);
   }
   return replaced ? still_there(call, in, admitted, count) : count;
 }

@@ -70,7 +70,8 @@ void chunk_places(const ChunkCall& call, const ChunkSegment* segments, int64_t n
 // Adds to the utilities of present chunks.
 void chunk_touch(const ChunkCall& call, const ChunkOffers& offers, int threads);
 // Counts absent chunks in the sketch, and admits those above the threshold: while there is room, and
-// then in place of the least useful chunk of a few rows drawn by chance, if that is worth less.
+// then in place of the least useful chunk of a few rows drawn by chance, or, where slots are short, of
+// the row whose best chunk is least, if that is worth less.
 // admitted: [.., 3] (row number among the offers, chunk, place). Returns how many.
 int64_t chunk_offer(const ChunkCall& call, const ChunkOffers& offers, int64_t* admitted);
 // Utilities of present chunks by bin, and rows by chunks present: adds to bins [blocks][256] and

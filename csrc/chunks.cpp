@@ -1,7 +1,7 @@
 // Rows of present and absent chunks: read as whole rows, stepped chunk by chunk.
 //
-// Both work on tiles of rows in three rounds: fetch the homes of a tile in the index; find the
-// slots and fetch them; fetch the chunks. Each round waits for memory once, not once a row.
+// Rows are looked up some rows ahead in three stages (Lookup), each of which fetches what the next
+// one reads: waiting for memory overlaps with the work on other rows.
 //
 // Source: arXiv 2401.04408 (chunks, utility = accesses x norm of the gradient); the step is that of
 // whole rows (update_block.h), so that a table with every chunk present trains bit for bit like one
@@ -19,37 +19,69 @@
 namespace shardlab::SHARDLAB_ISA {
 namespace {
 
-constexpr int64_t kTile = 32;
+constexpr int64_t kTile = 16;       // rows whose chunks are stepped together
 constexpr float kMostNorm = 1e30f;  // keeps a utility finite
 
-// The rows of a tile and where their slots are.
-struct Tile {
-  int64_t slots[kTile];
+// Finds the slots of ids [begin, end), some rows ahead of the one that is worked on: the home in the
+// index is fetched first, then the slot behind it, then what the slot tells. Spread over the work on
+// other rows, these never fill the queue of outstanding lines.
+class Lookup {
+ public:
+  Lookup(const ChunkStore& store, int64_t block, const int64_t* ids, int64_t end)
+      : store_(store), block_(block), ids_(ids), end_(end), bytes_(value_bytes(store)) {}
 
-  // Calls fetch(place) for every present chunk.
+  // Calls fetch(i, slot) for the first rows; slots are -1 where no chunk is present.
   template <class Fetch>
-  SHARDLAB_INLINE void find(const ChunkStore& store, int64_t block, const int64_t* ids, int64_t n,
-                            const Fetch& fetch) {
-    uint64_t keys[kTile];
-    for (int64_t i = 0; i < n; ++i) {
-      keys[i] = chunk_key(store, block, ids[i]);
-      const uint64_t home = scaled(keys[i], store.slots);
-      __builtin_prefetch(keys_of(store) + home);
-      prefetch_write(value_at(store, (int64_t)home), 1);
-    }
-    const int64_t bytes = value_bytes(store);
-    for (int64_t i = 0; i < n; ++i) {
-      slots[i] = find_slot(store, keys[i]);
-      if (slots[i] >= 0) prefetch_write(value_at(store, slots[i]), bytes);
-    }
-    for (int64_t i = 0; i < n; ++i) {
-      if (slots[i] < 0) continue;
-      const int32_t* places = places_of(value_at(store, slots[i]));
-      for (int64_t k = 0; k < store.chunks; ++k)
-        if (places[k] >= 0) fetch(places[k]);
+  SHARDLAB_INLINE void begin(int64_t first, const Fetch& fetch) {
+    for (int64_t i = first - 3 * kStage; i < first; ++i) {
+      home(i + 3 * kStage);
+      if (i + 2 * kStage >= first) find(i + 2 * kStage);
+      if (i + kStage >= first) tell(i + kStage, fetch);
     }
   }
+  // The slot of row i; rows come one after the other. Calls fetch for a row ahead.
+  template <class Fetch>
+  SHARDLAB_INLINE int64_t next(int64_t i, const Fetch& fetch) {
+    home(i + 3 * kStage);
+    find(i + 2 * kStage);
+    tell(i + kStage, fetch);
+    return slots_[i & kMask];
+  }
+
+ private:
+  static constexpr int64_t kStage = 8, kMask = 4 * kStage - 1;
+
+  SHARDLAB_INLINE void home(int64_t i) {
+    if (i >= end_) return;
+    const uint64_t key = keys_[i & kMask] = chunk_key(store_, block_, ids_[i]);
+    __builtin_prefetch(keys_of(store_) + scaled(key, store_.slots));
+  }
+  SHARDLAB_INLINE void find(int64_t i) {
+    if (i >= end_) return;
+    const int64_t slot = slots_[i & kMask] = find_slot(store_, keys_[i & kMask]);
+    if (slot >= 0) prefetch_write(value_at(store_, slot), bytes_);
+  }
+  template <class Fetch>
+  SHARDLAB_INLINE void tell(int64_t i, const Fetch& fetch) {
+    if (i < end_) fetch(i, slots_[i & kMask]);
+  }
+
+  const ChunkStore& store_;
+  int64_t block_;
+  const int64_t* ids_;
+  int64_t end_, bytes_;
+  uint64_t keys_[kMask + 1];
+  int64_t slots_[kMask + 1];
 };
+
+// Calls fetch(place) for the present chunks of a slot.
+template <class Fetch>
+SHARDLAB_INLINE inline void for_present(const ChunkStore& store, int64_t slot, const Fetch& fetch) {
+  if (slot < 0) return;
+  const int32_t* places = places_of(value_at(store, slot));
+  for (int64_t k = 0; k < store.chunks; ++k)
+    if (places[k] >= 0) fetch(places[k]);
+}
 
 // ---------------------------------------------------------------- read
 template <class Reader>
@@ -76,24 +108,24 @@ void read_rows(const ChunkStore& store, const Arena& arena, const ChunkRead& rea
   const Block& block = arena.blocks[read.block];
   const char* payloads = arena.bytes + block.row_offset;
   const int64_t width = block.columns, columns = width * store.chunks;
-  Tile tile;
-  for (int64_t first = begin; first < end; first += kTile) {
-    const int64_t n = std::min(kTile, end - first);
-    tile.find(store, read.block, ids + first, n, [&](int64_t place) SHARDLAB_INLINE {
+  const auto fetch = [&](int64_t, int64_t slot) SHARDLAB_INLINE {
+    for_present(store, slot, [&](int64_t place) SHARDLAB_INLINE {
       prefetch_read(payloads + place * store.payload_bytes, store.payload_bytes);
     });
-    for (int64_t i = first; i < first + n; ++i) {
-      const int64_t slot = tile.slots[i - first];
-      const int32_t* places = slot < 0 ? nullptr : places_of(value_at(store, slot));
-      if (!entries) {
-        write_row<Reader>(store, width, payloads, places, 1.0f,
-                          out + read.out_start + (i - read.start) * columns);
-        continue;
-      }
-      for (int64_t e = entries->starts[i]; e < entries->starts[i + 1]; ++e)
-        write_row<Reader>(store, width, payloads, places, entries->weights ? entries->weights[e] : 1,
-                          out + entries->sources[e]);
+  };
+  Lookup lookup(store, read.block, ids, end);
+  lookup.begin(begin, fetch);
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t slot = lookup.next(i, fetch);
+    const int32_t* places = slot < 0 ? nullptr : places_of(value_at(store, slot));
+    if (!entries) {
+      write_row<Reader>(store, width, payloads, places, 1.0f,
+                        out + read.out_start + (i - read.start) * columns);
+      continue;
     }
+    for (int64_t e = entries->starts[i]; e < entries->starts[i + 1]; ++e)
+      write_row<Reader>(store, width, payloads, places, entries->weights ? entries->weights[e] : 1,
+                        out + entries->sources[e]);
   }
 }
 
@@ -126,6 +158,15 @@ struct Present {
       : places(most), sources(most), rows(most), starts(most + 1), squares(most) {
     for (int64_t i = 0; i <= most; ++i) starts[i] = i;
   }
+
+  void add(const ChunkBlock& block, int64_t row, int64_t chunk, int64_t place, int64_t source,
+           float mean) {
+    places[count] = place;
+    sources[count] = source;
+    rows[count] = (block.row_start + row) * block.table_chunks + block.first_chunk + chunk;
+    squares[count++] = mean;
+  }
+
   std::vector<int64_t> places, sources, rows, starts;
   std::vector<float> squares;
   int64_t count = 0;
@@ -184,12 +225,66 @@ inline void weigh_row(const ChunkStore& store, const ChunkBlock& block, float we
     if (norm > 0)
       utility = utility_code(utility_of(utility) + norm * weight,
                              chunk_word(block, norms.key, row, k));
-    const int64_t at = present.count++;
-    present.places[at] = places_of(value)[k];
-    present.sources[at] = source + k * width;
-    present.rows[at] = (block.row_start + row) * block.table_chunks + block.first_chunk + k;
-    present.squares[at] = mean;
+    present.add(block, row, k, places_of(value)[k], source + k * width, mean);
   }
+}
+
+// Summed, scaled, clipped gradients of whole rows, for as many as a tile has.
+class Gradients {
+ public:
+  Gradients(const Updates& updates, int64_t columns, const Step& s)
+      : updates_(updates),
+        columns_(columns),
+        scale_(s.scale),
+        clip_(s.clip_value),
+        plain_(s.scale == 1.0f && s.clip_value <= 0.0f && !updates.csr.weights),
+        sums_(kTile * columns) {}
+
+  SHARDLAB_INLINE void prefetch(int64_t u) const {
+    const Csr& csr = updates_.csr;
+    for (int64_t e = csr.starts[u]; e < csr.starts[u + 1]; ++e)
+      prefetch_read(updates_.grads + csr.sources[e], columns_ * (int64_t)sizeof(float));
+  }
+
+  // Of unique u, row i of the tile; where it lies already, if nothing changes it.
+  const float* sum(int64_t u, int64_t i) {
+    const Csr& csr = updates_.csr;
+    const int64_t from = csr.starts[u], to = csr.starts[u + 1];
+    if (plain_ && to - from == 1) return updates_.grads + csr.sources[from];
+    float* sum = sums_.data() + i * columns_;
+    with_weights(csr.weights, [&](const auto& weight) {
+      auto row = [&](int64_t k) { return (const char*)(updates_.grads + csr.sources[k]); };
+      sum_rows<Fp32Reader>(from, to, columns_, row, weight,
+                           [&](int64_t c, Vec value, int64_t lanes) {
+                             value = value * scale_;
+                             write_lanes(sum + c, clip_ > 0.0f ? clamp(value, clip_) : value,
+                                         lanes);
+                           });
+    });
+    return sum;
+  }
+
+ private:
+  const Updates& updates_;
+  int64_t columns_;
+  float scale_, clip_;
+  bool plain_;
+  std::vector<float> sums_;
+};
+
+// Steps the chunks of a tile; their gradients are summed already.
+template <class Rule>
+void step_present(const Arena& arena, int64_t b, const Updates& updates, const Present& present,
+                  const Step& s, float* buffer) {
+  Step rest = s;
+  rest.scale = 1.0f;
+  rest.clip_value = 0.0f;
+  const Updates some{present.places.data(), nullptr,
+                     {present.starts.data(), present.sources.data(), nullptr}, updates.grads,
+                     present.squares.data(), updates.key, present.rows.data()};
+  with_rows(arena, b, some, present.count, [&](auto rows) {
+    update_block<Rule>(rows, some, 0, present.count, rest, buffer);
+  });
 }
 
 template <class Rule>
@@ -197,54 +292,68 @@ void update_rows(const ChunkCall& call, const Arena& arena, int64_t b, const Upd
                  int64_t begin, int64_t end, const Step& s, const Norms& norms) {
   const ChunkStore& store = call.stores[call.blocks[b].store];
   const Block& block = arena.blocks[b];
-  const int64_t width = block.columns, columns = width * store.chunks;
-  const Csr& csr = updates.csr;
-  const bool plain = s.scale == 1.0f && s.clip_value <= 0.0f;
-  std::vector<float> sums(kTile * columns), buffer(kLanes * width), squares(store.chunks);
+  const int64_t width = block.columns;
+  std::vector<float> buffer(kLanes * width), squares(store.chunks);
+  Gradients grads(updates, width * store.chunks, s);
   Present present(kTile * store.chunks);
-  Step rest = s;
-  rest.scale = 1.0f;
-  rest.clip_value = 0.0f;
-  Tile tile;
-  for (int64_t first = begin; first < end; first += kTile) {
-    const int64_t n = std::min(kTile, end - first);
-    for (int64_t e = csr.starts[first]; e < csr.starts[first + n]; ++e)
-      prefetch_read(updates.grads + csr.sources[e], columns * (int64_t)sizeof(float));
-    tile.find(store, b, updates.ids + first, n, [&](int64_t place) SHARDLAB_INLINE {
+  const auto fetch = [&](int64_t u, int64_t slot) SHARDLAB_INLINE {
+    grads.prefetch(u);
+    for_present(store, slot, [&](int64_t place) SHARDLAB_INLINE {
       prefetch_write(arena.bytes + block.row_offset + place * block.row_bytes, block.row_bytes);
       prefetch_write(arena.bytes + block.state_offset + place * block.state_bytes,
                      block.state_bytes);
     });
+  };
+  Lookup lookup(store, b, updates.ids, end);
+  lookup.begin(begin, fetch);
+  for (int64_t first = begin; first < end; first += kTile) {
+    const int64_t n = std::min(kTile, end - first);
     present.count = 0;
     for (int64_t i = 0; i < n; ++i) {
-      const int64_t u = first + i, from = csr.starts[u], to = csr.starts[u + 1];
-      const float* grad = updates.grads + csr.sources[from];
-      if (!plain || csr.weights || to - from != 1) {
-        float* sum = sums.data() + i * columns;
-        grad = sum;
-        with_weights(csr.weights, [&](const auto& weight) {
-          auto row = [&](int64_t k) { return (const char*)(updates.grads + csr.sources[k]); };
-          sum_rows<Fp32Reader>(from, to, columns, row, weight,
-                               [&](int64_t c, Vec value, int64_t lanes) {
-                                 value = value * s.scale;
-                                 write_lanes(sum + c, s.clip_value > 0.0f
-                                                          ? clamp(value, s.clip_value)
-                                                          : value,
-                                             lanes);
-                               });
-        });
-      }
+      const int64_t u = first + i;
+      const int64_t slot = lookup.next(u, fetch);
+      const float* grad = grads.sum(u, i);
       float mean = chunk_squares(grad, store.chunks, width, squares.data());
       if (updates.row_squares && updates.row_squares[u] >= 0) mean = updates.row_squares[u];
-      weigh_row(store, call.blocks[b], norms.weights[b], norms, updates, u, tile.slots[i], squares.data(),
+      weigh_row(store, call.blocks[b], norms.weights[b], norms, updates, u, slot, squares.data(),
                 grad - updates.grads, width, mean, present);
     }
-    const Updates some{present.places.data(), nullptr,
-                       {present.starts.data(), present.sources.data(), nullptr}, updates.grads,
-                       present.squares.data(), updates.key, present.rows.data()};
-    with_rows(arena, b, some, present.count, [&](auto rows) {
-      update_block<Rule>(rows, some, 0, present.count, rest, buffer.data());
-    });
+    step_present<Rule>(arena, b, updates, present, s, buffer.data());
+  }
+}
+
+// A chunk that was admitted: unique, chunk of its row, place.
+struct Admitted {
+  int64_t unique, chunk, place;
+};
+
+template <class Rule>
+void admit_rows(const ChunkCall& call, const Arena& arena, int64_t b, const Updates& updates,
+                const Admitted* one, const Admitted* end, const Step& s) {
+  const ChunkStore& store = call.stores[call.blocks[b].store];
+  const ChunkBlock& place = call.blocks[b];
+  const int64_t width = arena.blocks[b].columns;
+  std::vector<float> buffer(kLanes * width), squares(store.chunks);
+  Gradients grads(updates, width * store.chunks, s);
+  Present present(kTile * store.chunks);
+  while (one < end) {
+    present.count = 0;
+    const Admitted* ahead = one;
+    for (int64_t i = 0; i < kTile && ahead < end; ++ahead) {
+      if (ahead > one && ahead->unique == ahead[-1].unique) continue;
+      grads.prefetch(ahead->unique);
+      ++i;
+    }
+    for (int64_t i = 0; i < kTile && one < end; ++i) {
+      const int64_t u = one->unique;
+      const float* grad = grads.sum(u, i);
+      float mean = chunk_squares(grad, store.chunks, width, squares.data());
+      if (updates.row_squares && updates.row_squares[u] >= 0) mean = updates.row_squares[u];
+      for (; one < end && one->unique == u; ++one)
+        present.add(place, updates.ids[u], one->chunk, one->place,
+                    grad - updates.grads + one->chunk * width, mean);
+    }
+    step_present<Rule>(arena, b, updates, present, s, buffer.data());
   }
 }
 
@@ -265,6 +374,28 @@ void update_with(const ChunkCall& call, const Arena& arena, const Updates& updat
   }
 }
 
+template <class Rule>
+void admit_with(const ChunkCall& call, const Arena& arena, const Updates& updates, const Step& s,
+                const Admitted* admitted, int64_t count, int threads) {
+#pragma omp parallel num_threads(threads)
+  {
+    const int64_t parts = omp_get_num_threads(), me = omp_get_thread_num();
+    // Chunks of a row are stepped by one thread, which sums its gradient once.
+    const auto edge = [&](int64_t part) {
+      int64_t at = count * part / parts;
+      while (at > 0 && at < count && admitted[at].unique == admitted[at - 1].unique) ++at;
+      return at;
+    };
+    const Admitted *one = admitted + edge(me), *end = admitted + edge(me + 1);
+    for (int64_t b = 0; b < arena.num_blocks && one < end; ++b) {
+      const Admitted* stop = std::partition_point(
+          one, end, [&](const Admitted& a) { return a.unique < updates.splits[b + 1]; });
+      if (one < stop) admit_rows<Rule>(call, arena, b, updates, one, stop, s);
+      one = stop;
+    }
+  }
+}
+
 void update_all(const ChunkCall& call, const Arena& arena, const Updates& updates, Rule rule,
             const Step& s, const float* weights, uint64_t utility_key, float* out, int64_t stride,
             int threads) {
@@ -280,8 +411,23 @@ void update_all(const ChunkCall& call, const Arena& arena, const Updates& update
   }
 }
 
+void admit_all(const ChunkCall& call, const Arena& arena, const Updates& updates, Rule rule,
+               const Step& s, const int64_t* admitted, int64_t count, int threads) {
+  const Admitted* chunks = (const Admitted*)admitted;
+  switch (rule) {
+    case Rule::kSgd: return admit_with<Sgd>(call, arena, updates, s, chunks, count, threads);
+    case Rule::kAdagrad:
+      return admit_with<Adagrad>(call, arena, updates, s, chunks, count, threads);
+    case Rule::kRowWiseAdagrad:
+      return admit_with<RowWiseAdagrad>(call, arena, updates, s, chunks, count, threads);
+    case Rule::kAdam: return admit_with<Adam>(call, arena, updates, s, chunks, count, threads);
+    case Rule::kRowWiseAdam:
+      return admit_with<RowWiseAdam>(call, arena, updates, s, chunks, count, threads);
+  }
+}
+
 }  // namespace
 
-extern const ChunkKernels chunk_kernels{read_all, update_all};
+extern const ChunkKernels chunk_kernels{read_all, update_all, admit_all};
 
 }  // namespace shardlab::SHARDLAB_ISA

@@ -21,6 +21,9 @@ struct ChunkKernels {
   void (*update)(const ChunkCall& call, const Arena& arena, const Updates& updates, Rule rule,
                  const Step& step, const float* weights, uint64_t utility_key, float* norms,
                  int64_t stride, int threads);
+  // The first step of admitted chunks, [count, 3]: (unique, chunk, place), ascending.
+  void (*admit)(const ChunkCall& call, const Arena& arena, const Updates& updates, Rule rule,
+                const Step& step, const int64_t* admitted, int64_t count, int threads);
 };
 
 }  // namespace shardlab

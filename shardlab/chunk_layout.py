@@ -18,6 +18,8 @@ _KEY_BYTES, _PLACE_BYTES, _UTILITY_BYTES = 8, 4, 2
 #: Slots are added so that at most LOAD of them are taken, a sixteenth of them at a time.
 LOAD_NUMBER, LOAD_OF, GROWTH, FEW_SLOTS = 7, 8, 16, 32
 _TAIL_SHIFT, _MOST_TAIL = 4, 1024
+#: Parts of a store, as `ChunkLayout.part_bytes` names them.
+PARTS = ("index", "utilities", "free_places", "payload", "state", "sketch")
 #: A slab is at most this many chunks, and about a 64th of a pool.
 _MOST_SLAB, _SLABS = 4096, 64
 _LEAST_SLAB = 16
@@ -77,10 +79,23 @@ class ChunkLayout:
             committed: chunks whose slabs are held.
             free: depth of the stack.
         """
+        return sum(self.part_bytes(slots, committed, free).values())
+
+    def part_bytes(self, slots: int, committed: int, free: int = 0) -> dict[str, int]:
+        """`held_bytes` by part; arguments as there.
+
+        Returns:
+            Bytes of the ``index`` (rows and places), ``utilities``, ``free_places``, ``payload``
+            and ``state`` of chunks, and the ``sketch``.
+        """
         span = span_of(slots)
-        return (in_pages(_KEY_BYTES * span) + in_pages(value_bytes(self.chunks) * span)
-                + in_pages(_PLACE_BYTES * free) + in_pages(committed * self.payload_bytes)
-                + in_pages(committed * self.state_bytes) + in_pages(self.sketch_lines * LINE_BYTES))
+        values = in_pages(value_bytes(self.chunks) * span)
+        utilities = _UTILITY_BYTES * self.chunks * span
+        return {"index": in_pages(_KEY_BYTES * span) + values - utilities, "utilities": utilities,
+                "free_places": in_pages(_PLACE_BYTES * free),
+                "payload": in_pages(committed * self.payload_bytes),
+                "state": in_pages(committed * self.state_bytes),
+                "sketch": in_pages(self.sketch_lines * LINE_BYTES)}
 
     def full_bytes(self, rows: int) -> int:
         """Bytes with every chunk of ``rows`` rows present."""

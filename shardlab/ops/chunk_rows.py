@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -19,7 +20,14 @@ from torch import Tensor
 from shardlab.ops.blocks import Blocks
 from shardlab.ops.chunks import ChunkIndex, NativeChunkIndex
 from shardlab.ops.registry import address, face_of, native
-from shardlab.ops.rows import RULES, StepParameters, pool_blocks, sum_rows, update_rows
+from shardlab.ops.rows import (
+    RULES,
+    StepParameters,
+    job_spans,
+    pool_blocks,
+    sum_rows,
+    update_rows,
+)
 from shardlab.ops.unique import Uniques
 
 _LANES = 16
@@ -87,7 +95,8 @@ def pool_chunks(pools: ChunkPools, jobs: Tensor, ids: Tensor, offsets: Tensor | 
         ids: int64 [n], rows of the jobs' blocks.
         offsets, weights, out: as in `ops.rows.pool_rows`.
     """
-    places = pools.index.places(_job_segments(jobs, offsets), ids.cpu())
+    segments = torch.tensor(job_spans(jobs, offsets), dtype=torch.int64).view(-1, 3)
+    places = pools.index.places(segments, ids.cpu())
     table, encodings = pools.blocks.table, pools.blocks.encodings
     assert encodings is not None
     counts = torch.tensor([pools.chunks(block) for block in range(table.shape[0])],
@@ -99,19 +108,6 @@ def pool_chunks(pools: ChunkPools, jobs: Tensor, ids: Tensor, offsets: Tensor | 
         kernel[:, 0], kernel[:, 1], kernel[:, 2] = table[block, 0], table[block, 1], table[block, 4]
         kernel[:, 8] += k * table[block, 4]
         pool_blocks(pools.arena, kernel, places[k].to(pools.arena.device), offsets, weights, out)
-
-
-def _job_segments(jobs: Tensor, offsets: Tensor | None) -> Tensor:
-    """int64 [J, 3]: (block, start, count) of the index positions of pooling jobs."""
-    spans = []
-    for block, _, _, bags, first, first_bag, length, *_ in jobs.tolist():
-        if length >= 0:
-            spans.append((block, first, bags * length))
-        else:
-            assert offsets is not None
-            start, end = int(offsets[first_bag]), int(offsets[first_bag + bags])
-            spans.append((block, start, end - start))
-    return torch.tensor(spans, dtype=torch.int64).view(-1, 3)
 
 
 def scatter_chunks(pools: ChunkPools, uniques: Uniques, weights: Tensor | None,
@@ -140,9 +136,11 @@ def scatter_chunks(pools: ChunkPools, uniques: Uniques, weights: Tensor | None,
 
 def block_segments(uniques: Uniques) -> Tensor:
     """int64 [K, 3] on CPU: (block, start, count) of the blocks that have uniques."""
-    counts = uniques.splits.diff()
-    segments = torch.stack([torch.arange(counts.numel()), uniques.splits[:-1], counts], 1)
-    return segments[counts > 0].contiguous()
+    splits = uniques.splits.tolist()
+    found = [(block, start, end - start)
+             for block, (start, end) in enumerate(pairwise(splits))
+             if end > start]
+    return torch.tensor(found, dtype=torch.int64).view(-1, 3)
 
 
 # ---------------------------------------------------------------- update
@@ -174,13 +172,13 @@ def update_chunks(pools: ChunkPools, uniques: Uniques, weights: Tensor | None, g
         fp32 [m, most chunks] on CPU: gradient norm times accesses of absent chunks; -1 elsewhere.
     """
     stride = max((shape.layout.chunks for shape in pools.index.shapes), default=1)
-    norms = torch.full((uniques.ids.numel(), stride), -1.0)
+    norms = torch.full((uniques.ids.numel(), stride), -1.0) if _uneven(pools) \
+        else torch.empty(uniques.ids.numel(), stride)
     if pools.is_native("update_chunks"):
         assert isinstance(pools.index, NativeChunkIndex)
         native().chunk_update(  # type: ignore[union-attr]
-            pools.index.call(), pools.native_arena(),
-            [address(tensor) for tensor in (uniques.ids, uniques.splits, uniques.starts,
-                                            uniques.sources, weights, grads, row_squares)],
+            pools.index.call(), pools.native_arena(), _addresses(uniques, weights, grads,
+                                                                 row_squares),
             step.key, RULES[step.kind], step.numbers(), address(utility.weights), utility.key,
             address(norms), stride, torch.get_num_threads())
         return norms
@@ -204,6 +202,18 @@ def update_chunks(pools: ChunkPools, uniques: Uniques, weights: Tensor | None, g
     return norms
 
 
+def _uneven(pools: ChunkPools) -> bool:
+    """Whether rows of some stores have more chunks than those of others."""
+    return len({shape.layout.chunks for shape in pools.index.shapes}) > 1
+
+
+def _addresses(uniques: Uniques, weights: Tensor | None, grads: Tensor,
+               row_squares: Tensor | None) -> list[int]:
+    """What native kernels take of an update."""
+    return [address(tensor) for tensor in (uniques.ids, uniques.splits, uniques.starts,
+                                           uniques.sources, weights, grads, row_squares)]
+
+
 def step_admitted(pools: ChunkPools, admitted: Tensor, uniques: Uniques, weights: Tensor | None,
                   grads: Tensor, step: StepParameters, row_squares: Tensor | None) -> None:
     """The first step of chunks that were admitted now, from zero.
@@ -214,6 +224,14 @@ def step_admitted(pools: ChunkPools, admitted: Tensor, uniques: Uniques, weights
         uniques, weights, grads, step, row_squares: of `update_chunks`.
     """
     if not admitted.shape[0]:
+        return
+    if pools.is_native("step_admitted"):
+        assert isinstance(pools.index, NativeChunkIndex)
+        native().chunk_admit(  # type: ignore[union-attr]
+            pools.index.call(), pools.native_arena(), _addresses(uniques, weights, grads,
+                                                                 row_squares),
+            step.key, RULES[step.kind], step.numbers(), address(admitted), admitted.shape[0],
+            torch.get_num_threads())
         return
     rows, inverse = torch.unique_consecutive(admitted[:, 0], return_inverse=True)
     stride = max(shape.layout.chunks for shape in pools.index.shapes)

@@ -355,6 +355,25 @@ def index_span_bytes(shapes: Sequence[StoreShape]) -> int:
     return sum(sum(_spans(shape)) for shape in shapes)
 
 
+def index_used_spans(shapes: Sequence[StoreShape],
+                     chunks: Sequence[int]) -> list[tuple[int, int]]:
+    """Ranges [start, end) of the native index's memory that stores of some chunks touch throughout.
+
+    Args:
+        shapes: of the stores.
+        chunks: that each of them will hold, or more.
+    """
+    found, offset = [], 0
+    for shape, count in zip(shapes, chunks, strict=True):
+        keys, values, stack, sketch = _spans(shape)
+        slots = fitting_slots(count // shape.layout.chunks)
+        found += [(offset, offset + 8 * slots),
+                  (offset + keys, offset + keys + value_bytes(shape.layout.chunks) * slots),
+                  (offset + keys + values + stack, offset + keys + values + stack + sketch)]
+        offset += keys + values + stack + sketch
+    return found
+
+
 def _spans(shape: StoreShape) -> tuple[int, int, int, int]:
     """Bytes of addresses for keys, values, stack and sketch."""
     span = span_of(_SPARE * _max_slots(shape))

@@ -59,10 +59,12 @@ class _Store:
     stack: list[int] = field(default_factory=list)
     refused: int = 0
 
-    def held(self, slots: int | None = None, committed: int | None = None) -> int:
+    def held(self, slots: int | None = None, committed: int | None = None,
+             free: int | None = None) -> int:
         return self.shape.layout.held_bytes(
             self.slots if slots is None else slots,
-            self.committed if committed is None else committed, len(self.stack))
+            self.committed if committed is None else committed,
+            len(self.stack) if free is None else free)
 
     def has_place(self) -> bool:
         if self.stack or self.top < self.committed:
@@ -222,26 +224,37 @@ class ReferenceChunkIndex:
         if utility < worth * np.float32(float(offers.margins[block])):
             return False
         owner, _, chunks = store.rows[victim]
-        self._leave(store, victim, chunk, utility_value(chunks.utilities[chunk]))
+        for k, place in enumerate(chunks.places):
+            if place >= 0 and chunk in (-1, k):
+                self._leave(store, victim, k, utility_value(chunks.utilities[k]))
+                offers.evicted[owner] += 1
         if max(chunks.places) < 0:
             del store.rows[victim]
-        offers.evicted[owner] += 1
         return True
 
     @staticmethod
     def _draw(store: _Store, own: int, start: int,
               whole: bool) -> list[tuple[np.float32, int, int]]:
-        """(worth, key, chunk) of the chunks of the rows that follow a hash, but for one row."""
+        """(worth, key, chunk) of the chunks of the rows that follow a hash, but for one row.
+
+        Whole rows, of which the best chunk counts, where slots are short: their chunk is -1.
+        """
         keys = sorted(store.rows)
         first, drawn = bisect_left(keys, start), []
+        most = store.shape.layout.chunks
+        if whole and store.held(free=len(store.stack) + most) > store.budget:
+            most = 1
         for i in range(min(DRAWN, len(keys))):
             key = keys[(first + i) % len(keys)]
             chunks = store.rows[key][2]
-            here = [k for k, place in enumerate(chunks.places) if place >= 0]
-            if key == own or (whole and len(here) > 1):
+            here = [(utility_value(chunks.utilities[k]), key, k)
+                    for k, place in enumerate(chunks.places) if place >= 0]
+            if key == own:
                 continue
-            drawn += [(utility_value(chunks.utilities[k]), key, k)
-                      for k in here]
+            if not whole:
+                drawn += here
+            elif len(here) <= most:
+                drawn.append((max(here)[0], key, -1))
         return drawn
 
     def _leave(self, store: _Store, key: int, chunk: int, utility: np.float32) -> None:

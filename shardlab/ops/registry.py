@@ -35,6 +35,7 @@ OPS: dict[str, tuple[str, ...]] = {
     "chunk_index": ("native",),
     "read_chunks": ("native",),
     "update_chunks": ("native",),
+    "step_admitted": ("native",),
     "gather_rows": ("native", "triton"),
     "scatter_rows": ("native",),
     "pool_rows": ("native", "triton"),

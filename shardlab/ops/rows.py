@@ -136,6 +136,24 @@ def pool_rows(source: Tensor, jobs: Tensor, index: Tensor, offsets: Tensor | Non
         pool_rows_reference(source, jobs, index, offsets, weights, out)
 
 
+def job_spans(jobs: Tensor, offsets: Tensor | None) -> list[tuple[int, int, int]]:
+    """(block, start, count) of the index positions of pooling jobs.
+
+    Args:
+        jobs: int64 [J, 11] as `pool_rows` takes them, with a block's number in the first column.
+        offsets: as in `pool_rows`.
+    """
+    spans = []
+    for block, _, _, bags, first, first_bag, length, *_ in jobs.tolist():
+        if length >= 0:
+            spans.append((block, first, bags * length))
+        else:
+            assert offsets is not None
+            start, end = int(offsets[first_bag]), int(offsets[first_bag + bags])
+            spans.append((block, start, end - start))
+    return spans
+
+
 def pool_rows_reference(source: Tensor, jobs: Tensor, index: Tensor, offsets: Tensor | None,
                         weights: Tensor | None, out: Tensor) -> None:
     """Plain-torch face of `pool_rows`."""

@@ -156,15 +156,8 @@ class PruningCouncil:
         if not stores:
             return
         assert self._storage is not None
-        count = len(self._storage.shards)
-        held = []
-        for store in stores:
-            self._storage.decide(store, torch.full((count,), contest.threshold), round(budget))
-            held.append(self._storage.held_bytes(store))
-        spare = budget - sum(held)
-        for store, mine in zip(stores, held, strict=True):
-            share = mine / max(1, sum(held))
-            self._storage.index.set_budget(store, round(mine + spare * share))
+        thresholds = torch.full((len(self._storage.shards),), contest.threshold)
+        self._storage.decide_together(stores, thresholds, round(budget))
 
 
 def _contests(tables: Sequence[EmbeddingBagConfig], plan: ShardingPlan,

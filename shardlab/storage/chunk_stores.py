@@ -12,7 +12,12 @@ from shardlab.codecs import table_key
 from shardlab.errors import ConfigError
 from shardlab.ops.blocks import Blocks, Encoding
 from shardlab.ops.chunk_rows import ChunkPools
-from shardlab.ops.chunks import StoreShape, build_chunk_index, index_span_bytes
+from shardlab.ops.chunks import (
+    StoreShape,
+    build_chunk_index,
+    index_span_bytes,
+    index_used_spans,
+)
 from shardlab.specs import UNBOUNDED
 from shardlab.storage.base import LocalShard, StorageOptions
 from shardlab.storage_bytes import OPTIMIZER_STATE, chunk_layout
@@ -21,8 +26,10 @@ from shardlab.tiers import allocate
 
 #: Places are int32.
 _MOST_CHUNKS = (1 << 31) - 1
-#: Pools from this size on lie in huge pages; the last one is then at most a 64th of them.
-_HUGE_POOL_BYTES = 128 << 20
+#: Stores from this size on lie in huge pages, but for the last part of what they will hold: a full
+#: store then takes no more memory than it holds, and one that fills at most a page more.
+_HUGE_STORE_BYTES = 16 << 20
+_HUGE_PART = 15 / 16
 #: What a store without a budget may hold.
 NO_BUDGET = 1 << 62
 
@@ -44,6 +51,17 @@ class StorePlan:
     shape: StoreShape
     target: int
     full_bytes: int
+
+    @property
+    def lasting_chunks(self) -> int:
+        """Chunks that it will hold for certain once it is full; 0 for a small store."""
+        target = min(self.target, self.full_bytes)
+        if target < _HUGE_STORE_BYTES:
+            return 0
+        if self.spec.is_full:
+            return self.shape.max_chunks
+        likely = self.shape.layout.likely_chunks(target, self.spec.sketch)
+        return min(int(_HUGE_PART * likely), self.shape.max_chunks)
 
 
 def pruned_spec(local: LocalShard) -> PrunedSpec:
@@ -137,8 +155,8 @@ def build_pools(shards: Sequence[LocalShard], plans: Sequence[StorePlan],
         layout, most = plan.shape.layout, plan.shape.max_chunks
         state = offset + in_pages(most * layout.payload_bytes)
         end = state + in_pages(most * layout.state_bytes)
-        if most * layout.payload_bytes >= _HUGE_POOL_BYTES:
-            used.append((offset, end))
+        used += [(offset, offset + plan.lasting_chunks * layout.payload_bytes),
+                 (state, state + plan.lasting_chunks * layout.state_bytes)]
         for block in plan.blocks:
             local = shards[block]
             width = plan.spec.width
@@ -159,7 +177,8 @@ def build_pools(shards: Sequence[LocalShard], plans: Sequence[StorePlan],
     addresses = [(arena.data_ptr() + payload, arena.data_ptr() + state) if reached else (0, 0)
                  for payload, state in pools]
     shapes = [plan.shape for plan in plans]
-    memory = allocate(index_span_bytes(shapes), torch.device("cpu"), None if used else [])
+    memory = allocate(index_span_bytes(shapes), torch.device("cpu"),
+                      index_used_spans(shapes, [plan.lasting_chunks for plan in plans]))
     index = build_chunk_index(shapes, blocks, memory, addresses)
     for number, plan in enumerate(plans):
         dense = plan.spec.is_full or plan.spec.start == "dense"

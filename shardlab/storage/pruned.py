@@ -15,7 +15,7 @@ AdaEmbed (OSDI 2023).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -55,6 +55,9 @@ _TOUCH, _DECIDE = 16, 17
 _SAMPLE, _PERCENTILE = 256, 0.95
 #: What is tried next where a threshold leaves more than the budget, and the least of all.
 _RAISE, _LEAST = 1.05, 2.0 ** -49
+#: Free places, as a share of the chunks, from which a decision gives their slabs back: rows whose
+#: chunks are few leave places that only slots of the index, for which there is no room, would fill.
+_IDLE = 1 / 16
 
 
 class PrunedStorage:
@@ -201,27 +204,43 @@ class PrunedStorage:
         return self.index.numbers(store).refused > 0
 
     def decide(self, store: int, thresholds: Tensor, budget: int) -> None:
-        """Evicts what is below the thresholds, and sets what the store may hold from now on.
+        """`decide_together` of one store."""
+        self.decide_together([store], thresholds, budget)
+
+    def decide_together(self, stores: Sequence[int], thresholds: Tensor, budget: int) -> None:
+        """Evicts what is below the thresholds, and sets what stores may hold from now on.
 
         Args:
-            store: number of the store.
+            stores: their numbers.
             thresholds: fp32 [shards]; those of other stores' shards are not read.
-            budget: bytes.
+            budget: bytes of all of them; each gets a part as it keeps chunks.
         """
-        plan = self.stores[store]
-        blocks = list(plan.blocks)
         key = rounding_key(self.clock.seed, self.clock.step, _DECIDE)
-        self.evicted += self.index.decide(store, self.decay(store), thresholds, key)
-        self.thresholds[blocks] = thresholds[blocks] * (1 + plan.spec.hysteresis)
-        self.since[store] = self.clock.step
-        self.index.set_budget(store, budget)
+        for store in stores:
+            spec, blocks = self.stores[store].spec, list(self.stores[store].blocks)
+            self.evicted += self.index.decide(store, self.decay(store), thresholds, key)
+            self.thresholds[blocks] = thresholds[blocks] * (1 + spec.hysteresis)
+            self.since[store] = self.clock.step
+            numbers = self.index.numbers(store)
+            if numbers.free > _IDLE * numbers.used:
+                self.compact(store)
         # Thresholds come from bins a fifth apart, and pages are whole: a little may be left over.
-        while self.index.held_bytes(store) > budget:
-            self.compact(store, tight=False)
-            if self.index.held_bytes(store) <= budget or not self.index.numbers(store).used:
+        while self._share(stores, budget) > budget:
+            for store in stores:
+                self.compact(store, tight=False)
+            used = sum(self.index.numbers(store).used for store in stores)
+            if self._share(stores, budget) <= budget or not used:
                 break
             thresholds = (thresholds * _RAISE).clamp(min=_LEAST)
-            self.evicted += self.index.decide(store, 1.0, thresholds, key)
+            for store in stores:
+                self.evicted += self.index.decide(store, 1.0, thresholds, key)
+
+    def _share(self, stores: Sequence[int], budget: int) -> int:
+        """Bytes that stores hold; their parts of the budget go by that."""
+        held = [self.index.held_bytes(store) for store in stores]
+        for store, mine in zip(stores, held, strict=True):
+            self.index.set_budget(store, budget * mine // max(1, sum(held)))
+        return sum(held)
 
     def measure_by(self, units: dict[int, float]) -> None:
         """Sets what gradient norms of some shards are divided by from now on."""
@@ -244,6 +263,12 @@ class PrunedStorage:
     def held_bytes(self, store: int) -> int:
         """Bytes that a store holds, everything counted, in whole pages."""
         return self.index.held_bytes(store)
+
+    def part_bytes(self, store: int) -> dict[str, int]:
+        """The same by part (`chunk_layout.PARTS`)."""
+        numbers = self.index.numbers(store)
+        return self.stores[store].shape.layout.part_bytes(numbers.slots, numbers.committed,
+                                                          numbers.free)
 
     def tier_bytes(self) -> TierBytes:
         """Bytes that are held now, by tier: pools, index, utilities, sketch, free places."""

@@ -22,6 +22,7 @@ from shardlab.ops.records import Records
 from shardlab.ops.rows import (
     StepParameters,
     gather_rows,
+    job_spans,
     pool_blocks,
     pool_rows,
     update_rows,
@@ -156,7 +157,7 @@ class RowsStorage:
                     weights: Tensor | None, out: Tensor) -> None:
         """Pools bags straight from the rows; jobs come from `place_jobs`."""
         if self._owner:
-            index = self._places(_job_spans(jobs.jobs, offsets), index)
+            index = self._places(job_spans(jobs.jobs, offsets), index)
         if self.is_plain:
             pool_rows(self._elements, jobs.kernel, index, offsets, weights, out)
         else:
@@ -409,16 +410,3 @@ def _payloads_of(blocks: Blocks) -> Blocks:
     encodings = encodings.clone()
     encodings[:, 1:4] = 0  # fp32 states of no elements
     return Blocks(table, encodings)
-
-
-def _job_spans(jobs: Tensor, offsets: Tensor | None) -> list[tuple[int, int, int]]:
-    """(block, start, count) of the index positions of placed pooling jobs."""
-    spans = []
-    for block, _, _, bags, first, first_bag, length, *_ in jobs.tolist():
-        if length >= 0:
-            spans.append((block, first, bags * length))
-        else:
-            assert offsets is not None
-            start, end = int(offsets[first_bag]), int(offsets[first_bag + bags])
-            spans.append((block, start, end - start))
-    return spans

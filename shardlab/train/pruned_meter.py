@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from shardlab.chunk_layout import PARTS
 from shardlab.comm.collectives import all_reduce_
 from shardlab.comm.groups import Groups
 from shardlab.sharded.pruning import pruned_part
@@ -40,8 +41,9 @@ class PrunedMeter:
 
         Returns:
             Chunks ``present``, and ``admitted`` and ``evicted`` since the start, by table;
-            ``bytes`` held; ``rows_by_chunks``: rows of all tables with so many chunks, where a row
-            that is cut by columns counts once for every piece.
+            ``bytes`` held, and ``part_bytes``: of which parts (`chunk_layout.PARTS`);
+            ``rows_by_chunks``: rows of all tables with so many chunks, where a row that is cut by
+            columns counts once for every piece.
         """
         if not self.tables:
             return {}
@@ -52,20 +54,25 @@ class PrunedMeter:
         for i, name in enumerate(_COUNTS):
             part = numbers[i * len(self.tables):(i + 1) * len(self.tables)]
             record[name] = dict(zip(self.tables, part, strict=True))
-        held, *rows = numbers[len(_COUNTS) * len(self.tables):]
-        return {**record, "bytes": held, "rows_by_chunks": {
-            str(chunks): count for chunks, count in enumerate(rows) if chunks}}
+        behind = len(_COUNTS) * len(self.tables)
+        parts = dict(zip(PARTS, numbers[behind:], strict=False))
+        rows = enumerate(numbers[behind + len(PARTS):])
+        return {**record, "bytes": sum(parts.values()), "part_bytes": parts,
+                "rows_by_chunks": {str(chunks): count for chunks, count in rows if chunks}}
 
     def _own(self) -> tuple[Tensor, Tensor]:
-        """fp64 [3, tables] and fp64 [2 + most chunks] of this rank: bytes, rows by chunks."""
+        """fp64 [3, tables] and fp64 [parts + 1 + most chunks] of this rank: bytes by part, rows by
+        chunks.
+        """
         counts = torch.zeros(len(_COUNTS), len(self.tables), dtype=torch.float64)
-        rest = torch.zeros(2 + self._chunks, dtype=torch.float64)
+        rest = torch.zeros(len(PARTS) + 1 + self._chunks, dtype=torch.float64)
         for collection in self._collections:
             storage = pruned_part(collection.storage)
             for store in range(0 if storage is None else len(storage.stores)):
                 assert storage is not None
                 bins, rows = storage.index.count(store, 1.0)
-                rest[0] += storage.held_bytes(store)
+                parts = storage.part_bytes(store)
+                rest[:len(PARTS)] += torch.tensor([parts[part] for part in PARTS])
                 for block in storage.stores[store].blocks:
                     name = storage.shards[block].table.name
                     if name not in self.tables:
@@ -73,7 +80,7 @@ class PrunedMeter:
                     at = self.tables.index(name)
                     counts[:, at] += torch.stack([
                         bins[block].sum(), storage.admitted[block], storage.evicted[block]])
-                    rest[1:1 + rows.shape[1]] += rows[block]
+                    rest[len(PARTS):][:rows.shape[1]] += rows[block]
         return counts, rest
 
 

@@ -178,6 +178,22 @@ def test_freed_places_are_taken_last_in_first_out():
     assert int(third) not in (int(first), int(second))
 
 
+def test_new_row_replaces_the_least_whole_row_where_slots_are_short():
+    pair = Pair(1 << 17, sketch=0, rows=20)
+    old = list(range(300))
+    pair.step([[], old], torch.full((len(old), 3), 2.0))
+    before = pair.faces[0].numbers(0)
+    assert before.rows < 100
+    assert before.top < before.committed  # there is room for chunks, but not for rows
+    pair.step([[], [1950, 1951]], torch.tensor([[2.0, 2.0, 2.0], [2.6, 0.0, 9.0]]))
+    pair.check()
+    found = pair.faces[0].list_rows(1)
+    assert 1950 not in found.rows  # worth no more than those that are there
+    assert (found.places[found.rows == 1951] >= 0).tolist() == [[True, False, True]]
+    after = pair.faces[0].numbers(0)
+    assert (after.rows, after.used, after.free) == (before.rows, before.used - 1, 1)
+
+
 def test_evicted_chunk_needs_more_than_it_had():
     """Its utility goes to the sketch, so that one access does not bring it back."""
     pair = Pair(1 << 20)

@@ -186,6 +186,14 @@ def test_compaction_changes_no_value():
     assert (before != 0).any()
 
 
+def test_decision_gives_back_what_would_lie_idle():
+    storage = _storage([EmbeddingBagConfig(20_000, 16, "t", storage=pruned(0.5, start="dense"))])
+    before = storage.held_bytes(0)
+    storage.decide(0, torch.tensor([2.0 ** -49]), 1 << 30)  # half of the chunks, by chance
+    assert storage.index.numbers(0).free == 0
+    assert storage.held_bytes(0) < 0.7 * before
+
+
 def test_readmitted_chunks_start_with_zeros_and_fresh_state():
     parts = build(tables(pruned(0.5, start="empty", chunks=1)), OPTIMIZERS[1])
     train(parts, 5)
@@ -351,6 +359,35 @@ def test_ranks_share_one_budget(kind):
 
 
 # ---------------------------------------------------------------- ids without a bound
+def _several_stores_rank(groups):
+    found = [EmbeddingBagConfig(rows, dim, f"t{i}", storage=pruned(0.3, period=5))
+             for i, (rows, dim) in enumerate(zip(SIZES, (8, 32, 16), strict=True))]
+    ranks = list(range(groups.world_size))
+    plan = ShardingPlan(groups.world_size, tuple(
+        build_table_plan(table, ShardingType.ROW_WISE, ranks, exchange=ExchangeKind.ROWS)
+        for table in found))
+    parts = build(found, plan=plan, groups=groups)
+    storage, most = parts[2].storage, 0
+    for step in range(40):
+        parts[1].zero_grad()
+        parts[0](batch(step * 4 + groups.rank, size=256)).square().mean().backward()
+        parts[1].step()
+        if step % 5 == 4:
+            most = max(most, sum(map(storage.held_bytes, range(len(storage.stores)))))
+    for store in range(len(storage.stores)):
+        assert sum(storage.part_bytes(store).values()) == storage.held_bytes(store)
+    return len(storage.stores), most, storage.tier_bytes().total
+
+
+def test_stores_of_a_rank_share_its_budget():
+    """Tables of other widths have stores of their own; together they keep within the budget."""
+    budget = 0.3 * 4 * sum(rows * dim for rows, dim in zip(SIZES, (8, 32, 16), strict=True))
+    results = run_ranks(4, _several_stores_rank)
+    assert all(stores == 3 for stores, _, _ in results)
+    assert sum(held for _, _, held in results) <= budget * 1.05
+    assert sum(most for _, most, _ in results) <= budget * 1.05
+
+
 def _unbounded_rank(groups, exchange):
     table = EmbeddingBagConfig("unbounded", 8, "t", exchange=exchange, storage={
         "kind": "pruned", "budget": {"bytes": "1MB"}, "chunks": 1})
