@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from shardlab.comm import Groups, broadcast_text, two_stages_refusal, with_stages
 from shardlab.errors import ShardLabError
+from shardlab.launch.hot_rows import wishes
 from shardlab.launch.planning import job_request, job_topology
 from shardlab.plan import ShardingPlan
 
@@ -60,6 +61,8 @@ def _decide(job: JobConfig, plan: ShardingPlan, groups: Groups) -> HierarchyChoi
     asked = job.exchange.hierarchy
     if plan.replicas > 1:
         return HierarchyChoice("flat", "replica groups of the tables exchange flat")
+    if wishes(job) or any(entry.hot_rows for entry in plan.tables):
+        return HierarchyChoice("flat", "copies of hot rows are made beside a flat exchange only")
     if asked != "auto":
         return HierarchyChoice(asked, "as exchange.hierarchy asks")
     if refusal := two_stages_refusal(groups):

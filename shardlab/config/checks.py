@@ -248,6 +248,18 @@ def _hierarchy_problems(replicas: int, hierarchy: str) -> Problems:
                "exchange flat; leave exchange.hierarchy or parallel.replicas out")
 
 
+def _hot_row_problems(replicas: int, hierarchy: str,
+                      tables: tuple[TableConfig, ...] | TablesPreset) -> Problems:
+    parts = [("tables", tables)] if isinstance(tables, TablesPreset) else \
+        [(f"tables.{number}", table) for number, table in enumerate(tables)]
+    other = "parallel.replicas" if replicas > 1 else "exchange.hierarchy: two_stage"
+    if replicas > 1 or hierarchy == "two_stage":
+        for place, table in parts:
+            if table.hot_rows is not None:
+                yield (f"{place}.hot_rows: copies of hot rows are not made beside {other}; leave "
+                       "one of them out")
+
+
 CHECKS: tuple[Check, ...] = (
     *_kind_checks(),
     Check((VALID_TABLES,), _table_problems),
@@ -267,6 +279,7 @@ CHECKS: tuple[Check, ...] = (
     Check(("plan",), _plan_problems),
     Check(("parallel.replicas", "parallel.sync_every_steps"), _parallel_problems),
     Check(("parallel.replicas", "exchange.hierarchy"), _hierarchy_problems),
+    Check(("parallel.replicas", "exchange.hierarchy", "tables"), _hot_row_problems),
 )
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from shardlab.comm import Groups, WireBytes, Work
+from shardlab.errors import PlanError
 from shardlab.sharded.cells import Buffer, CellIndex
 from shardlab.sharded.clock import PhaseClock
 from shardlab.sharded.direct import DirectExchange, DirectLookup
@@ -119,6 +120,10 @@ class Exchange:
         """
         stages, layout, groups = self.groups.stages, self.layout, self.groups
         self._network, self._lane, self._ahead = layout, groups, groups.ahead()
+        if stages is not None and any(layout.hot_rows):
+            raise PlanError("copies of hot rows are made beside a flat exchange only, and these "
+                            "ranks have lanes for two stages; leave hot_rows or "
+                            "`comm.with_stages` out")
         if stages is not None:
             self._network = across_layout(layout, stages)
             self._lane, self._ahead = stages.across, stages.across_ahead

@@ -254,6 +254,18 @@ def test_problem_names_its_place_and_the_way_out(tmp_path, sections, start):
     assert [line for line in problems if line.startswith(start)], problems
 
 
+def test_ways_over_hosts_that_do_not_go_together_are_named():
+    two_stage = "exchange.hierarchy=two_stage"
+    assert problems_of(None, two_stage, "parallel.replicas=2") == [
+        "exchange.hierarchy: two_stage was asked for, but replica groups of the tables exchange "
+        "flat; leave exchange.hierarchy or parallel.replicas out"]
+    for other, name in ((two_stage, two_stage.replace("=", ": ")),
+                        ("parallel.replicas=2", "parallel.replicas")):
+        assert problems_of(None, other, "tables.hot_rows=100") == [
+            f"tables.hot_rows: copies of hot rows are not made beside {name}; leave one of them "
+            "out"]
+
+
 def test_tables_of_several_widths_need_dcn(tmp_path):
     tables = [TABLE, {**TABLE, "name": "u", "embedding_dim": 8, "feature_names": ["C2"]}]
     line, = problems_of(job_file(tmp_path, tables=tables))

@@ -12,6 +12,7 @@ from shardlab.errors import PlanError
 from shardlab.plan import ShardingPlan, WireDtypes
 from shardlab.specs import BoundsMode, EmbeddingBagConfig, ExchangeKind, ShardingType
 from shardlab.train import load, save
+from shardlab.train.checkpoint_writer import CheckpointWriter, SaveOptions
 from tests.harness import RankError, run_ranks
 from tests.oracle import PlainOptimizer
 from tests.sharded_runs import (
@@ -25,6 +26,7 @@ from tests.sharded_runs import (
     sharded_model,
     table_plan,
     train,
+    train_in_stages,
 )
 
 WORLDS = [1, 2, 4]
@@ -103,6 +105,11 @@ def test_training_equals_oracle_and_training_without(optimizer, world, generator
     for job, runs, without in zip(jobs, found[:2], found[2:], strict=True):
         assert_equals_oracle(job, runs)
         assert_same(job, runs, without)
+
+
+def test_two_stages_refuse_copies(generator):
+    with pytest.raises(RankError, match="copies of hot rows are made beside a flat exchange only"):
+        run_ranks(4, train_in_stages, [_job(OPTIMIZERS[2], 4, generator)])
 
 
 @pytest.mark.parametrize("storage", ["fp16", "int8"])
@@ -234,6 +241,30 @@ def test_checkpoints_know_nothing_of_copies(storage, generator, tmp_path):
         for (outputs, rows), (plain, plain_rows) in zip(found, expected, strict=True):
             assert all(map(torch.equal, outputs, plain))
             assert all(map(torch.equal, rows, plain_rows))
+
+
+def _saved_behind(groups, job, folder):
+    """Two checkpoints written behind training, the second of changed rows; then rows and loads."""
+    model, optimizer = sharded_model(groups, job)
+    writer = CheckpointWriter(model, optimizer, groups,
+                              SaveOptions(background=True, incremental=True))
+    half = len(job.steps) // 2
+    for name, steps in (("one", job.steps[:half]), ("two", job.steps[half:])):
+        _steps(groups, dataclasses.replace(job, steps=steps), model, optimizer)
+        writer.save(f"{folder}/{name}")
+    writer.finish()
+    loaded = sharded_model(groups, _cold(job))
+    load(f"{folder}/two", *loaded, groups)
+    return [[(chunk.weights.clone(), {name: value.clone() for name, value in chunk.state.items()})
+             for chunk in one.collections()["ebc"].chunks()] for one in (model, loaded[0])]
+
+
+def test_changed_copies_are_in_checkpoints_written_behind_training(generator, tmp_path):
+    job = _job(OPTIMIZERS[4], 2, generator)
+    for trained, loaded in run_ranks(2, _saved_behind, job, str(tmp_path)):
+        for (rows, state), (found, found_state) in zip(trained, loaded, strict=True):
+            assert torch.equal(rows, found)
+            assert all(torch.equal(value, found_state[name]) for name, value in state.items())
 
 
 def _one_batch(groups, job, ids):
