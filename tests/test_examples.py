@@ -22,9 +22,9 @@ from tests.harness import run_ranks
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 SCRIPTS = sorted(path.stem for path in EXAMPLES.glob("*.py"))
-#: Scripts with a test on two ranks below.
-ON_TWO_RANKS = {"checkpoint_resharding", "prefetching", "replicas", "row_wise_torchrun",
-                "torchrec_user"}
+#: Scripts with a test on several ranks below.
+ON_RANKS = {"checkpoint_resharding", "prefetching", "replicas", "row_wise_torchrun",
+            "torchrec_user", "two_stages"}
 
 
 def run_example(name: str) -> None:
@@ -111,11 +111,11 @@ def test_every_example_is_checked():
     assert set(SCRIPTS) == set(CHECKS)
 
 
-def test_every_torchrun_example_runs_on_two_ranks():
-    """Every script whose docstring shows torchrun is started on two ranks by a test below."""
+def test_every_torchrun_example_runs_on_ranks():
+    """Every script whose docstring shows torchrun is started on ranks by a test below."""
     docs = {name: ast.get_docstring(ast.parse((EXAMPLES / f"{name}.py").read_text()))
             for name in SCRIPTS}
-    assert {name for name, text in docs.items() if "torchrun --nproc" in text} == ON_TWO_RANKS
+    assert {name for name, text in docs.items() if "torchrun --nproc" in text} == ON_RANKS
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
