@@ -26,10 +26,9 @@ def guarded(work: Callable[[], int]) -> NoReturn:
 
     A rank ends at once, without the interpreter's clean-up. Where it failed, that could wait
     forever for ranks that wait for this one, and its exception goes to torchrun's error file.
-    Where it did not, a daemon thread that is inside torch when the interpreter ends would abort
-    the process: CPython (before 3.14) ends such a thread as it asks for the interpreter's lock,
-    which unwinds C++ frames that may not be unwound ("terminate called without an active
-    exception", exit code 134). Two threads that multiply matrices do that in 8 of 8 runs.
+    Where it did not, a daemon thread that is inside torch when the interpreter ends can abort the
+    process ("terminate called without an active exception", exit code 134): two threads that
+    multiply matrices did so in 8 of 8 runs.
 
     Args:
         work: what the rank does; returns the exit code. It closes what it opened.
