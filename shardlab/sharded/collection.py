@@ -133,6 +133,7 @@ class ShardedEmbeddingBagCollection(nn.Module):
     def _refresh_hot_rows(self) -> None:
         if self._hot is not None:
             self._hot.refresh()
+
     def replicate(self, replication: Replication) -> None:
         """Makes this collection one of several copies; every rank calls it before the first batch.
         """
