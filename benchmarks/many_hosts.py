@@ -48,7 +48,8 @@ def main() -> int:
     parser.add_argument("--dim", type=int, default=64)
     parser.add_argument("--max-rows", type=int, default=200_000)
     parser.add_argument("--rounds", type=int, default=1, help="of all modes, of --steps each")
-    parser.add_argument("--wire", default="fp32", help="codec of rows and gradients, ours")
+    parser.add_argument("--wire", nargs="+", default=["fp32"],
+                        help="codecs of rows and gradients, ours; each is a run of its own")
     parser.add_argument("--modes", nargs="+", choices=list(MODES), default=list(MODES))
     parser.add_argument("--hierarchy", choices=["flat", "two_stage", "both"], default="flat")
     parser.add_argument("--no-torchrec", action="store_true")
@@ -106,18 +107,27 @@ def run_rank(options: argparse.Namespace) -> None:
             compute = seconds
         sent = {name: summed(run.sent, groups) for name, run in runs.items()}
         if groups.rank == 0:
-            emit(hosts=options.hosts, ranks=groups.world_size, mbit_per_s=rate, wire=options.wire,
+            emit(hosts=options.hosts, ranks=groups.world_size, mbit_per_s=rate,
                  step_ms={name: 1e3 * taken for name, taken in seconds.items()},
                  samples_per_s={name: config.global_batch / taken
                                 for name, taken in seconds.items()},
                  hidden=hidden(seconds, compute) if rate != FREE_MBIT else None,
-                 two_stage={name: seconds[name] / seconds[name + STAGED] for name in MODES
-                            if {name, name + STAGED} <= seconds.keys()},
+                 two_stage={name: taken / seconds[staged] for name, taken in seconds.items()
+                            if (staged := in_stages(name)) in seconds},
+                 over_first_wire={name: seconds[name.rsplit(f" {wire}", 1)[0]] / taken
+                                  for name, taken in seconds.items() for wire in options.wire[1:]
+                                  if name.endswith(f" {wire}")},
                  mb_per_step={name: dict(zip(SENT, (part / 1e6 for part in parts), strict=True))
                               for name, parts in sent.items()})
     comm.shutdown()
     sys.stdout.flush()
     os._exit(0)  # TorchRec's pipeline threads would wait for each other
+
+
+def in_stages(name: str) -> str:
+    """The same mode and codec in two stages."""
+    mode, _, wire = name.partition(" ")
+    return f"{mode}{STAGED}{' ' * bool(wire)}{wire}"
 
 
 def hidden(seconds: dict[str, float], compute: dict[str, float]) -> dict[str, float]:
@@ -172,8 +182,10 @@ def build_runs(options: argparse.Namespace, config, groups) -> dict:
     kinds = {} if options.hierarchy == "two_stage" else {"": groups}
     if options.hierarchy != "flat":
         kinds[STAGED] = comm.with_stages(groups)
-    runs: dict = {name + kind: Ours(config, ranks, MODES[name], options)
-                  for name in options.modes for kind, ranks in kinds.items()}
+    wires = {wire: f" {wire}" if number else "" for number, wire in enumerate(options.wire)}
+    runs: dict = {name + kind + suffix: Ours(config, ranks, (*MODES[name], wire), options.steps)
+                  for name in options.modes for kind, ranks in kinds.items()
+                  for wire, suffix in wires.items()}
     if not options.no_torchrec:
         case = {"framework": "torchrec", "sharding": "row_wise", "qcomm": "fp32", "dim": config.dim,
                 "optimizer": "rowwise_adagrad", "weights": "fp32", "plan": "manual",
@@ -187,9 +199,9 @@ def build_runs(options: argparse.Namespace, config, groups) -> dict:
 
 
 class Ours:
-    """Row-wise tables under one depth and staleness."""
+    """Row-wise tables under one depth, staleness and codec."""
 
-    def __init__(self, config, groups, mode: tuple[int, int], options: argparse.Namespace) -> None:
+    def __init__(self, config, groups, mode: tuple[int, int, str], steps: int) -> None:
         import torch
         from dlrm_data import rank_batch
         from dlrm_shardlab import make_batch, make_plan
@@ -204,13 +216,13 @@ class Ours:
                               config.bottom, config.top[:-1])
         self.model, self.optimizer = sl.shard(
             dlrm, make_plan(tables, "row_wise", groups).with_wire(
-                WireDtypes(options.wire, options.wire)), groups=groups, seed=config.seed,
+                WireDtypes(mode[2], mode[2])), groups=groups, seed=config.seed,
             optimizer=sl.optim.RowWiseAdagrad(lr=config.learning_rate),
             dense_optimizer=lambda p: torch.optim.SGD(p, lr=config.learning_rate))
-        self.depth, self.staleness = mode
+        self.depth, self.staleness = mode[:2]
         self.sent = (0.0, 0.0, 0.0)
         self._batches = [make_batch(*rank_batch(config, step, groups.rank))
-                         for step in range(options.steps + WARM_UP)]
+                         for step in range(steps + WARM_UP)]
 
     def __call__(self, steps: int) -> list[float]:
         import torch
