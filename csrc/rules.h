@@ -10,13 +10,15 @@ namespace shardlab::SHARDLAB_ISA {
 // at once: one row after the other they are a chain of latencies, 30 ns a row.
 //
 // Rows tells where payloads are: rows[i] reads and writes lanes of the batch's row i as fp32. While
-// row i is worked on, rows.prefetch_state(i) and rows.prefetch_row(i) fetch the next batch's: all
-// at once they would fill the queue of outstanding lines, and then leave the memory idle.
+// row i is worked on, rows.prefetch_state(i), rows.prefetch_row(i) and the gradient `coming` fetch
+// the next batch's: all at once they would fill the queue of outstanding lines, and then leave the
+// memory idle.
 struct Batch {
   int64_t count, columns;
   const float* grad[kLanes];
   float* state[kLanes];
   const float* row_squares;  // of the batch, or null
+  const float* coming[kLanes];  // first gradients of the next batch's rows, or null
 };
 
 // Mean of grad^2 of every row of the batch.
@@ -58,6 +60,7 @@ inline void for_rows(const Batch& batch, const Rows& rows, const Body& body) {
   for (int64_t i = 0; i < batch.count; ++i) {
     if (!kRowWise) rows.prefetch_state(i);
     rows.prefetch_row(i);
+    if (batch.coming[i]) prefetch_read(batch.coming[i], batch.columns * sizeof(float));
     body(rows[i], batch.state[i], batch.grad[i], i);
   }
 }

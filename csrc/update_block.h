@@ -14,7 +14,12 @@ template <class Weight>
 inline void sum_batch(Batch& batch, int64_t first, const Csr& csr, const Weight& weight,
                const float* grads, const Step& s, float* buffer) {
   const bool plain = Weight::kUnit && s.scale == 1.0f && s.clip_value <= 0.0f;
-  auto row = [&](int64_t k) { return (const char*)(grads + csr.sources[k]); };
+  const int64_t last = csr.starts[first + batch.count];
+  auto row = [&](int64_t k) {
+    if (k + kAhead < last)
+      prefetch_read(grads + csr.sources[k + kAhead], batch.columns * (int64_t)sizeof(float));
+    return (const char*)(grads + csr.sources[k]);
+  };
   for (int64_t i = 0; i < batch.count; ++i) {
     const int64_t from = csr.starts[first + i], to = csr.starts[first + i + 1];
     if (plain && to - from == 1) {
@@ -38,16 +43,14 @@ template <class Rule, class Rows>
 inline void update_block(Rows& rows, const Updates& updates, int64_t begin, int64_t end, const Step& s,
                   float* buffer) {
   const Csr& csr = updates.csr;
-  const int64_t columns = rows.block.columns, bytes = columns * (int64_t)sizeof(float);
-  const int64_t last = csr.starts[end];
-  int64_t ahead = csr.starts[begin];
+  const int64_t columns = rows.block.columns;
   rows.prefetch_first(begin);
   for (int64_t u = begin; u < end; u += kLanes) {
     Batch batch{std::min<int64_t>(kLanes, end - u), columns, {}, {},
-                updates.row_squares ? updates.row_squares + u : nullptr};
-    const int64_t entries = csr.starts[u + batch.count];
-    for (; ahead < std::min(entries + kAhead, last); ++ahead)
-      prefetch_read(updates.grads + csr.sources[ahead], bytes);
+                updates.row_squares ? updates.row_squares + u : nullptr, {}};
+    for (int64_t i = 0, next = u + kLanes; i < kLanes && next < end; ++i, ++next)
+      if (csr.starts[next] < csr.starts[next + 1])
+        batch.coming[i] = updates.grads + csr.sources[csr.starts[next]];
     with_weights(csr.weights, [&](const auto& weight) {
       sum_batch(batch, u, csr, weight, updates.grads, s, buffer);
     });
