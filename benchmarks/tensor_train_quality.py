@@ -174,33 +174,52 @@ def describe(found: dict[Key, dict[int, dict]]) -> list[str]:
 
 
 def plot(found: dict[Key, dict[int, dict]], path: str) -> None:
-    """AUC over bytes, a picture with a panel for every data set."""
+    """AUC over bytes, a picture with a panel for every data set and number of tables.
+
+    Bars are standard errors over seeds, where there are several.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    names = sorted({key[0] for key in found})
-    figure, panels = pyplot.subplots(1, len(names), figsize=(7 * len(names), 4.5), squeeze=False)
-    for data, axes in zip(names, panels[0], strict=True):
-        lines: dict[str, list[tuple[float, float]]] = {}
-        for (source, kind, count, _, init, lr_scale), runs in found.items():
-            if source != data:
-                continue
-            name = kind if kind != "tensor_train" else init
-            name += "" if kind == "fp32" else f", {count} tables"
-            name += "" if lr_scale == 1.0 else f", lr x {lr_scale:g}"
-            lines.setdefault(name, []).append((
-                next(iter(runs.values()))["bytes"] / 1e6,
-                statistics.mean(one["auc"] for one in runs.values())))
-        for name, points in lines.items():
-            axes.plot(*zip(*sorted(points), strict=True), marker="o", markersize=4, label=name,
-                      linestyle="--" if name.startswith("hashed") else "-")
-        axes.set(title=data, xscale="log", xlabel="MB of all tables", ylabel="validation AUC")
-        axes.legend(fontsize="x-small")
-        axes.grid(alpha=0.3)
+    panels = sorted({(key[0], key[2]) for key in found if key[1] != "fp32"})
+    kinds = sorted({line_name(key) for key in found if key[1] != "fp32"})
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(4.2 * len(panels) + 1.5, 4),
+                                   squeeze=False, sharey=True)
+    for (data, count), panel in zip(panels, axes[0], strict=True):
+        for color, name in enumerate(kinds):
+            chosen = sorted((next(iter(runs.values()))["bytes"] / 1e6, *mean_auc(runs))
+                            for key, runs in found.items()
+                            if key[0] == data and key[2] == count and line_name(key) == name)
+            if chosen:
+                x, y, error = zip(*chosen, strict=True)
+                panel.errorbar(x, y, error, marker="o", markersize=4, capsize=2, label=name,
+                               color=f"C{color}", linestyle="--" if name == "hashed" else "-")
+        for key, runs in found.items():
+            if key[0] == data and key[1] == "fp32":
+                panel.axhline(mean_auc(runs)[0], color="grey", linestyle=":", label="fp32")
+        panel.set(title=f"{data}, {count} largest tables", xscale="log",
+                  xlabel="MB of all tables")
+        panel.grid(alpha=0.3)
+    axes[0, 0].set_ylabel("validation AUC")
+    axes[0, -1].legend(fontsize="x-small", loc="center left", bbox_to_anchor=(1, 0.5))
     figure.tight_layout()
     figure.savefig(path, dpi=110)
+
+
+def line_name(key: Key) -> str:
+    """Of a run, in a picture: how its tables start, or that they are hashed."""
+    _, kind, _, _, init, lr_scale = key
+    return (init if kind == "tensor_train" else kind) + \
+        ("" if lr_scale == 1.0 else f", lr x {lr_scale:g}")
+
+
+def mean_auc(runs: dict[int, dict]) -> tuple[float, float]:
+    """Mean over seeds, and its standard error; 0 for one seed."""
+    found = [one["auc"] for one in runs.values()]
+    error = statistics.stdev(found) / len(found) ** 0.5 if len(found) > 1 else 0.0
+    return statistics.mean(found), error
 
 
 def train_missing(args: argparse.Namespace) -> dict[tuple[Key, int], dict]:
