@@ -33,6 +33,8 @@ STORAGES = {
     "int4, stochastic": "int4",
     "fp16, nearest": f"{{dtype: fp16{NEAREST}}}",
     "bf16, nearest": f"{{dtype: bf16{NEAREST}}}",
+    "int8, nearest": f"{{dtype: int8{NEAREST}}}",
+    "int4, nearest": f"{{dtype: int4{NEAREST}}}",
     "int8 + 5 % cache, nearest": CACHE(share=0.05, dtype="int8", rest=NEAREST),
     "int4 + 1 % cache, nearest": CACHE(share=0.01, dtype="int4", rest=NEAREST),
 }
