@@ -59,11 +59,11 @@ def main() -> int:
     if options.folder:
         run_rank(options)
         return 0
-    return start(options)
+    return start(options, HERE)
 
 
-def start(options: argparse.Namespace) -> int:
-    """Builds hosts, runs this file on them, and changes the links' rate when the ranks ask."""
+def start(options: argparse.Namespace, program: Path) -> int:
+    """Builds hosts, runs the program on them, and changes the links' rate when the ranks ask."""
     from tests.hosts import Hosts, refusal
 
     reason = refusal()
@@ -71,7 +71,7 @@ def start(options: argparse.Namespace) -> int:
         print(f"no hosts: {reason}", file=sys.stderr)
         return 1
     with tempfile.TemporaryDirectory() as folder, Hosts(options.hosts, FREE_MBIT) as hosts:
-        processes = hosts.start_torchrun([str(HERE), *sys.argv[1:], "--folder", folder],
+        processes = hosts.start_torchrun([str(program), *sys.argv[1:], "--folder", folder],
                                          options.ranks_per_host)
         for line in processes[0].stdout or ():
             if line.startswith("rate "):

@@ -13,17 +13,16 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
 
+from many_hosts import FREE_MBIT, card_bytes, set_rate, start
+
 HERE = Path(__file__).resolve()
 sys.path[:0] = [str(HERE.parent), str(HERE.parent.parent)]
-FREE_MBIT = 40_000
 #: Steps between averages, and before the clock starts: one period.
 PERIOD = 16
-_SENT = Path("/sys/class/net/eth0/statistics/tx_bytes")
 
 
 def main() -> int:
@@ -41,35 +40,13 @@ def main() -> int:
     if options.folder:
         run_rank(options)
         return 0
-    return start(options)
-
-
-def start(options: argparse.Namespace) -> int:
-    """Builds hosts, runs this file on them, and changes the links' rate when the ranks ask."""
-    from tests.hosts import Hosts, refusal
-
-    reason = refusal()
-    if reason:
-        print(f"no hosts: {reason}", file=sys.stderr)
-        return 1
-    with tempfile.TemporaryDirectory() as folder, Hosts(options.hosts, FREE_MBIT) as hosts:
-        processes = hosts.start_torchrun([str(HERE), *sys.argv[1:], "--folder", folder],
-                                         options.ranks_per_host)
-        for line in processes[0].stdout or ():
-            if line.startswith("rate "):
-                rate = line.split()[1]
-                hosts.set_rate(float(rate))
-                Path(folder, f"rate-{rate}").touch()
-            else:
-                print(line, end="", flush=True)
-        return max(process.wait() for process in processes)
+    return start(options, HERE)
 
 
 def run_rank(options: argparse.Namespace) -> None:
     import torch
     from benchlib import emit
     from dlrm_data import DlrmConfig
-    from many_hosts import set_rate
 
     from shardlab import comm
 
@@ -134,11 +111,11 @@ class Run:
         comm.barrier(self.groups)
         before = torch.tensor([wire.ids_bytes, wire.rows_bytes, wire.gradients_bytes,
                                wire.sync_bytes], dtype=torch.float64)
-        link, mark = int(_SENT.read_text()), time.perf_counter()
+        link, mark = card_bytes(), time.perf_counter()
         self.train()
         comm.barrier(self.groups)
         step_ms = 1e3 * (time.perf_counter() - mark) / PERIOD
-        link = int(_SENT.read_text()) - link
+        link = card_bytes() - link
         sent = comm.all_reduce_(torch.tensor(
             [wire.ids_bytes, wire.rows_bytes, wire.gradients_bytes, wire.sync_bytes],
             dtype=torch.float64) - before, self.groups) / PERIOD / 1e6
