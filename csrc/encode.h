@@ -51,7 +51,7 @@ inline Shorts encode_fp16_by_formula(Vec v, Bits random) {
 }
 
 #if defined(__AVX512F__)
-// The processor's own conversion, with the same results in half as many instructions. Noise is less
+// The processor's own conversion, with the same results in fewer instructions. Noise is less
 // than the step that fp16 has at the value, subnormal or not, with more bits than a normal one
 // needs; what is left of value and noise is cut off, and beyond the largest number that is it.
 template <bool kStochastic>
