@@ -33,10 +33,10 @@ void encode_fp32_batch(const CodeBatch& batch) {
     std::memcpy(batch.records[i], batch.values[i], batch.columns * sizeof(float));
 }
 
-template <bool kStochastic, bool kBf16>
-void encode_short_batch(const CodeBatch& batch) {
+template <bool kStochastic, bool kBf16, bool kAligned>
+void encode_short_rows(const CodeBatch& batch) {
   for (int64_t i = 0; i < batch.count; ++i) {
-    RandomColumns columns(batch.words[i], batch.first);
+    RandomColumns<kAligned> columns(batch.words[i], batch.first);
     for_columns(batch.columns, [&](int64_t c, int lanes) SHARDLAB_INLINE {
       const Bits random = kStochastic ? columns.at(c) : Bits{};
       const Vec v = read(batch.values[i] + c, lanes);
@@ -46,6 +46,13 @@ void encode_short_batch(const CodeBatch& batch) {
                    lanes);
     });
   }
+}
+
+template <bool kStochastic, bool kBf16>
+void encode_short_batch(const CodeBatch& batch) {
+  with_alignment(batch.first, [&](auto aligned) {
+    encode_short_rows<kStochastic, kBf16, aligned>(batch);
+  });
 }
 
 // ---------------------------------------------------------------- encode: with a scale per row
@@ -114,8 +121,8 @@ inline int32_t largest_bits(const float* values, int64_t columns) {
   return reduce_max(amax);
 }
 
-template <bool kStochastic, class Format>
-void encode_scaled_batch(const CodeBatch& batch) {
+template <bool kStochastic, class Format, bool kAligned>
+void encode_scaled_rows(const CodeBatch& batch) {
   int32_t amax[kLanes] = {};
   for (int64_t i = 0; i < batch.count; ++i) amax[i] = largest_bits(batch.values[i], batch.columns);
   Scales scales;
@@ -130,7 +137,7 @@ void encode_scaled_batch(const CodeBatch& batch) {
       std::memset(codes, 0, code_bytes);
       continue;
     }
-    RandomColumns columns(batch.words[i], batch.first);
+    RandomColumns<kAligned> columns(batch.words[i], batch.first);
     auto write = [&](int64_t c, int lanes, Vec v) SHARDLAB_INLINE {
       const Bits random = kStochastic ? columns.at(c) : Bits{};
       Format::template write<kStochastic>(codes, c, lanes, v, scale, inverse, random);
@@ -144,6 +151,13 @@ void encode_scaled_batch(const CodeBatch& batch) {
         write(c, lanes, read(batch.values[i] + c, lanes));
       });
   }
+}
+
+template <bool kStochastic, class Format>
+void encode_scaled_batch(const CodeBatch& batch) {
+  with_alignment(batch.first, [&](auto aligned) {
+    encode_scaled_rows<kStochastic, Format, aligned>(batch);
+  });
 }
 
 }  // namespace

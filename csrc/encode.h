@@ -43,39 +43,40 @@ struct MiniFloat {
   }
 };
 
-template <bool kStochastic>
-inline Shorts encode_fp16_by_formula(Vec v, Bits random) {
-  Int code = MiniFloat<10, 15, 0x477fe000>::encode<kStochastic>(v, random);
-  code = magnitude_bits(v) > kInfBits ? Int{} + 0x7e00 : code;
-  return narrow_to_shorts(code | (((Int)v >> 16) & 0x8000));
-}
-
-#if defined(__AVX512F__)
-// The processor's own conversion, with the same results in fewer instructions. Noise is less
-// than the step that fp16 has at the value, subnormal or not, with more bits than a normal one
-// needs; what is left of value and noise is cut off, and beyond the largest number that is it.
+#if defined(__AVX512DQ__)
+// The processor's own conversion, with the same results in fewer instructions. Noise is a random
+// share of the step that fp16 has at the value, subnormal or not: the fraction of a float below
+// 2^-10, with 20 bits as the formula takes of a subnormal, times the value's power of two. What is
+// left of value and noise is cut off, and beyond the largest number that is it. A NaN stays one.
 template <bool kStochastic>
 SHARDLAB_INLINE inline Shorts encode_fp16(Vec v, Bits random) {
   if (!kStochastic) {
     const __m512 top = _mm512_set1_ps(65504.0f), bottom = _mm512_set1_ps(-65504.0f);
     return (Shorts)_mm512_cvtps_ph(_mm512_max_ps(bottom, _mm512_min_ps(top, (__m512)v)),
-                                   _MM_FROUND_TO_NEAREST_INT);  // a NaN stays one
+                                   _MM_FROUND_TO_NEAREST_INT);
   }
-  constexpr int32_t kLeastNormal = (127 - 14) << 23;
-  constexpr int kBits = 20, kCut = _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC;
-  const Int magnitude = magnitude_bits(v);
-  if (__builtin_expect(_mm512_cmpge_epi32_mask((__m512i)magnitude, _mm512_set1_epi32(kInfBits)), 0))
-    return encode_fp16_by_formula<kStochastic>(v, random);  // an infinity, or no number
-  const Int exponent = larger(magnitude, Int{} + kLeastNormal) & kInfBits;
-  const Vec step = (Vec)(exponent - ((10 + kBits) << 23));
-  const Vec noise = __builtin_convertvector((Int)(random >> (32 - kBits)), Vec) * step;
-  const __m512 away = (__m512)((Int)noise | ((Int)v & kSignBit));
-  return (Shorts)_mm512_cvtps_ph(_mm512_add_round_ps((__m512)v, away, kCut), kCut);
+  constexpr int kCut = _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC;
+  constexpr int kInfToLargest = 0x00ef0000;        // by kind of number: of fixupimm
+  constexpr int kLargerMagnitude = 3;              // with the first one's sign: of range
+  constexpr int kFirstAndSecondOrThird = 0xea;     // of ternarylogic
+  constexpr int32_t kTop20 = 0x007ffff8, kSignAndExponent = (int32_t)0xff800000;
+  const __m512 finite =
+      _mm512_fixupimm_ps((__m512)v, (__m512)v, _mm512_set1_epi32(kInfToLargest), 0);
+  const __m512 normal = _mm512_range_ps(finite, _mm512_set1_ps(0x1p-14f), kLargerMagnitude);
+  const __m512 power =
+      _mm512_and_ps(normal, _mm512_castsi512_ps(_mm512_set1_epi32(kSignAndExponent)));
+  const __m512 fraction = (__m512)_mm512_ternarylogic_epi32(
+      (__m512i)(random >> 9), _mm512_set1_epi32(kTop20), (__m512i)_mm512_set1_ps(0x1p-10f),
+      kFirstAndSecondOrThird);
+  const __m512 share = _mm512_sub_ps(fraction, _mm512_set1_ps(0x1p-10f));
+  return (Shorts)_mm512_cvtps_ph(_mm512_fmadd_round_ps(share, power, finite, kCut), kCut);
 }
 #else
 template <bool kStochastic>
 SHARDLAB_INLINE inline Shorts encode_fp16(Vec v, Bits random) {
-  return encode_fp16_by_formula<kStochastic>(v, random);
+  Int code = MiniFloat<10, 15, 0x477fe000>::encode<kStochastic>(v, random);
+  code = magnitude_bits(v) > kInfBits ? Int{} + 0x7e00 : code;
+  return narrow_to_shorts(code | (((Int)v >> 16) & 0x8000));
 }
 #endif
 
@@ -83,10 +84,17 @@ template <bool kStochastic>
 SHARDLAB_INLINE inline Shorts encode_bf16(Vec v, Bits random) {
   constexpr int32_t kMaxBits = 0x7f7f0000;
   const Int magnitude = magnitude_bits(v);
-#if defined(__AVX512F__)
-  if (kStochastic && __builtin_expect(_mm512_cmplt_epi32_mask((__m512i)magnitude,
-          _mm512_set1_epi32(kMaxBits)) == 0xffff, 1))
-    return narrow_to_shorts((Int)(((Bits)v + (random >> 16)) >> 16));
+#if defined(__AVX512DQ__)
+  if (kStochastic) {
+    constexpr int kSmallerMagnitude = 2, kFirstAndSecondOrThird = 0xea;  // of range, ternarylogic
+    const __m512i finite = _mm512_castps_si512(
+        _mm512_range_ps((__m512)v, (__m512)splat(as_float(kMaxBits)), kSmallerMagnitude));
+    const __mmask16 nan = _mm512_cmp_ps_mask((__m512)v, (__m512)v, _CMP_UNORD_Q);
+    const Bits bits = (Bits)_mm512_mask_ternarylogic_epi32(
+        finite, nan, _mm512_set1_epi32(kSignBit), _mm512_set1_epi32(0x7fc00000),
+        kFirstAndSecondOrThird);
+    return narrow_to_shorts((Int)((bits + (random >> 16)) >> 16));
+  }
 #endif
   const Int bits = smaller(magnitude, Int{} + kMaxBits);
   const Int noise = kStochastic ? (Int)(random >> 16) : ((bits >> 16) & 1) + 0x7fff;

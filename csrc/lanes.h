@@ -4,12 +4,20 @@
 
 namespace shardlab::SHARDLAB_ISA {
 
-// Calls body(column, lanes) for every vector of a row. Declare bodies SHARDLAB_INLINE: as functions
-// of their own they would take vectors and constants through memory.
+// Calls body(column, lanes) for every vector of a row, two at a time: what their random bits share
+// is then in registers. Declare bodies SHARDLAB_INLINE: as functions of their own they would take
+// vectors and constants through memory.
 template <class Body>
-inline void for_columns(int64_t columns, const Body& body) {
+SHARDLAB_INLINE inline void for_columns(int64_t columns, const Body& body) {
   int64_t c = 0;
-  for (; c + kLanes <= columns; c += kLanes) body(c, kLanes);
+  for (; c + 2 * kLanes <= columns; c += 2 * kLanes) {
+    body(c, kLanes);
+    body(c + kLanes, kLanes);
+  }
+  if (c + kLanes <= columns) {
+    body(c, kLanes);
+    c += kLanes;
+  }
   if (c < columns) body(c, (int)(columns - c));
 }
 inline Vec read(const float* p, int lanes) {

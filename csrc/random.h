@@ -6,10 +6,14 @@
 // random_lanes are those of lowbias32 (C. Wellons, hash-prospector). The last xorshift is left
 // out: users take the high bits, which it does not change.
 #pragma once
+#include <type_traits>
+
 #include "lanes.h"
 
 namespace shardlab::SHARDLAB_ISA {
 
+constexpr uint32_t kPair = 32;  // columns that share mixes
+constexpr Bits kLaneNumbers = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 constexpr uint64_t kGolden64 = 0x9E3779B97F4A7C15u;
 constexpr uint32_t kGolden32 = 0x9E3779B9u;
 
@@ -38,42 +42,58 @@ SHARDLAB_INLINE inline Bits second_bits(Bits x) {
   return (x << 16) | (x >> 16);
 }
 
-// Bits of one row's counters first, first + 1, ...; columns are asked for in ascending order,
-// sixteen at a time.
-class RandomColumns {
+// Bits of one row's counters first, first + 1, ...: at(c) for c = 0, 16, 32, ..., one by one.
+template <bool kAligned>
+class RandomColumns;
+
+// `first` is a multiple of kPair, as of a table that is cut at no column or at such a one. Which of
+// a pair a column is follows from the column alone then, so that a loop over pairs asks nothing.
+template <>
+class RandomColumns<true> {
+ public:
+  SHARDLAB_INLINE RandomColumns(uint64_t word, uint32_t first)
+      : next_(((uint32_t)word + first * kGolden32) + kLaneNumbers * kGolden32),
+        high_((uint32_t)(word >> 32)) {}
+
+  SHARDLAB_INLINE Bits at(int64_t c) {
+    if (c % kPair) return second_bits(shared_);
+    Bits x = next_;
+    next_ += kPair * kGolden32;
+    x = (x ^ (x >> 16)) * 0x21f0aaadu;
+    x ^= high_;
+    return shared_ = (x ^ (x >> 15)) * 0xd35a2d97u;
+  }
+
+ private:
+  Bits next_, shared_;
+  uint32_t high_;
+};
+
+template <>
+class RandomColumns<false> {
  public:
   SHARDLAB_INLINE RandomColumns(uint64_t word, uint32_t first) : word_(word), first_(first) {}
 
   SHARDLAB_INLINE Bits at(int64_t c) {
-    const uint32_t counter = first_ + (uint32_t)c;
-    if (counter % kLanes) return astride(counter);
-    if (!(counter & kSecond)) return shared_ = mixed(counter);
-    return second_bits(c ? shared_ : mixed(counter - kSecond));
-  }
-
- private:
-  static constexpr uint32_t kSecond = 16;
-  static constexpr Bits kLane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-
-  // One multiplication a vector: (first + lane) * golden, with the lane's share known.
-  SHARDLAB_INLINE Bits mixed(uint32_t first) const {
-    Bits x = ((uint32_t)word_ + first * kGolden32) + kLane * kGolden32;
-    x = (x ^ (x >> 16)) * 0x21f0aaadu;
-    x ^= (uint32_t)(word_ >> 32);
-    return (x ^ (x >> 15)) * 0xd35a2d97u;
-  }
-
-  // A table cut at a column that is no multiple of sixteen.
-  Bits astride(uint32_t first) const {
-    const Bits counter = kLane + first;
+    constexpr uint32_t kSecond = kPair / 2;
+    const Bits counter = kLaneNumbers + (first_ + (uint32_t)c);
     const Bits x = mix_lanes(Bits{} + (uint32_t)word_, Bits{} + (uint32_t)(word_ >> 32),
                              counter & ~kSecond);
     return (counter & kSecond) != 0 ? second_bits(x) : x;
   }
 
+ private:
   uint64_t word_;
   uint32_t first_;
-  Bits shared_;
 };
+
+// Calls body(std::bool_constant) with whether `first` is a multiple of kPair.
+template <class Body>
+inline void with_alignment(int64_t first, const Body& body) {
+  if (first % kPair)
+    body(std::false_type{});
+  else
+    body(std::true_type{});
+}
 
 }  // namespace shardlab::SHARDLAB_ISA

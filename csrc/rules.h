@@ -56,7 +56,7 @@ inline void scatter_state(const Batch& batch, int64_t at, Vec values) {
 // Calls body(row, state, grad, i) for every row of the batch. Row-wise rules have called
 // mean_squares before.
 template <bool kRowWise, class Rows, class Body>
-inline void for_rows(const Batch& batch, const Rows& rows, const Body& body) {
+SHARDLAB_INLINE inline void for_rows(const Batch& batch, const Rows& rows, const Body& body) {
   for (int64_t i = 0; i < batch.count; ++i) {
     if (!kRowWise) rows.prefetch_state(i);
     rows.prefetch_row(i);
@@ -68,7 +68,7 @@ inline void for_rows(const Batch& batch, const Rows& rows, const Body& body) {
 struct Sgd {
   template <class Rows>
   static void step(const Batch& batch, const Rows& rows, const Step& s) {
-    for_rows<false>(batch, rows, [&](auto row, float*, const float* grad, int64_t) {
+    for_rows<false>(batch, rows, [&](auto row, float*, const float* grad, int64_t) SHARDLAB_INLINE {
       for_columns(batch.columns, [&](int64_t c, int lanes) SHARDLAB_INLINE {
         const Vec w = row.read(c, lanes);
         row.write(c, w - (read(grad + c, lanes) + w * s.weight_decay) * s.lr, lanes);
@@ -80,7 +80,8 @@ struct Sgd {
 struct Adagrad {
   template <class Rows>
   static void step(const Batch& batch, const Rows& rows, const Step& s) {
-    for_rows<false>(batch, rows, [&](auto row, float* state, const float* grad, int64_t) {
+    for_rows<false>(batch, rows, [&](auto row, float* state, const float* grad,
+                                     int64_t) SHARDLAB_INLINE {
       for_columns(batch.columns, [&](int64_t c, int lanes) SHARDLAB_INLINE {
         const Vec g = read(grad + c, lanes);
         const Vec h = read(state + c, lanes) + g * g;
@@ -98,7 +99,8 @@ struct RowWiseAdagrad {
     scatter_state(batch, 0, h);
     float rate[kLanes];
     store(rate, s.lr / (sqrt(h) + s.eps));
-    for_rows<true>(batch, rows, [&](auto row, float*, const float* grad, int64_t i) {
+    for_rows<true>(batch, rows, [&](auto row, float*, const float* grad,
+                                    int64_t i) SHARDLAB_INLINE {
       for_columns(batch.columns, [&](int64_t c, int lanes) SHARDLAB_INLINE {
         row.write(c, row.read(c, lanes) - read(grad + c, lanes) * rate[i], lanes);
       });
@@ -109,7 +111,8 @@ struct RowWiseAdagrad {
 struct Adam {
   template <class Rows>
   static void step(const Batch& batch, const Rows& rows, const Step& s) {
-    for_rows<false>(batch, rows, [&](auto row, float* state, const float* grad, int64_t) {
+    for_rows<false>(batch, rows, [&](auto row, float* state, const float* grad,
+                                     int64_t) SHARDLAB_INLINE {
       float *first = state, *second = state + batch.columns;
       for_columns(batch.columns, [&](int64_t c, int lanes) SHARDLAB_INLINE {
         const Vec g = read(grad + c, lanes);
@@ -132,7 +135,8 @@ struct RowWiseAdam {
     scatter_state(batch, at, v);
     float rate[kLanes];
     store(rate, (s.lr / s.bias1) / (sqrt(v / s.bias2) + s.eps));
-    for_rows<true>(batch, rows, [&](auto row, float* state, const float* grad, int64_t i) {
+    for_rows<true>(batch, rows, [&](auto row, float* state, const float* grad,
+                                    int64_t i) SHARDLAB_INLINE {
       for_columns(batch.columns, [&](int64_t c, int lanes) SHARDLAB_INLINE {
         const Vec m = read(state + c, lanes) * s.beta1 + read(grad + c, lanes) * s.rest1;
         write_lanes(state + c, m, lanes);

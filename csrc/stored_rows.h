@@ -138,12 +138,12 @@ class Fp32Rows : public Encoded {
 };
 
 // Elements that stand for themselves are decoded, stepped and encoded in registers.
-template <bool kBf16, bool kStochastic>
+template <bool kBf16, bool kStochastic, bool kAligned = true>
 class ShortRows : public Encoded {
  public:
   struct Row {
     char* record;
-    RandomColumns columns;
+    RandomColumns<kAligned> columns;
 
     SHARDLAB_INLINE Vec read(int64_t c, int lanes) const {
       return ShortReader<kBf16>::load_part(record, c, lanes);
@@ -208,22 +208,27 @@ class ScaledRows : public Encoded {
   CodeBatch codes_;
 };
 
+template <bool kBf16, class Run>
+void with_short_rows(const Arena& arena, int64_t b, const Updates& updates, int64_t end,
+                     const Run& run) {
+  const Encoding& code = arena.encodings[b];
+  if (!code.stochastic) return run(ShortRows<kBf16, false>(arena, b, updates, end));
+  with_alignment(code.col_start, [&](auto aligned) {
+    run(ShortRows<kBf16, true, aligned>(arena, b, updates, end));
+  });
+}
+
 // Calls run(rows) with the class that a block wants; `end` bounds the uniques to look ahead to.
 template <class Run>
 void with_rows(const Arena& arena, int64_t b, const Updates& updates, int64_t end, const Run& run) {
   if (!arena.encodings) return run(InPlace(arena, b, updates, end));
   const Encoding& code = arena.encodings[b];
-  const bool stochastic = code.stochastic != 0;
   switch ((Codec)code.codec) {
     case Codec::kFp32:
       if ((Codec)code.state_codec == Codec::kFp32) return run(InPlace(arena, b, updates, end));
       return run(Fp32Rows(arena, b, updates, end));
-    case Codec::kFp16:
-      if (stochastic) return run(ShortRows<false, true>(arena, b, updates, end));
-      return run(ShortRows<false, false>(arena, b, updates, end));
-    case Codec::kBf16:
-      if (stochastic) return run(ShortRows<true, true>(arena, b, updates, end));
-      return run(ShortRows<true, false>(arena, b, updates, end));
+    case Codec::kFp16: return with_short_rows<false>(arena, b, updates, end, run);
+    case Codec::kBf16: return with_short_rows<true>(arena, b, updates, end, run);
     case Codec::kFp8: return run(ScaledRows<ByteReader<false>>(arena, b, updates, end));
     case Codec::kInt8: return run(ScaledRows<ByteReader<true>>(arena, b, updates, end));
     case Codec::kInt4: return run(ScaledRows<Int4Reader>(arena, b, updates, end));
