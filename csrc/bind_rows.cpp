@@ -119,6 +119,20 @@ void bind_rows(nb::module_& m) {
     nb::gil_scoped_release release;
     active_kernels().codecs->decode(codes, at<char>(records), at<float>(values), threads);
   });
+  m.def("encode_spans", [](const std::vector<int64_t>& shape, Address values, Address records,
+                           bool stochastic, int64_t key, int64_t first_span, int threads) {
+    const Spans spans{(Codec)shape.at(0), shape.at(1), (int32_t)shape.at(2)};
+    nb::gil_scoped_release release;
+    active_kernels().spans->encode(spans, at<float>(values), at<char>(records),
+                                   {stochastic, (uint64_t)key, first_span, 0, nullptr}, threads);
+  });
+  m.def("decode_spans", [](const std::vector<int64_t>& shape, Address records, Address values,
+                           float factor, bool add, int threads) {
+    const Spans spans{(Codec)shape.at(0), shape.at(1), 0};
+    nb::gil_scoped_release release;
+    active_kernels().spans->decode(spans, at<char>(records), at<float>(values), factor, add,
+                                   threads);
+  });
   m.def("move_rows", [](const std::vector<Address>& source, const std::vector<Address>& target,
                         Address segments, int64_t num_segments, int64_t key, Address row_ids,
                         int threads) {

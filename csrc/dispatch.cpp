@@ -15,9 +15,10 @@ namespace shardlab {
   extern const ScatterKernels scatter_kernels;                                       \
   extern const TensorTrainKernels tensor_train_kernels;                              \
   extern const ChunkKernels chunk_kernels;                                           \
+  extern const SpanKernels span_kernels;                                             \
   static const Kernels all{#isa,                  &row_kernels,   &interaction_kernels, \
                            &linear_kernels,       &codec_kernels, &scatter_kernels,     \
-                           &tensor_train_kernels, &chunk_kernels};                      \
+                           &tensor_train_kernels, &chunk_kernels, &span_kernels};       \
   }
 
 SHARDLAB_DECLARE(portable)

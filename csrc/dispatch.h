@@ -7,6 +7,7 @@
 #include "linear.h"
 #include "rows.h"
 #include "scatter.h"
+#include "spans.h"
 #include "tensor_train.h"
 
 namespace shardlab {
@@ -21,6 +22,7 @@ struct Kernels {
   const ScatterKernels* scatter;
   const TensorTrainKernels* tensor_train;
   const ChunkKernels* chunks;
+  const SpanKernels* spans;
 };
 
 // Those that this build and this processor have, widest first; the portable ones are always last.

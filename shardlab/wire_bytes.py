@@ -7,6 +7,8 @@ words so that the next cell's fp32 rows are aligned.
 
 from __future__ import annotations
 
+from shardlab.storage_bytes import payload_bytes
+
 #: Cells begin at whole words.
 WORD_BYTES = 4
 #: A number of a message's head: batch size, bag length, bytes of a length, weighted; then counts.
@@ -20,6 +22,10 @@ SCALED_GRADIENTS = {"fp16": 15, "fp8": 13, "fp8_e5m2": 20, "int8": 12, "int4": 8
 FP32_BYTES, HOT_MARKS = 4, 1
 #: In front of a message of gradients with such a codec: the scale, fp32.
 SCALE_BYTES = 4
+#: Gradients of the dense part travel in spans of so many elements, each with a power of two of its
+#: own, a byte -> log2 of what the largest of a span may reach. bf16 takes any.
+SPAN_ELEMENTS, POWER_BYTES = 256, 1
+SPAN_LIMITS = {**SCALED_GRADIENTS, "bf16": 15}
 
 
 def id_bytes(rows: int) -> int:
@@ -30,3 +36,13 @@ def id_bytes(rows: int) -> int:
 def cell_bytes(vectors: int, vector_bytes: int) -> int:
     """Bytes of a cell of ``vectors`` encoded rows of ``vector_bytes`` each."""
     return -(-vectors * vector_bytes // WORD_BYTES) * WORD_BYTES
+
+
+def span_bytes(codec: str) -> int:
+    """Bytes of an encoded span of dense gradients."""
+    return payload_bytes(codec, SPAN_ELEMENTS) + POWER_BYTES
+
+
+def dense_element_bytes(codec: str) -> float:
+    """Bytes that a dense gradient's element takes on the wire, in one direction."""
+    return FP32_BYTES if codec == "fp32" else span_bytes(codec) / SPAN_ELEMENTS

@@ -19,7 +19,8 @@ FACES = ("reference", "native", "triton")
 
 #: op -> faces it has beside the reference. Index arithmetic has no Triton face: on CUDA its plain
 #: torch form is already a handful of device-wide sorts and scans. Reads in sorted order
-#: (scatter_rows) are for CPUs. Chunks on CUDA are read and stepped by pool_blocks and update_rows.
+#: (scatter_rows) are for CPUs. Chunks on CUDA are read and stepped by pool_blocks and update_rows;
+#: spans are scaled by torch there and encoded by encode_rows.
 OPS: dict[str, tuple[str, ...]] = {
     "unique_segments": ("native",),
     "route_bags": ("native",),
@@ -45,6 +46,8 @@ OPS: dict[str, tuple[str, ...]] = {
     "move_rows": ("native", "triton"),
     "encode_rows": ("native", "triton"),
     "decode_rows": ("native", "triton"),
+    "encode_spans": ("native",),
+    "decode_spans": ("native",),
     "dot_interaction": ("native", "triton"),
     "linear_relu": ("native",),
     "tensor_train_rows": ("native", "triton"),
