@@ -3,6 +3,8 @@
     sudo python benchmarks/many_hosts.py [--hosts 2] [--ranks-per-host 1] [--mbit 1000 200]
     sudo python benchmarks/many_hosts.py --ranks-per-host 2 --hierarchy both --no-torchrec
 
+    sudo python benchmarks/many_hosts.py --wire fp32 fp16 int8 --dense-wire fp32 fp16 int8
+
 Hosts are network namespaces of this machine (tests/hosts.py). All modes run in turns in one job, on
 the same batches. A free link comes first: its time is what cannot be hidden behind anything, the
 compute. On a slow link, `hidden` is how much of min(compute, exchange) looking ahead saved:
@@ -50,12 +52,18 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=1, help="of all modes, of --steps each")
     parser.add_argument("--wire", nargs="+", default=["fp32"],
                         help="codecs of rows and gradients, ours; each is a run of its own")
+    parser.add_argument("--dense-wire", nargs="+",
+                        help="codecs of dense gradients, one for each of --wire; absent: fp32")
     parser.add_argument("--modes", nargs="+", choices=list(MODES), default=list(MODES))
     parser.add_argument("--hierarchy", choices=["flat", "two_stage", "both"], default="flat")
     parser.add_argument("--no-torchrec", action="store_true")
     parser.add_argument("--folder", help="set by this program for the ranks")
     options = parser.parse_args()
     options.mbit = [FREE_MBIT, *options.mbit]
+    options.dense_wire = options.dense_wire or ["fp32"] * len(options.wire)
+    if len(options.dense_wire) != len(options.wire):
+        parser.error(f"--dense-wire: {len(options.dense_wire)} codecs for {len(options.wire)} of "
+                     "--wire")
     if options.folder:
         run_rank(options)
         return 0
@@ -115,7 +123,8 @@ def run_rank(options: argparse.Namespace) -> None:
                  two_stage={name: taken / seconds[staged] for name, taken in seconds.items()
                             if (staged := in_stages(name)) in seconds},
                  over_first_wire={name: seconds[name.rsplit(f" {wire}", 1)[0]] / taken
-                                  for name, taken in seconds.items() for wire in options.wire[1:]
+                                  for name, taken in seconds.items()
+                                  for wire in wire_names(options)[1:]
                                   if name.endswith(f" {wire}")},
                  mb_per_step={name: dict(zip(SENT, (part / 1e6 for part in parts), strict=True))
                               for name, parts in sent.items()})
@@ -173,6 +182,12 @@ def set_rate(options: argparse.Namespace, groups, rate: float) -> None:
     comm.barrier(groups)
 
 
+def wire_names(options: argparse.Namespace) -> list[str]:
+    """Names of the codecs: that of rows, and of dense gradients where these have one."""
+    return [wire if dense == "fp32" else f"{wire}/{dense}"
+            for wire, dense in zip(options.wire, options.dense_wire, strict=True)]
+
+
 def build_runs(options: argparse.Namespace, config, groups) -> dict:
     """Mode -> run(steps) -> median seconds of a step."""
     from torchrec_dlrm import build_torchrec, torchrec_batch
@@ -182,10 +197,11 @@ def build_runs(options: argparse.Namespace, config, groups) -> dict:
     kinds = {} if options.hierarchy == "two_stage" else {"": groups}
     if options.hierarchy != "flat":
         kinds[STAGED] = comm.with_stages(groups)
-    wires = {wire: f" {wire}" if number else "" for number, wire in enumerate(options.wire)}
-    runs: dict = {name + kind + suffix: Ours(config, ranks, (*MODES[name], wire), options.steps)
+    wires = [((wire, dense), f" {name}" if number else "") for number, (wire, dense, name)
+             in enumerate(zip(options.wire, options.dense_wire, wire_names(options), strict=True))]
+    runs: dict = {name + kind + suffix: Ours(config, ranks, MODES[name], wire, options.steps)
                   for name in options.modes for kind, ranks in kinds.items()
-                  for wire, suffix in wires.items()}
+                  for wire, suffix in wires}
     if not options.no_torchrec:
         case = {"framework": "torchrec", "sharding": "row_wise", "qcomm": "fp32", "dim": config.dim,
                 "optimizer": "rowwise_adagrad", "weights": "fp32", "plan": "manual",
@@ -199,9 +215,10 @@ def build_runs(options: argparse.Namespace, config, groups) -> dict:
 
 
 class Ours:
-    """Row-wise tables under one depth, staleness and codec."""
+    """Row-wise tables under one depth and staleness, and codecs of rows and dense gradients."""
 
-    def __init__(self, config, groups, mode: tuple[int, int, str], steps: int) -> None:
+    def __init__(self, config, groups, mode: tuple[int, int], wire: tuple[str, str],
+                 steps: int) -> None:
         import torch
         from dlrm_data import rank_batch
         from dlrm_shardlab import make_batch, make_plan
@@ -216,10 +233,11 @@ class Ours:
                               config.bottom, config.top[:-1])
         self.model, self.optimizer = sl.shard(
             dlrm, make_plan(tables, "row_wise", groups).with_wire(
-                WireDtypes(mode[2], mode[2])), groups=groups, seed=config.seed,
+                WireDtypes(wire[0], wire[0])).with_dense_wire(wire[1]),
+            groups=groups, seed=config.seed,
             optimizer=sl.optim.RowWiseAdagrad(lr=config.learning_rate),
             dense_optimizer=lambda p: torch.optim.SGD(p, lr=config.learning_rate))
-        self.depth, self.staleness = mode[:2]
+        self.depth, self.staleness = mode
         self.sent = (0.0, 0.0, 0.0)
         self._batches = [make_batch(*rank_batch(config, step, groups.rank))
                          for step in range(steps + WARM_UP)]

@@ -18,7 +18,11 @@ from pathlib import Path
 
 #: Name -> what ``wire:`` says.
 WIRES = {"fp32": "fp32", "fp16 + bf16": "{forward: fp16, backward: bf16}", "int8": "int8",
-         "fp8 + fp8_e5m2": "{forward: fp8, backward: fp8_e5m2}", "int4": "int4"}
+         "fp8 + fp8_e5m2": "{forward: fp8, backward: fp8_e5m2}", "int4": "int4",
+         "dense fp16": "{dense: fp16}", "dense bf16": "{dense: bf16}",
+         "dense int8": "{dense: int8}", "dense int4": "{dense: int4}",
+         "all fp16": "{forward: fp16, backward: fp16, dense: fp16}",
+         "all int8": "{forward: int8, backward: int8, dense: int8}"}
 
 
 def job_text(args: argparse.Namespace) -> str:
@@ -65,7 +69,8 @@ def main() -> None:
             found[wire][seed] = summary["validation"]["auc"]
             sent = summary["wire_per_step"]
             print(json.dumps({"wire": wire, "seed": seed, "auc": found[wire][seed],
-                              "rows": sent["rows"], "gradients": sent["gradients"]}), flush=True)
+                              "rows": sent["rows"], "gradients": sent["gradients"],
+                              "dense": sent["dense_all_reduce"]}), flush=True)
     for wire, by_seed in found.items():
         mean, error = mean_and_error(list(by_seed.values()))
         change, spread = mean_and_error([auc - found["fp32"][seed]

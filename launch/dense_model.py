@@ -58,7 +58,7 @@ def dense_model(job: JobConfig) -> DenseModel:
                       flops_per_sample=float(work.flops), activations_per_sample=float(work.moved),
                       update_bytes=_FP32_BYTES * (held + 1 + state) * work.parameters,
                       layers=work.layers + 1,
-                      dtype=job.dense_dtype)
+                      dtype=job.dense_dtype, wire=job.wire.dense)
 
 
 def _layers(sizes: Sequence[int], *, of_data: bool = False) -> _Work:

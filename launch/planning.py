@@ -94,8 +94,8 @@ def wired(plan: ShardingPlan, job: JobConfig) -> ShardingPlan:
         PlanError: error feedback for a table whose bags are pooled by their owner.
     """
     every = _wire(job.wire)
-    return plan.with_wire(every, {name: _wire(section, every)
-                                  for name, section in job.wire.tables.items()})
+    tables = {name: _wire(section, every) for name, section in job.wire.tables.items()}
+    return plan.with_wire(every, tables).with_dense_wire(job.wire.dense, job.wire.rounding)
 
 
 def plan_request(request: Request) -> PlanResult:

@@ -78,7 +78,8 @@ def _head(result: PlanResult, title: str) -> str:
     return (f"<h1>{escape(title)}</h1><p>{topology.hosts} host{'s' * (topology.hosts > 1)} x "
             f"{topology.ranks_per_host} ranks, batch {result.batch_size} per rank, "
             f"{escape(result.optimizer)}, wire {escape(wire.forward)} and "
-            f"{escape(wire.backward)}. Predicted, with {escape(result.assumption)}."
+            f"{escape(wire.backward)}, dense gradients {escape(result.settings.dense.wire)}. "
+            f"Predicted, with {escape(result.assumption)}."
             f"{escape(held)}{escape(disk)}</p>{warnings}"
             f'<div class="cards">{shown}</div>')
 

@@ -101,9 +101,11 @@ def _groups(result: PlanResult) -> dict[str, str]:
 
 def _wire(result: PlanResult) -> str:
     wire = result.settings.wire
+    dense = result.settings.dense.wire
+    text = "" if dense == "fp32" else f", dense gradients {dense}"
     if (wire.forward, wire.backward) == ("fp32", "fp32"):
-        return ""
-    return f", wire {wire.forward} / {wire.backward}"
+        return text
+    return f", wire {wire.forward} / {wire.backward}{text}"
 
 
 def _bound(result: PlanResult) -> str:

@@ -83,7 +83,8 @@ def _setting_problems(batch_size: int, optimizer: str, settings: PlanSettings) -
             yield f"dense.{name}: expected at least 0, found {value}"
     if dense.dtype not in ("fp32", "bf16"):
         yield f"dense.dtype: expected fp32 or bf16, found {dense.dtype!r}"
-    for name, dtype in (("forward", settings.wire.forward), ("backward", settings.wire.backward)):
+    for name, dtype in (("forward", settings.wire.forward), ("backward", settings.wire.backward),
+                        ("dense", dense.wire)):
         if dtype not in DTYPES:
             yield (f"wire.{name}: unknown dtype {dtype!r}{nearest_name(dtype, list(DTYPES))}; "
                    f"known: {', '.join(DTYPES)}")

@@ -23,6 +23,7 @@ class DenseModel:
         update_bytes: what its optimiser reads and writes in a step.
         layers: parts that run one after another: layers, interactions, the loss.
         dtype: of its products, ``fp32`` or ``bf16``.
+        wire: codec of its gradients on the wire.
     """
 
     bytes: int = 0
@@ -32,6 +33,7 @@ class DenseModel:
     update_bytes: int = 0
     layers: int = 0
     dtype: str = "fp32"
+    wire: str = "fp32"
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from numpy.typing import ArrayLike, NDArray
 from shardlab.planner.settings import DenseModel
 from shardlab.planner.topology import Link, Memory, Topology
 from shardlab.storage_specs import Tier
+from shardlab.wire_bytes import dense_element_bytes
 
 Floats = NDArray[np.float64]
 
@@ -97,18 +98,31 @@ class Speeds:
         launches = _MS * self.topology.layer_overhead_s * model.layers
         layers = max(layers, launches) if self.behind_link else layers + launches
         size = _FP32_BYTES * model.parameters
-        summed = self._all_reduce(size)
+        summed = self._all_reduce(size, dense_element_bytes(model.wire) / _FP32_BYTES)
         hidden = _BACKWARD_SHARE * layers if self.behind_link else 0.0
         moved = model.update_bytes + (_REDUCE_COPIES * size if self._machine.world_size > 1 else 0)
-        return layers + max(summed - hidden, 0.0) + self.stream * moved
+        return layers + max(summed - hidden, 0.0) + self.stream * moved + \
+            (self._coding(size) if model.wire != "fp32" else 0.0)
 
-    def _all_reduce(self, size: float) -> float:
+    def _coding(self, size: float) -> float:
+        """ms to encode so many fp32 bytes and to decode what comes: others' shares of the own
+        piece, and all other pieces, a rank's own share of its own piece left out."""
+        world = self._machine.world_size
+        return 0.0 if world == 1 else self.encode * size + self.decode * size * (2 - 1 / world)
+
+    def _all_reduce(self, size: float, coded: float) -> float:
         """ms to sum so many bytes of all ranks: in rings inside hosts, then, of each rank's part,
-        between hosts over all of a host's links."""
+        between hosts over all of a host's links.
+
+        Args:
+            size: bytes in fp32.
+            coded: share of them that the codec leaves, where it is used: between hosts, or on one.
+        """
         topology, inside, hosts = self._machine, self._machine.ranks_per_host, self._machine.hosts
         time = 0.0
-        for link, ranks, part in ((topology.intra_host, inside, size),
-                                  (topology.inter_host, hosts, size / inside)):
+        near = coded if hosts == 1 else 1.0
+        for link, ranks, part in ((topology.intra_host, inside, size * near),
+                                  (topology.inter_host, hosts, size / inside * coded)):
             if ranks > 1 and size:
                 time += float(link.seconds(part / ranks, _REDUCE_PASSES * (ranks - 1)))
         return _MS * time

@@ -83,6 +83,19 @@ class WireDtypes:
 
 
 @dataclass(frozen=True)
+class DenseWire:
+    """How gradients of the dense part travel.
+
+    Attributes:
+        codec: a key of `storage_specs.DTYPES`; ``fp32``: as they are.
+        rounding: ``stochastic`` or ``nearest``.
+    """
+
+    codec: str = "fp32"
+    rounding: str = "stochastic"
+
+
+@dataclass(frozen=True)
 class TablePlan:
     """Where one table goes. A ``data_parallel`` table has one whole-table shard per rank.
 
@@ -116,6 +129,7 @@ class ShardingPlan:
             other in the job.
         sync_every_steps: 1: groups merge the gradients of every step, and train as one; N: every N
             steps, rows that they have changed become the mean over the groups.
+        dense_wire: of the gradients of what is no table.
     """
 
     world_size: int
@@ -123,6 +137,7 @@ class ShardingPlan:
     version: int = SCHEMA_VERSION
     replicas: int = 1
     sync_every_steps: int = 1
+    dense_wire: DenseWire = field(default_factory=DenseWire)
 
     @property
     def job_ranks(self) -> int:
@@ -166,14 +181,16 @@ class ShardingPlan:
         if found != SCHEMA_VERSION:
             raise PlanError(f"plan has schema version {found!r}, this ShardLab reads "
                             f"{SCHEMA_VERSION}; write it again with this version")
-        unknown = sorted(data.keys() - {"world_size", "tables", "version", *_GROUPS, *ANNOTATIONS})
+        unknown = sorted(data.keys() - {"world_size", "tables", "version", "dense_wire", *_GROUPS,
+                                        *ANNOTATIONS})
         if unknown:
             raise PlanError(f"plan has unknown fields {unknown}; a plan holds world_size, tables, "
-                            "version, replicas and sync_every_steps")
+                            "version, replicas, sync_every_steps and dense_wire")
         try:
-            return ShardingPlan(int(data["world_size"]),
-                                tuple(_table_from(entry) for entry in data["tables"])
-                                ).with_replicas(*(int(data.get(name, 1)) for name in _GROUPS))
+            return ShardingPlan(
+                int(data["world_size"]), tuple(_table_from(entry) for entry in data["tables"]),
+                dense_wire=DenseWire(**data.get("dense_wire", {}))
+            ).with_replicas(*(int(data.get(name, 1)) for name in _GROUPS))
         except (KeyError, TypeError, ValueError, ConfigError) as error:
             raise PlanError(f"plan is malformed: {type(error).__name__}: {error}") from None
 
@@ -198,6 +215,17 @@ class ShardingPlan:
         if problems:
             raise PlanError("\n".join(problems))
         return replace(self, tables=tuple(entries))
+
+    def with_dense_wire(self, codec: str, rounding: str = "stochastic") -> ShardingPlan:
+        """The same placement with another codec of the dense part's gradients.
+
+        Raises:
+            PlanError: an unknown codec or rounding.
+        """
+        plan = replace(self, dense_wire=DenseWire(codec, rounding))
+        if problems := _dense_wire_problems(plan.dense_wire):
+            raise PlanError("\n".join(problems))
+        return plan
 
     def with_hot_rows(self, tables: Mapping[str, Sequence[int]]) -> ShardingPlan:
         """The same placement with other hot rows; tables that are not named keep theirs.
@@ -247,6 +275,7 @@ class ShardingPlan:
             if self.replicas > 1 and (problem := replica_problem(planned[name].storage,
                                                                  self.sync_every_steps)):
                 problems.append(f"table {name!r}: {problem}")
+        problems += _dense_wire_problems(self.dense_wire)
         if problems:
             raise PlanError("\n".join(sorted(problems)))
 
@@ -310,16 +339,25 @@ def _cut_problems(plan: TablePlan, table: EmbeddingBagConfig) -> list[str]:
     return []
 
 
+def _codec_problems(codecs: Mapping[str, str], rounding: str, where: str) -> list[str]:
+    """What is wrong with codecs, by the name of their field, and how they round."""
+    problems = [f"{where}.{name}: unknown codec {codec!r}{nearest_name(codec, list(DTYPES))}; "
+                f"known: {', '.join(DTYPES)}"
+                for name, codec in codecs.items() if codec not in DTYPES]
+    if rounding not in ROUNDINGS:
+        problems.append(f"{where}.rounding: unknown {rounding!r}; known: {', '.join(ROUNDINGS)}")
+    return problems
+
+
+def _dense_wire_problems(wire: DenseWire) -> list[str]:
+    return _codec_problems({"codec": wire.codec}, wire.rounding, "dense_wire")
+
+
 def wire_problems(plan: TablePlan) -> list[str]:
     """What a table cannot have on the wire."""
     wire, where = plan.wire, f"table {plan.table!r}: wire"
-    problems = [f"{where}.{name}: unknown codec {codec!r}{nearest_name(codec, list(DTYPES))}; "
-                f"known: {', '.join(DTYPES)}"
-                for name, codec in (("forward", wire.forward), ("backward", wire.backward))
-                if codec not in DTYPES]
-    if wire.rounding not in ROUNDINGS:
-        problems.append(f"{where}.rounding: unknown {wire.rounding!r}; known: "
-                        f"{', '.join(ROUNDINGS)}")
+    problems = _codec_problems({"forward": wire.forward, "backward": wire.backward}, wire.rounding,
+                               where)
     if wire.error_feedback and plan.exchange is ExchangeKind.POOLED:
         problems.append(f"{where}.error_feedback: needs exchange rows; a pooled bag's gradient "
                         "belongs to no row that could carry what rounding took")

@@ -46,3 +46,8 @@ def span_bytes(codec: str) -> int:
 def dense_element_bytes(codec: str) -> float:
     """Bytes that a dense gradient's element takes on the wire, in one direction."""
     return FP32_BYTES if codec == "fp32" else span_bytes(codec) / SPAN_ELEMENTS
+
+
+def ring_bytes(size: int, world_size: int) -> int:
+    """Bytes that a rank sends where so many are added up over all in a ring, rounded up."""
+    return -(-2 * (world_size - 1) * size // world_size)

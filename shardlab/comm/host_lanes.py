@@ -123,6 +123,12 @@ def _inside_lanes(groups: Groups, mates: Sequence[int]) -> tuple[Sequence[Lane],
     return _torch_lanes(groups, mates), str(dist.get_backend(groups.process_group))
 
 
+def sum_lanes(groups: Groups, members: Sequence[int]) -> tuple[Lane, Lane]:
+    """Two lanes of some ranks for sums in a codec; these ranks call it, in the same order."""
+    first, second = (TorchLane(_torch_group(groups, members), groups.timeout_s) for _ in range(2))
+    return PartLane(first, members), PartLane(second, members)
+
+
 def _torch_lanes(groups: Groups, members: Sequence[int]) -> list[Lane]:
     """Lanes of some ranks over the process group's backend."""
     return [TorchLane(_torch_group(groups, members), groups.timeout_s) for _ in range(_LANES)]

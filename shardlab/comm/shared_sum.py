@@ -29,8 +29,12 @@ class SumLane(Protocol):
         """Starts sending ``source`` to every rank."""
 
 
+#: What is done with a piece [begin, begin + size) of a vector.
+OverHosts = Callable[[Tensor, int], None]
+
+
 def start_sum(tensor: Tensor, lane: SumLane, rank: int, world_size: int,
-              then: Callable[[Tensor], None] | None = None) -> Finish:
+              then: OverHosts | None = None, unit: int = _ALIGN_ELEMENTS) -> Finish:
     """Starts adding up ``tensor`` over all ranks, in place.
 
     Every rank adds up one piece, in the order of ranks, and sends the sum to all: all have the same
@@ -41,7 +45,9 @@ def start_sum(tensor: Tensor, lane: SumLane, rank: int, world_size: int,
         tensor: contiguous, CPU, the same shape on every rank; must be left alone until the wait.
         lane: for sums alone; its transfers are in the same order on every rank.
         rank, world_size: of the lane.
-        then: what is done with this rank's piece of the sum before all get it.
+        then: what is done with this rank's piece of the sum, and where it begins, before all get
+            it.
+        unit: pieces begin at multiples of so many elements.
 
     Returns:
         A call that waits; raises RuntimeError if a peer ended or is late. Calls must be made in
@@ -50,11 +56,11 @@ def start_sum(tensor: Tensor, lane: SumLane, rank: int, world_size: int,
     Source: own; reduce-scatter and all-gather are the standard ones.
     """
     flat = tensor.view(-1)
-    lines = -(-flat.numel() // _ALIGN_ELEMENTS)
-    ends = [min(flat.numel(), lines * (r + 1) // world_size * _ALIGN_ELEMENTS)
-            for r in range(world_size)]
+    units = -(-flat.numel() // unit)
+    ends = [min(flat.numel(), units * (r + 1) // world_size * unit) for r in range(world_size)]
     sizes = [end - begin for begin, end in zip([0, *ends], ends, strict=False)]
-    own = flat[ends[rank] - sizes[rank]:ends[rank]]
+    begin = ends[rank] - sizes[rank]
+    own = flat[begin:ends[rank]]
     parts = own.new_empty(world_size, sizes[rank])
     scattered = lane.all_to_all(parts.view(-1), flat, [sizes[rank]] * world_size, sizes)
 
@@ -62,7 +68,7 @@ def start_sum(tensor: Tensor, lane: SumLane, rank: int, world_size: int,
         scattered()
         torch.sum(parts, 0, out=own)
         if then is not None:
-            then(own)
+            then(own, begin)
         lane.all_gather(flat, own, sizes)()
 
     return finish
@@ -92,14 +98,22 @@ class HostSum:
     timeout_s: float
     worker: LaneWorker
 
-    def start(self, tensor: Tensor) -> Finish:
-        """Starts adding up a contiguous CPU tensor in place; every rank does, in the same order."""
+    def start(self, tensor: Tensor, over_hosts: OverHosts | None = None,
+              unit: int = _ALIGN_ELEMENTS) -> Finish:
+        """Starts adding up a contiguous CPU tensor in place; every rank does, in the same order.
+
+        Args:
+            tensor: the tensor.
+            over_hosts: adds up a piece over hosts; None: in fp32.
+            unit: as of `start_sum`.
+        """
         def add() -> None:
-            start_sum(tensor, self.inside, self.place, self.ranks_per_host, self._over_hosts)()
+            start_sum(tensor, self.inside, self.place, self.ranks_per_host,
+                      over_hosts or self._over_hosts, unit)()
 
         return self.worker.submit(add).result
 
-    def _over_hosts(self, piece: Tensor) -> None:
+    def _over_hosts(self, piece: Tensor, _: int) -> None:
         if not piece.numel():  # as on all ranks of this number
             return
         work = dist.all_reduce(piece, group=self.across, async_op=True)

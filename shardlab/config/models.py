@@ -44,7 +44,7 @@ def _one_or_many(value: Any) -> Any:
 
 
 def one_wire(value: Any) -> Any:
-    """``wire: int8`` means both directions."""
+    """``wire: int8`` means both directions of the tables; the dense part has its own key."""
     return {"forward": value, "backward": value} if isinstance(value, str) else value
 
 
@@ -275,7 +275,8 @@ class OptimizerConfig(Section):
     schedule: ScheduleConfig = Field(default=ScheduleConfig(), description="learning-rate schedule")
 
 
-WireCodec = Literal["fp32", "fp16", "bf16", "fp8", "fp8_e5m2", "int8", "int4", "auto"]
+DenseWireCodec = Literal["fp32", "fp16", "bf16", "fp8", "fp8_e5m2", "int8", "int4"]
+WireCodec = Literal[DenseWireCodec, "auto"]
 
 
 class TableWireConfig(Section):
@@ -296,6 +297,9 @@ class WireConfig(Section):
         "the first batches stays below bound")
     backward: WireCodec = Field(
         default="fp32", description="codec of gradients on the wire; auto: as for rows")
+    dense: DenseWireCodec = Field(
+        default="fp32", description="codec of the dense part's gradients on the wire; wire: CODEC "
+        "leaves it as it is")
     rounding: Literal["stochastic", "nearest"] = Field(
         default="stochastic", description="how gradients are rounded; rows go to the nearest")
     error_feedback: bool = Field(

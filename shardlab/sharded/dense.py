@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from itertools import zip_longest
 
 import torch
 from torch import Tensor, nn
 
 from shardlab.comm import Groups, Work, broadcast_, gather_objects_json, start_all_reduce
+from shardlab.comm.coded_sum import Draw, SpanSum, open_span_sum
 from shardlab.errors import ShardLabError
-
-#: Between CPU hosts a bucket travels while the rest of the backward runs: 1 MiB takes 8 ms at
-#: 1 Gbit/s, far more than a message costs. On GPUs only the first is small, to start early.
-_SMALL_BUCKET_BYTES, _BUCKET_BYTES = 1 << 20, 25 << 20
-#: Gradients start on a cache line of fp32.
-_ALIGN_ELEMENTS = 16
+from shardlab.plan import DenseWire
+from shardlab.sharded.dense_buckets import build_buckets
+from shardlab.wire_bytes import ring_bytes
 
 
 class DenseReducer:
@@ -28,31 +27,45 @@ class DenseReducer:
     on this rank counts as zeros; one without a gradient on any rank keeps ``grad`` None.
 
     Gradients are views into the buckets after a backward. Several backward passes before a step
-    add up, each averaged over the ranks.
+    add up, each averaged over the ranks; in a codec, what earlier passes gave is rounded again.
 
     Args:
         module: on every rank the same; parameters and buffers start as rank 0 has them.
-        groups: the ranks, at least two of a process group.
+        groups: the ranks of a process group.
+        wire: how gradients travel; ``fp32``: by all-reduce, in their own dtype.
+        seed: of the run: random bits of rounding follow from it; the same on all ranks.
+
+    Attributes:
+        codec: that gradients travel in; ``fp32``, too, where nothing travels.
+        coded_bytes: what this rank has sent in a codec so far.
 
     Raises:
-        ShardLabError: ranks have different parameters.
+        ShardLabError: ranks have different parameters, or one has a dtype that no codec takes.
 
     Source: own, after DistributedDataParallel's buckets (Li et al., VLDB 2020).
     """
 
-    def __init__(self, module: nn.Module, groups: Groups) -> None:
-        self._groups = groups
+    def __init__(self, module: nn.Module, groups: Groups, wire: DenseWire | None = None,
+                 seed: int = 0) -> None:
+        self._groups, self._draw = groups, Draw(seed)
         named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
         _check_alike(named, groups)
+        wire = wire or DenseWire()
+        way = _open_coded(named, groups, wire)
+        self.codec, self.coded_bytes = "fp32" if way is None else wire.codec, 0
         for tensor in [*(p.detach() for p in module.parameters()), *module.buffers()]:
             broadcast_(tensor, groups)
         self._buffers = list(module.buffers())
-        self._buckets = _buckets([p for _, p in reversed(named)], groups)
+        self._buckets, self._marks = build_buckets([p for _, p in reversed(named)], groups, way)
         self._where = {p: bucket for bucket in self._buckets for p in bucket.parameters}
         self._started = 0
         self._open = self._reduced = False
         for _, parameter in named:
             parameter.register_post_accumulate_grad_hook(self._arrived)
+
+    def begin_step(self, step: int) -> None:
+        """Tells how many optimiser steps were taken: random bits follow from it."""
+        self._draw = replace(self._draw, step=step, number=0)
 
     def share_buffers(self) -> None:
         """Gives every rank rank 0's buffers, such as the running means of a BatchNorm."""
@@ -67,6 +80,7 @@ class DenseReducer:
         if not self._reduced:
             self._finish()
         self._reduced = False
+        self._draw = replace(self._draw, number=0)
 
     def _arrived(self, parameter: Tensor) -> None:
         if not self._open:
@@ -76,101 +90,41 @@ class DenseReducer:
                 self._finish)
         self._where[parameter].take(parameter)
         while self._started < len(self._buckets) and self._buckets[self._started].complete:
-            self._buckets[self._started].start()
+            self._buckets[self._started].start(self._draw)
             self._started += 1
 
     def _finish(self) -> None:
         for bucket in self._buckets[self._started:]:
-            bucket.start()
+            bucket.start(self._draw)
+        marks = self._start_marks()
         for bucket in self._buckets:
             bucket.finish()
+        marks.wait()
+        for bucket in self._buckets:
+            bucket.adopt()
         self._started, self._open, self._reduced = 0, False, True
+        self._draw = replace(self._draw, number=self._draw.number + 1)
+
+    def _start_marks(self) -> Work:
+        """Marks of all buckets travel together where a codec would round them."""
+        if self.codec == "fp32":
+            return Work()
+        self.coded_bytes += sum(bucket.coded_bytes for bucket in self._buckets) + \
+            ring_bytes(self._marks.nbytes, self._groups.world_size)
+        return start_all_reduce(self._marks, self._groups)
 
 
-class _Bucket:
-    """Gradients of some parameters side by side, and for each a mark that it has one.
-
-    Args:
-        parameters: of one dtype.
-        groups: the ranks.
-    """
-
-    def __init__(self, parameters: Sequence[nn.Parameter], groups: Groups) -> None:
-        self.parameters, self._groups = parameters, groups
-        places, end = [], 0
-        for parameter in parameters:
-            places.append(end)
-            end += -(-parameter.numel() // _ALIGN_ELEMENTS) * _ALIGN_ELEMENTS
-        self._flat = torch.zeros(end + len(parameters), dtype=parameters[0].dtype,
-                                 device=groups.device)
-        self._gradients, self._marks = self._flat[:end], self._flat[end:]
-        self._views = {p: self._flat.as_strided(p.shape, torch.empty_like(p).stride(), place)
-                       for p, place in zip(parameters, places, strict=True)}
-        self._arrived: set[Tensor] = set()
-        self._missing: list[int] = []
-        self._work: Work | None = None
-
-    @property
-    def complete(self) -> bool:
-        """Whether every gradient of this backward pass is here."""
-        return len(self._arrived) == len(self.parameters)
-
-    def take(self, parameter: Tensor) -> None:
-        """Moves a parameter's gradient into the bucket."""
-        view, gradient = self._views[parameter], parameter.grad  # type: ignore[index]
-        assert gradient is not None
-        if gradient.is_sparse:
+def _open_coded(named: Sequence[tuple[str, nn.Parameter]], groups: Groups,
+                wire: DenseWire) -> SpanSum | None:
+    """The way that gradients take in a codec; None: there is no codec, or nobody to send to."""
+    if wire.codec == "fp32" or groups.world_size == 1:
+        return None
+    for name, parameter in named:
+        if not parameter.is_floating_point():
             raise ShardLabError(
-                f"a dense parameter of shape {list(parameter.shape)} has a sparse gradient; hold "
-                "tables in an EmbeddingBagCollection, or build the module with sparse=False")
-        if gradient.data_ptr() != view.data_ptr():
-            view.copy_(gradient)
-            parameter.grad = view
-        self._arrived.add(parameter)
-
-    def start(self) -> None:
-        """Starts the all-reduce; gradients that are not here count as zeros."""
-        self._marks.fill_(1)
-        self._missing = []
-        for index, parameter in enumerate(self.parameters):
-            if parameter.grad is not None:
-                if parameter not in self._arrived:  # of an earlier backward pass, the mean already
-                    self.take(parameter)
-            else:
-                self._views[parameter].zero_()
-                self._marks[index] = 0
-                self._missing.append(index)
-        self._work = start_all_reduce(self._flat, self._groups)
-
-    def finish(self) -> None:
-        """Waits for the sum and makes it the mean."""
-        assert self._work is not None
-        self._work.wait()
-        self._work = None
-        self._arrived.clear()
-        self._gradients.mul_(1 / self._groups.world_size)
-        if self._missing:
-            found = self._marks.tolist()
-            for index in self._missing:
-                if found[index]:  # another rank has a gradient
-                    parameter = self.parameters[index]
-                    parameter.grad = self._views[parameter]
-
-
-def _buckets(parameters: Iterable[nn.Parameter], groups: Groups) -> list[_Bucket]:
-    """Parameters in order, in buckets of one dtype; the first is small."""
-    parts: dict[torch.dtype, list[list[nn.Parameter]]] = {}
-    filled: dict[torch.dtype, int] = {}
-    for parameter in parameters:
-        of_dtype = parts.setdefault(parameter.dtype, [])
-        small = len(of_dtype) <= 1 or groups.device.type == "cpu"
-        limit = _SMALL_BUCKET_BYTES if small else _BUCKET_BYTES
-        if not of_dtype or filled[parameter.dtype] >= limit:
-            of_dtype.append([])
-            filled[parameter.dtype] = 0
-        of_dtype[-1].append(parameter)
-        filled[parameter.dtype] += parameter.numel() * parameter.element_size()
-    return [_Bucket(part, groups) for of_dtype in parts.values() for part in of_dtype]
+                f"dense parameter {name} is {parameter.dtype}, and codecs hold real numbers; leave "
+                f"wire.dense at fp32 instead of {wire.codec}")
+    return open_span_sum(groups, wire.codec, wire.rounding)
 
 
 def _check_alike(named: Sequence[tuple[str, nn.Parameter]], groups: Groups) -> None:

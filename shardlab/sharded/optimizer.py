@@ -70,6 +70,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         if self.dense is not None:
             self.dense.step()
         self.steps_taken += 1
+        self._begin_dense_step()
         group, scale = self.param_groups[0], 1.0 / self._collections[0].summed_ranks
         step = step_parameters(group, self.steps_taken, scale)
         for collection in self._collections:
@@ -105,6 +106,10 @@ class ShardedOptimizer(torch.optim.Optimizer):
             self._reducer.settle()
         self.zero_grad()
 
+    def _begin_dense_step(self) -> None:
+        if self._reducer is not None:
+            self._reducer.begin_step(self.steps_taken)
+
     def _wait_for_gradients(self) -> None:
         self._clock.lap("dense")
         for collection in self._collections:
@@ -130,6 +135,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
                                   f"{mine}; use the same optimiser, or start anew")
         self.param_groups[0].update(state_dict["rows"])
         self.steps_taken = state_dict["steps_taken"]
+        self._begin_dense_step()
         for collection in self._collections:
             collection.begin_step(self.steps_taken)
         if self.dense is not None:

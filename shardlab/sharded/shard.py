@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from shardlab.comm import Groups, build_groups, split_replicas
 from shardlab.errors import PlanError, ShardLabError
 from shardlab.optim import RowOptimizer, RowWiseAdagrad
-from shardlab.plan import ShardingPlan, build_table_plan
+from shardlab.plan import DenseWire, ShardingPlan, build_table_plan
 from shardlab.replication import ranks_of_a_group
 from shardlab.sharded.clock import PhaseClock
 from shardlab.sharded.collection import EmbeddingBagCollection, ShardedEmbeddingBagCollection
@@ -35,15 +35,19 @@ class ShardedModel(nn.Module):
     Args:
         module: the user's model, its collections already replaced.
         groups: the ranks.
+        dense_wire: how gradients of the dense part travel.
+        seed: of the run.
     """
 
-    def __init__(self, module: nn.Module, groups: Groups) -> None:
+    def __init__(self, module: nn.Module, groups: Groups, dense_wire: DenseWire | None = None,
+                 seed: int = 0) -> None:
         super().__init__()
         self.module = module
         self.groups = groups
         dense = any(parameter.requires_grad for parameter in module.parameters())
         several = groups.process_group is not None
-        self.reducer = DenseReducer(module, groups) if several and dense else None
+        self.reducer = DenseReducer(module, groups, dense_wire, seed) \
+            if several and dense else None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the user's model."""
@@ -99,7 +103,7 @@ def shard(model: nn.Module, plan: ShardingPlan | None = None, *,
         optimizer: of the tables; None: `RowWiseAdagrad(lr=0.05)`.
         dense_optimizer: makes the optimiser of all other parameters.
         groups: the ranks; None takes the initialised process group, or a world of one.
-        seed: of the tables' initial weights; the same on all ranks.
+        seed: of the tables' initial weights and of rounding; the same on all ranks.
         ssd_dir: folder for tables on disk; every rank makes one of its own in it.
 
     Returns:
@@ -140,7 +144,7 @@ def shard(model: nn.Module, plan: ShardingPlan | None = None, *,
     model.to(groups.device)
     parameters = [p for p in model.parameters() if p.requires_grad]
     dense = dense_optimizer(parameters) if parameters else None
-    sharded_model = ShardedModel(model, groups)
+    sharded_model = ShardedModel(model, groups, plan.dense_wire, seed)
     return sharded_model, ShardedOptimizer(collections, rows, dense, groups, sharded_model.reducer)
 
 

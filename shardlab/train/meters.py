@@ -137,13 +137,15 @@ class WireMeter:
     """Counts the bytes this rank sent in training steps.
 
     Args:
-        model: the sharded model, whose collections count ids, rows and gradients.
-        world_size: ranks; the dense all-reduce is counted by the ring's volume, in which a rank
-            sends 2 (W - 1) / W of the gradients' bytes (gloo and NCCL send no less).
+        model: the sharded model, whose collections count ids, rows and gradients, and whose
+            reducer counts dense gradients that travel in a codec.
+        world_size: ranks; a dense all-reduce in fp32 is counted by the ring's volume, in which a
+            rank sends 2 (W - 1) / W of the gradients' bytes (gloo and NCCL send no less).
     """
 
     def __init__(self, model: ShardedModel, world_size: int) -> None:
-        self._model = model
+        self._model, reducer = model, model.reducer
+        self._reducer = None if reducer is None or reducer.codec == "fp32" else reducer
         dense = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
         self._dense_bytes = dense * 2 * (world_size - 1) / world_size
         self.restart()
@@ -156,14 +158,16 @@ class WireMeter:
         wires = [collection.wire for collection in self._model.collections().values()]
         return (sum(wire.ids_bytes for wire in wires), sum(wire.rows_bytes for wire in wires),
                 sum(wire.gradients_bytes for wire in wires),
-                sum(wire.inside_bytes for wire in wires), sum(wire.sync_bytes for wire in wires))
+                sum(wire.inside_bytes for wire in wires), sum(wire.sync_bytes for wire in wires),
+                0 if self._reducer is None else self._reducer.coded_bytes)
 
     def take(self, steps: int) -> SentBytes:
         """Bytes sent by this rank since the last call, over that many steps."""
         before, self._mark = self._mark, self._sent()
-        ids, rows, gradients, inside, sync = (
+        ids, rows, gradients, inside, sync, coded = (
             new - old for new, old in zip(self._mark, before, strict=True))
-        return SentBytes(ids, rows, gradients, self._dense_bytes * steps, inside, sync)
+        dense = self._dense_bytes * steps if self._reducer is None else coded
+        return SentBytes(ids, rows, gradients, dense, inside, sync)
 
 
 def peak_rss_bytes() -> int:

@@ -22,14 +22,17 @@ class ProgressLine:
     samples_per_s: float
     wire_bytes_per_step: float
     cache_hit_rate: float | None = None
+    dense_bytes_per_step: float = 0.0
 
     @property
     def text(self) -> str:
         """The line after the step number."""
-        wire = format_bytes(self.wire_bytes_per_step)
+        wire = f"{format_bytes(self.wire_bytes_per_step)}/step"
+        if self.dense_bytes_per_step:
+            wire += f" ({format_bytes(self.dense_bytes_per_step)} dense)"
         cache = "" if self.cache_hit_rate is None else f"  cache {self.cache_hit_rate:.1%} hit"
         return (f"{format_count(self.samples_per_s)} samples/s  loss {format_metric(self.loss)}  "
-                f"AUC {format_metric(self.auc)}  wire {wire}/step{cache}")
+                f"AUC {format_metric(self.auc)}  wire {wire}{cache}")
 
 
 class ProgressView:

@@ -46,6 +46,7 @@ class Summary:
             ran ahead.
         caches: counts of all ranks since this start, of every table that has a cache.
         wires: mean bytes of a step and worst relative errors of all ranks, of every table.
+        dense_wire: codec of the dense part's gradients.
     """
 
     run: str
@@ -66,6 +67,7 @@ class Summary:
     hidden_share: Sequence[float | None] = ()
     caches: Mapping[str, CacheCounts] = field(default_factory=dict)
     wires: Mapping[str, TableWire] = field(default_factory=dict)
+    dense_wire: str = "fp32"
 
     @property
     def exit_code(self) -> int:
@@ -125,6 +127,7 @@ class Summary:
         kinds = (f"ids {format_bytes(wire.ids)}, rows {format_bytes(wire.rows)}, gradients "
                  f"{format_bytes(wire.gradients)}, dense all-reduce "
                  f"{format_bytes(wire.dense_all_reduce)}"
+                 + (f" ({self.dense_wire})" if self.dense_wire != "fp32" else "")
                  + (f", between replicas {format_bytes(wire.sync)}" if wire.sync else ""))
         return {"training time": format_seconds(pace.seconds),
                 "throughput, median": f"{format_count(pace.samples_per_s_median)} samples/s",

@@ -245,6 +245,7 @@ class Trainer:
             "lr": float(self.optimizer.param_groups[0]["lr"]),
             "samples_per_s": pace.samples_per_s_mean, "step_ms": pace.step_ms_p50,
             "wait_share": pace.wait_share, "wire_bytes_per_step": wire.total,
+            "dense_bytes_per_step": wire.dense_all_reduce,
             "skipped_rows": skipped, "phase_ms": interval.phase_ms,
             **as_record(interval.caches, pace.steps),
             **wire_record(interval.wires, pace.steps)})
@@ -257,7 +258,8 @@ class Trainer:
             self._caches[table] = self._caches.get(table, CacheCounts()) + counts
         rate = total_of(interval.caches).hit_rate if interval.caches else None
         self._view.show(ProgressLine(self._at.step, self._at.epoch, metrics.logloss, metrics.auc,
-                                     pace.samples_per_s_mean, wire.total, rate))
+                                     pace.samples_per_s_mean, wire.total, rate,
+                                     wire.dense_all_reduce))
 
     def _record(self, kind: str, values: dict[str, Any]) -> None:
         self._at.records += 1
@@ -329,6 +331,7 @@ class Trainer:
             phase_ms=[rank["phase_ms"] for rank in ranks], caches=self._caches,
             wires={table: sent.per_step(max(1, steps)) for table, sent in self._wires.items()},
             checkpoint=None if self._checkpoint is None else str(self._checkpoint),
+            dense_wire=self.model.reducer.codec if self.model.reducer else "fp32",
             transport=self.groups.transport, hidden_share=[rank["hidden"] for rank in ranks])
         if self._first and self.options.trace is not None:
             self.run_folder.write_trace(chrome_trace([rank["trace"] for rank in ranks]))

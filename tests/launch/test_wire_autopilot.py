@@ -82,6 +82,33 @@ def test_a_run_chooses_repeats_and_keeps_its_codecs(tmp_path):
                for kind in ("ids", "rows", "gradients")) < trained[0]["wire_bytes_per_step"]
 
 
+def test_a_job_names_the_codec_of_its_dense_gradients(tmp_path):
+    path, found = tmp_path / "job.yaml", {}
+    path.write_text(JOB)
+    for codec in ("fp32", "int8"):
+        folder = tmp_path / codec
+        shown = run_ranks(2, _run, path, folder, [f"wire={{forward: fp16, dense: {codec}}}"])[0]
+        found[codec] = json.loads((folder / "summary.json").read_text())
+        assert found[codec]["dense_wire"] == codec
+        assert (" (int8)" in shown) == (codec == "int8")
+        assert json.loads((folder / "plan.json").read_text())["dense_wire"]["codec"] == codec
+        line = json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])
+        assert line["dense_bytes_per_step"] == found[codec]["wire_per_step"]["dense_all_reduce"]
+    plain, coded = (found[codec]["wire_per_step"]["dense_all_reduce"] for codec in found)
+    assert plain == 2 * 4 * 449
+    # Eight parameters, each filled up to a span of 258 bytes, and a mark each; two ranks send as
+    # many bytes together as there are, there and back.
+    assert coded == 2 * (8 * 258 + 8 * 4)
+
+
+def test_a_codec_that_is_none_is_refused(tmp_path):
+    path = tmp_path / "job.yaml"
+    path.write_text(JOB)
+    for wire in ("{dense: auto}", "{dense: int9}"):
+        with pytest.raises(ConfigError, match=r"wire\.dense: .*fp32.*int4"):
+            load_job(path, [f"wire={wire}"])
+
+
 def test_measuring_trains_nothing(tmp_path):
     """With a bound that leaves fp32, a run that measured first equals one that did not."""
     path = tmp_path / "job.yaml"

@@ -208,6 +208,26 @@ def test_dense_part_takes_products_and_a_sum() -> None:
     assert slow.window_ms == 0
 
 
+def test_a_codec_of_dense_gradients_shortens_their_sum() -> None:
+    size = 4e7
+    for name in ("4xcpu", "4xh100"):
+        topology = read_topology(name)
+        plain, coded = (pricer_for([table_of(None)], topology, PlanSettings(dense=DenseModel(
+            parameters=10**7, wire=wire))).dense_ms for wire in ("fp32", "int8"))
+        link = topology.intra_host
+        saved = float(link.seconds(size / 4, 6)) - float(link.seconds(size * 258 / 1024 / 4, 6))
+        work = size / topology.encode_bytes_per_s + 1.75 * size / topology.decode_bytes_per_s
+        assert coded == pytest.approx(plain + 1e3 * (work - saved))
+    # Of several ranks on several hosts, only what crosses is encoded.
+    hosts = replace(read_topology("4xcpu"), hosts=2)
+    plain, coded = (pricer_for([table_of(None)], hosts, PlanSettings(dense=DenseModel(
+        parameters=10**7, wire=wire))).dense_ms for wire in ("fp32", "int8"))
+    link, part = hosts.inter_host, size / 4 / 2
+    saved = float(link.seconds(part, 2)) - float(link.seconds(part * 258 / 1024, 2))
+    work = size / hosts.encode_bytes_per_s + 1.875 * size / hosts.decode_bytes_per_s
+    assert coded == pytest.approx(plain + 1e3 * (work - saved))
+
+
 @pytest.mark.parametrize(("dtype", "size"), [("fp32", 4), ("bf16", 2)])
 def test_thin_layers_and_the_optimiser_move_bytes(dtype: str, size: int) -> None:
     topology = read_topology("1xcpu")

@@ -133,6 +133,7 @@ class FakeModel(nn.Module):
         self.groups = Groups()
         self.table_groups = Groups(rank=collection.rank)
         self.replica = 0, 1
+        self.reducer = None
         self.linear = nn.Linear(num_dense, 1)
         self.dropout = nn.Dropout(0.2)
         self._collection = collection

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 
 from rich.console import Console
 
@@ -26,6 +27,10 @@ def test_plain_lines_without_a_terminal() -> None:
     assert printed(terminal=False).splitlines() == [
         "step 50/100  epoch 1  81.2 k samples/s  loss 0.5123  AUC 0.7345  wire 2.34 MB/step",
         "step 50  validation"]
+
+
+def test_dense_bytes_stand_beside_all() -> None:
+    assert "wire 2.34 MB/step (1.02 MB dense)" in replace(LINE, dense_bytes_per_step=1_020_000).text
 
 
 def test_bar_on_a_terminal_carries_the_same_words() -> None:
