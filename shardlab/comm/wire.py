@@ -184,7 +184,7 @@ def scale_for(largest: float, limit: int) -> float:
         return float("nan")
     # An exponent of fp32; its own inverse must be one, too.
     exponent = limit - torch.frexp(torch.tensor(largest)).exponent.item() if largest else 0
-    return 2.0 ** max(-100, min(100, int(exponent)))
+    return 2.0 ** max(-126, min(126, int(exponent)))
 
 
 class Then(Work):
