@@ -12,14 +12,48 @@ from typing import Any
 import torch
 
 
+class RightOfWay:
+    """Lets what a step waits for pass before what a job sends ahead of its turn.
+
+    Jobs get ascending numbers, and run in this order. A job waits until its number may pass; who
+    waits for a job, or has what the step needed, lets it pass. It changes when things are sent and
+    nothing else.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._last = self._may_pass = 0
+
+    def number(self) -> int:
+        """The next job's."""
+        with self._changed:
+            self._last += 1
+            return self._last
+
+    def give(self, number: int | None = None) -> None:
+        """Lets jobs up to this number pass; None: all that have one."""
+        with self._changed:
+            self._may_pass = max(self._may_pass, self._last if number is None else number)
+            self._changed.notify_all()
+
+    def wait(self, number: int) -> None:
+        """Waits until this job may pass."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._may_pass >= number)
+
+
 class LaneWorker:
     """Runs jobs one after the other, in the order of `submit`, in a thread of its own.
 
     Ranks submit the same jobs in the same order, so their transfers meet. The thread starts with
     the first job and ends with this object.
+
+    Attributes:
+        right_of_way: of its jobs.
     """
 
     def __init__(self) -> None:
+        self.right_of_way = RightOfWay()
         self._jobs: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 

@@ -27,6 +27,7 @@ class Announced:
         serial: its number.
         knows: numbers of the batches whose updates it allows for.
         found: the batch and its lookup, once the ranks have exchanged them.
+        job: number of the job that finds them, for its right of way.
         stale: its rows may lack the last update.
         outdated: an update came that it does not allow for; its rows are read anew.
     """
@@ -35,6 +36,7 @@ class Announced:
     serial: int
     knows: frozenset[int]
     found: Future[tuple[Batch, Lookup | None]]
+    job: int
     stale: bool = False
     outdated: bool = False
 
@@ -84,7 +86,13 @@ class Announcements:
     def _wait_for_update(self) -> None:
         update, self._update = self._update, None
         if update is not None:
+            self._give_way()
             update.result()
+
+    def _give_way(self, job: int | None = None) -> None:
+        """Before waiting for the other thread: lets its jobs up to this one pass; None: all."""
+        if self.groups.worker is not None:
+            self.groups.worker.right_of_way.give(job)
 
     def announce(self, features: Any, stale: bool) -> None:
         """Starts to exchange a batch's ids and early rows; every rank calls it."""
@@ -92,16 +100,25 @@ class Announcements:
         earlier = list(self._coming)
         opened = dict(self._open)
         knows = frozenset(opened) | {one.serial for one in earlier}
+        way = None if self.groups.worker is None else self.groups.worker.right_of_way
+        job = 0 if way is None else way.number()
+        if not earlier or stale:  # no batch in front is still to be looked up, or has late rows
+            self._give_way()
+
+        def before_rows() -> None:
+            if way is not None:
+                way.wait(job)
 
         def look() -> tuple[Batch, Lookup | None]:
             ahead = self.clock.other_thread()
             batch = self.reader.read(features)
             lookups = [*opened.values(), *(lookup for _, lookup in
                                            (one.found.result() for one in earlier) if lookup)]
-            return batch, self.exchange.look_ahead(batch, None if stale else lookups, ahead.lap)
+            return batch, self.exchange.look_ahead(batch, None if stale else lookups, ahead.lap,
+                                                   before_rows)
 
         self._serial += 1
-        self._coming.append(Announced(features, self._serial, knows, self._run(look), stale))
+        self._coming.append(Announced(features, self._serial, knows, self._run(look), job, stale))
 
     def _run(self, job: Callable[[], Any]) -> Future[Any]:
         if self.groups.worker is not None:
@@ -118,6 +135,7 @@ class Announcements:
             self._serial += 1
             return self._serial, self.reader.read(features), None
         self._coming.remove(known)
+        self._give_way(known.job)
         with self.clock.waiting():
             batch, lookup = known.found.result()
         if lookup is not None and lookup.sent is not None:
@@ -140,6 +158,7 @@ class Announcements:
             if one.stale and self.behind:
                 continue  # read by the other thread, before the update that follows there
             if one.stale:
+                self._give_way(one.job)
                 one.found.result()  # its rows are those before this update, on every rank
             elif not self._due <= one.knows:
                 one.outdated = True
@@ -158,6 +177,7 @@ class Announcements:
 
     def settle(self) -> None:
         """Waits until the other thread has done all that was announced."""
+        self._give_way()
         for one in self._coming:
             one.found.exception()
         self._wait_for_update()

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from shardlab.comm import Groups, WireBytes, Work
 from shardlab.errors import PlanError
+from shardlab.phases import WAIT
 from shardlab.sharded.cells import Buffer, CellIndex
 from shardlab.sharded.clock import PhaseClock
 from shardlab.sharded.direct import DirectExchange, DirectLookup
@@ -165,7 +166,8 @@ class Exchange:
         return lookup
 
     def look_ahead(self, batch: Batch, in_flight: Sequence[Lookup] | None,
-                   lap: Callable[[str], None]) -> Lookup:
+                   lap: Callable[[str], None],
+                   before_rows: Callable[[], None] = lambda: None) -> Lookup:
         """Exchanges a batch's ids, and its early rows, while other batches train.
 
         Every rank calls it, in the same order; the thread is not the one that trains.
@@ -175,6 +177,7 @@ class Exchange:
             in_flight: batches whose updates may come before this batch's turn; None: their rows
                 may be stale, and all rows are early.
             lap: is told when a phase ends.
+            before_rows: is called before early rows are sent.
 
         Returns:
             What `forward` takes.
@@ -207,6 +210,8 @@ class Exchange:
             self._reads.read(asking, place, rows[:place.total], self._watch_ahead,
                        pooled=halves is None)
         lap("read")
+        before_rows()
+        lap(WAIT)
         self._send(rows, place, owner_sends=True, ahead=sent).wait()
         lap("rows")
         return replace(lookup, early=EarlyRows(halves, place, late, rows, late_from), sent=sent)
@@ -255,6 +260,7 @@ class Exchange:
             self._reads.read(incoming, place, rows, self.watch)
         self._clock.lap("read")
         self._send(rows, place, owner_sends=True).wait()
+        self._let_others_pass()
         self._clock.lap("rows")
         self._pool(lookup, EarlyRows(None, place, None, rows), out)
         return lookup
@@ -287,7 +293,13 @@ class Exchange:
             self._clock.lap("read")
             self._send(late, early.late, owner_sends=True).wait()
             self._clock.lap("rows")
+        self._let_others_pass()
         self._pool(lookup, early, out)
+
+    def _let_others_pass(self) -> None:
+        """This step's rows are here: rows of batches that come may have the link."""
+        if self.groups.worker is not None:
+            self.groups.worker.right_of_way.give()
 
     def _send(self, buffer: Tensor, place: Buffer, *, owner_sends: bool,
               ahead: WireBytes | None = None) -> Work:

@@ -228,6 +228,62 @@ def test_announced_batches_may_be_left():
     assert len(run_ranks(2, _stop_early, job)[0]) == len(job.steps)
 
 
+def _who_goes_first(groups, job):
+    """Whether rows of the batch that comes are here, before and after this step's are."""
+    model, _ = sharded_model(groups, job)
+    collection = model.collections()["ebc"]
+    first, second = (build_features(step.parts[groups.rank], job.features)
+                     for step in job.steps[2:4])
+    collection.prefetch(first)
+    collection.prefetch(second)
+    coming = collection.announcements._coming
+    coming[0].found.result(20)  # nobody is in front of it
+    waits = coming[1].found
+    with pytest.raises(TimeoutError):
+        waits.result(0.2)
+    model(first)
+    waits.result(20)
+    collection.forget_announced()
+    return True
+
+
+def test_rows_of_the_step_go_before_those_of_the_next():
+    assert run_ranks(2, _who_goes_first, _job(2, ("row",))) == [True, True]
+
+
+class _Two(torch.nn.Module):
+    """Two collections; a call looks up in the second alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.other = (sl.EmbeddingBagCollection(
+            [EmbeddingBagConfig(20, 4, name, (name,), sharding=(ShardingType.ROW_WISE,))])
+            for name in "ab")
+
+    def forward(self, features):
+        return self.other(features).values()
+
+
+def _other_collection(groups):
+    """Batches of a collection that no step looks up do not hold up those of another."""
+    model, optimizer = sl.shard(_Two(), groups=groups)
+    batches = [{name: sl.KeyedJaggedTensor([name], torch.arange(i, i + 5), fixed_length=1)
+                for name in "ab"} for i in range(4)]
+    for number, batch in enumerate(batches):
+        for collection, name in zip(model.collections().values(), "ab", strict=True):
+            collection.prefetch(batch[name])
+        if number:
+            model(batches[number - 1]["b"]).sum().backward()
+            optimizer.step()
+    for collection in model.collections().values():
+        collection.forget_announced()
+    return True
+
+
+def test_a_collection_that_is_not_looked_up_holds_up_no_other():
+    assert run_ranks(2, _other_collection, timeout=30) == [True, True]
+
+
 def _bad_id(groups, job):
     batches = [build_features(step.parts[groups.rank], job.features) for step in job.steps[:3]]
     model, _ = sharded_model(groups, job)
