@@ -13,7 +13,8 @@ compute. On a slow link, `hidden` is how much of min(compute, exchange) looking 
 
 With `--hierarchy both` every mode runs flat and in two stages; `two_stage` is how many times faster
 that is. Rounds of all modes follow each other, and the median of all rounds' steps counts, so that
-what else the machine does hits all of them.
+what else the machine does hits all of them. `--sleep-ms 80` replaces our layers by sleeping
+(slept_layers.py): links and waits then show on a busy machine, too.
 """
 
 from __future__ import annotations
@@ -56,6 +57,8 @@ def main() -> int:
                         help="codecs of dense gradients, one for each of --wire; absent: fp32")
     parser.add_argument("--modes", nargs="+", choices=list(MODES), default=list(MODES))
     parser.add_argument("--hierarchy", choices=["flat", "two_stage", "both"], default="flat")
+    parser.add_argument("--sleep-ms", type=float, default=0,
+                        help="ours: layers sleep so long a step instead of multiplying")
     parser.add_argument("--no-torchrec", action="store_true")
     parser.add_argument("--folder", help="set by this program for the ranks")
     options = parser.parse_args()
@@ -199,7 +202,7 @@ def build_runs(options: argparse.Namespace, config, groups) -> dict:
         kinds[STAGED] = comm.with_stages(groups)
     wires = [((wire, dense), f" {name}" if number else "") for number, (wire, dense, name)
              in enumerate(zip(options.wire, options.dense_wire, wire_names(options), strict=True))]
-    runs: dict = {name + kind + suffix: Ours(config, ranks, MODES[name], wire, options.steps)
+    runs: dict = {name + kind + suffix: Ours(config, ranks, MODES[name], wire, options)
                   for name in options.modes for kind, ranks in kinds.items()
                   for wire, suffix in wires}
     if not options.no_torchrec:
@@ -218,10 +221,11 @@ class Ours:
     """Row-wise tables under one depth and staleness, and codecs of rows and dense gradients."""
 
     def __init__(self, config, groups, mode: tuple[int, int], wire: tuple[str, str],
-                 steps: int) -> None:
+                 options: argparse.Namespace) -> None:
         import torch
         from dlrm_data import rank_batch
         from dlrm_shardlab import make_batch, make_plan
+        from slept_layers import SleptDLRM
 
         import shardlab as sl
         from shardlab.plan import WireDtypes
@@ -229,8 +233,9 @@ class Ours:
         torch.manual_seed(config.seed)
         tables = [sl.EmbeddingBagConfig(rows, config.dim, f"t{i}", (f"f{i}",))
                   for i, rows in enumerate(config.rows)]
-        dlrm = sl.models.DLRM(sl.EmbeddingBagCollection(tables), config.dense_features,
-                              config.bottom, config.top[:-1])
+        ebc = sl.EmbeddingBagCollection(tables)
+        dlrm = SleptDLRM(ebc, config, options.sleep_ms) if options.sleep_ms else \
+            sl.models.DLRM(ebc, config.dense_features, config.bottom, config.top[:-1])
         self.model, self.optimizer = sl.shard(
             dlrm, make_plan(tables, "row_wise", groups).with_wire(
                 WireDtypes(wire[0], wire[0])).with_dense_wire(wire[1]),
@@ -240,7 +245,7 @@ class Ours:
         self.depth, self.staleness = mode
         self.sent = (0.0, 0.0, 0.0)
         self._batches = [make_batch(*rank_batch(config, step, groups.rank))
-                         for step in range(steps + WARM_UP)]
+                         for step in range(options.steps + WARM_UP)]
 
     def __call__(self, steps: int) -> list[float]:
         import torch
