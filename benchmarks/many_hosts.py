@@ -11,6 +11,11 @@ compute. On a slow link, `hidden` is how much of min(compute, exchange) looking 
 
     hidden = (T_plain - T_ahead) / min(C, T_plain - C),   C = T_plain on the free link
 
+`overlapped` is how much of it everything together hides, the dense all-reduce behind the backward,
+too, by what the link must carry:
+
+    overlapped = (C + X - T) / min(C, X),   X = bytes that leave a host / rate
+
 With `--hierarchy both` every mode runs flat and in two stages; `two_stage` is how many times faster
 that is. Rounds of all modes follow each other, and the median of all rounds' steps counts, so that
 what else the machine does hits all of them. `--sleep-ms 80` replaces our layers by sleeping
@@ -123,6 +128,8 @@ def run_rank(options: argparse.Namespace) -> None:
                  samples_per_s={name: config.global_batch / taken
                                 for name, taken in seconds.items()},
                  hidden=hidden(seconds, compute) if rate != FREE_MBIT else None,
+                 overlapped=overlapped(seconds, compute, sent, (rate, options.hosts))
+                 if rate != FREE_MBIT and "plain" in options.modes else None,
                  two_stage={name: taken / seconds[staged] for name, taken in seconds.items()
                             if (staged := in_stages(name)) in seconds},
                  over_first_wire={name: seconds[name.rsplit(f" {wire}", 1)[0]] / taken
@@ -150,6 +157,19 @@ def hidden(seconds: dict[str, float], compute: dict[str, float]) -> dict[str, fl
         if plain != name and plain in seconds and name.split()[0] in MODES:
             can = min(compute[plain], seconds[plain] - compute[plain])
             found[name] = (seconds[plain] - seconds[name]) / can
+    return found
+
+
+def overlapped(seconds: dict[str, float], compute: dict[str, float],
+               sent: dict[str, list[float]], link: tuple[float, int]) -> dict[str, float]:
+    """By mode of ours, how much of min(compute, bytes / rate) is hidden; ``link``: rate, hosts."""
+    found = {}
+    for name, taken in seconds.items():
+        if name.split()[0] in MODES:
+            alone = compute[name.replace("ahead", "plain").replace("stale", "plain")]
+            bits = 8 * sent[name][SENT.index("on_links")] / link[1]
+            carried = bits / (1e6 * link[0])
+            found[name] = (alone + carried - taken) / min(alone, carried)
     return found
 
 
