@@ -35,8 +35,26 @@ ChunkOffers offers_from(const OfferTuple& t) {
           at<float>(std::get<6>(t)),
           (uint64_t)std::get<7>(t),
           at<float>(std::get<8>(t)),
-          at<int64_t>(std::get<9>(t))};
+          at<int64_t>(std::get<9>(t)), nullptr};
 }
+
+// (rows, stride, count, which is added to); rows of 0: no log.
+using LogTuple = std::tuple<Address, int64_t, Address>;
+// A log for a call, and its count back to the caller.
+class Log {
+ public:
+  explicit Log(const LogTuple& t) : count_(at<int64_t>(std::get<2>(t))) {
+    if (std::get<0>(t)) log_ = {at<int64_t>(std::get<0>(t)), std::get<1>(t), *count_};
+  }
+  ~Log() {
+    if (log_.rows) *count_ = log_.count;
+  }
+  ChunkLog* get() { return log_.rows ? &log_ : nullptr; }
+
+ private:
+  ChunkLog log_{};
+  int64_t* count_;
+};
 
 void bind_index(nb::module_& m) {
   m.def("chunk_held_bytes", [](Address store) { return chunk_held_bytes(*at<ChunkStore>(store)); });
@@ -56,9 +74,13 @@ void bind_index(nb::module_& m) {
     nb::gil_scoped_release release;
     chunk_touch(call_from(call), offers_from(offers), threads);
   });
-  m.def("chunk_offer", [](const CallTuple& call, const OfferTuple& offers, Address admitted) {
+  m.def("chunk_offer", [](const CallTuple& call, const OfferTuple& offers, Address admitted,
+                          const LogTuple& log_tuple) {
     nb::gil_scoped_release release;
-    return chunk_offer(call_from(call), offers_from(offers), at<int64_t>(admitted));
+    Log log(log_tuple);
+    ChunkOffers in = offers_from(offers);
+    in.log = log.get();
+    return chunk_offer(call_from(call), in, at<int64_t>(admitted));
   });
   m.def("chunk_count", [](const CallTuple& call, int64_t store, float decay, Address bins,
                           Address dims, int64_t stride) {
@@ -66,10 +88,11 @@ void bind_index(nb::module_& m) {
     chunk_count(call_from(call), store, decay, at<int64_t>(bins), at<int64_t>(dims), stride);
   });
   m.def("chunk_decide", [](const CallTuple& call, int64_t store, float decay, Address thresholds,
-                           int64_t key, Address evicted) {
+                           int64_t key, Address evicted, const LogTuple& log_tuple) {
     nb::gil_scoped_release release;
+    Log log(log_tuple);
     chunk_decide(call_from(call), store, decay, at<float>(thresholds), (uint64_t)key,
-                 at<int64_t>(evicted));
+                 at<int64_t>(evicted), log.get());
   });
   m.def("chunk_compact", [](Address store, bool tight, Address moves) {
     nb::gil_scoped_release release;
@@ -88,6 +111,24 @@ void bind_index(nb::module_& m) {
   m.def("chunk_list", [](const CallTuple& call, int64_t block, Address rows, Address values) {
     nb::gil_scoped_release release;
     return chunk_list(call_from(call), block, at<int64_t>(rows), at<char>(values));
+  });
+  m.def("chunk_get", [](const CallTuple& call, int64_t block, Address rows, int64_t n,
+                        Address places, Address utilities) {
+    nb::gil_scoped_release release;
+    chunk_get(call_from(call), block, at<int64_t>(rows), n, at<int32_t>(places),
+              at<uint16_t>(utilities));
+  });
+  // (block, low, high, slice, slices, marks)
+  m.def("chunk_between", [](const CallTuple& call, int64_t store, const std::vector<int64_t>& r,
+                            Address found) {
+    if (r.size() != 6) throw nb::value_error("a range needs 6 numbers");
+    nb::gil_scoped_release release;
+    return chunk_between(call_from(call), store, {r[0], r[1], r[2], r[3], r[4], (Marks)r[5]},
+                         at<int64_t>(found));
+  });
+  m.def("chunk_unmark", [](Address store) {
+    nb::gil_scoped_release release;
+    chunk_unmark(*at<ChunkStore>(store));
   });
 }
 

@@ -128,6 +128,22 @@ inline void erase(ChunkStore& s, int64_t slot) {
   --s.rows;
 }
 
+// Calls body(block, row, slot, value) for the rows of a store.
+template <class Body>
+inline void for_slots(const ChunkCall& call, int64_t number, const Body& body) {
+  const ChunkStore& store = call.stores[number];
+  int64_t only = 0;  // a wide store's block
+  while (only < call.num_blocks && call.blocks[only].store != number) ++only;
+  const int64_t span = span_of(store.slots);
+  for (int64_t s = 0; s < span; ++s) {
+    if (!keys_of(store)[s]) continue;
+    const uint64_t at = chunk_unmix(keys_of(store)[s]) - 1;
+    const int64_t block = store.wide ? only : (int64_t)(at >> kTagShift);
+    const int64_t row = (int64_t)(store.wide ? at : at & ((1ULL << kTagShift) - 1));
+    body(block, row, s, value_at(store, s));
+  }
+}
+
 // ---------------------------------------------------------------- pool
 inline int32_t* stack_of(const ChunkStore& s) { return (int32_t*)s.stack; }
 
@@ -147,6 +163,15 @@ inline int32_t take_place(ChunkStore& s) {
   }
   ++s.used;
   return place;
+}
+
+// Where the log takes a row, as it is; it is there once the caller has counted it.
+inline int64_t* note_row(ChunkLog& log, const ChunkStore& s, int64_t block, int64_t row,
+                         int64_t slot) {
+  int64_t* entry = log.rows + log.stride * log.count;
+  entry[0] = block, entry[1] = row;
+  std::memcpy(entry + 3, value_at(s, slot), value_bytes(s));
+  return entry;
 }
 
 // A chunk goes: its place is free, its utility counted in the sketch.

@@ -132,19 +132,23 @@ Victim draw(const ChunkStore& store, uint64_t own, uint64_t hash, bool whole) {
   return least;
 }
 
-// A victim goes; returns how many chunks.
-int64_t replace(ChunkStore& store, const Victim& victim) {
+// A victim of a block goes; returns how many chunks.
+int64_t replace(ChunkStore& store, const Victim& victim, int64_t block, int64_t row,
+                ChunkLog* log) {
   char* value = value_at(store, victim.slot);
+  int64_t* entry = log ? note_row(*log, store, block, row, victim.slot) : nullptr;
   int64_t gone = 0, left = 0;
   for (int64_t k = 0; k < store.chunks; ++k) {
     if (places_of(value)[k] < 0) continue;
     if (victim.chunk >= 0 && victim.chunk != k) {
       ++left;
+      utilities_of(store, value)[k] |= kMarked;
       continue;
     }
     leave(store, victim.slot, k, utility_of(utilities_of(store, value)[k]));
     ++gone;
   }
+  if (entry) entry[2] = left, ++log->count;
   if (!left) erase(store, victim.slot);
   return gone;
 }
@@ -158,9 +162,10 @@ int make_room(ChunkStore& store, const ChunkOffers& in, int64_t b, uint64_t key,
   if (slot && has_place(store)) return 2;
   if (victim.slot < 0 || victim.whole == slot) victim = draw(store, key, draw_hash(in, key), !slot);
   if (victim.slot < 0 || utility < victim.worth * in.margins[b]) return 0;
-  const uint64_t theirs = keys_of(store)[victim.slot];
-  const int64_t owner = store.wide ? b : (int64_t)((chunk_unmix(theirs) - 1) >> kTagShift);
-  in.evicted[owner] += replace(store, victim);
+  const uint64_t at = chunk_unmix(keys_of(store)[victim.slot]) - 1;
+  const int64_t owner = store.wide ? b : (int64_t)(at >> kTagShift);
+  const int64_t row = (int64_t)(store.wide ? at : at & ((1ULL << kTagShift) - 1));
+  in.evicted[owner] += replace(store, victim, owner, row, in.log);
   victim = {};
   return 1;
 }
@@ -200,7 +205,7 @@ int64_t offer_row(ChunkStore& store, const ChunkBlock& block, const ChunkOffers&
     known = true;
     const int32_t place = take_place(store);
     places_of(value_at(store, slot))[k] = place;
-    utilities_of(store, value_at(store, slot))[k] = utility_code(utility, word);
+    utilities_of(store, value_at(store, slot))[k] = utility_code(utility, word) | kMarked;
     int64_t* out = admitted + 3 * count++;
     out[0] = i, out[1] = k, out[2] = place;
   }

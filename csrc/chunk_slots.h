@@ -60,8 +60,10 @@ inline uint32_t bits_of(float x) {
   return bits;
 }
 
-// Utilities of present chunks are bf16, rounded stochastically.
-inline float utility_of(uint16_t code) { return float_of((uint32_t)code << 16); }
+// Utilities of present chunks are bf16, rounded stochastically; their sign is a mark.
+inline float utility_of(uint16_t code) {
+  return float_of((uint32_t)(code & (kMarked - 1)) << 16);
+}
 inline uint16_t utility_code(float u, uint64_t word) {
   return (uint16_t)((bits_of(u) + (uint32_t)(word & 0xffff)) >> 16);
 }

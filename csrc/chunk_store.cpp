@@ -84,31 +84,18 @@ void chunk_touch(const ChunkCall& call, const ChunkOffers& in, int threads) {
               uint16_t* utilities = utilities_of(store, value);
               for (int64_t k = 0; k < store.chunks; ++k) {
                 const float norm = in.norms[i * in.stride + k];
-                if (places_of(value)[k] < 0 || norm <= 0) continue;
+                if (places_of(value)[k] < 0 || norm < 0) continue;
                 const uint64_t word = chunk_word(call.blocks[b], in.key, in.ids[i], k);
-                utilities[k] = utility_code(utility_of(utilities[k]) + norm * in.weights[b], word);
+                if (norm > 0)
+                  utilities[k] =
+                      utility_code(utility_of(utilities[k]) + norm * in.weights[b], word);
+                utilities[k] |= kMarked;
               }
             });
           });
 }
 
 namespace {
-
-// Calls body(block, row, slot, value) for the rows of a store.
-template <class Body>
-void for_slots(const ChunkCall& call, int64_t number, const Body& body) {
-  const ChunkStore& store = call.stores[number];
-  int64_t only = 0;  // a wide store's block
-  while (only < call.num_blocks && call.blocks[only].store != number) ++only;
-  const int64_t span = span_of(store.slots);
-  for (int64_t s = 0; s < span; ++s) {
-    if (!keys_of(store)[s]) continue;
-    const uint64_t at = chunk_unmix(keys_of(store)[s]) - 1;
-    const int64_t block = store.wide ? only : (int64_t)(at >> kTagShift);
-    const int64_t row = (int64_t)(store.wide ? at : at & ((1ULL << kTagShift) - 1));
-    body(block, row, s, value_at(store, s));
-  }
-}
 
 // A utility as decisions see it: those of chunks that nobody asked for differ by chance.
 float ranked(float utility, float decay, const ChunkBlock& block, int64_t row, int64_t chunk) {
@@ -135,7 +122,7 @@ void chunk_count(const ChunkCall& call, int64_t number, float decay, int64_t* bi
 }
 
 void chunk_decide(const ChunkCall& call, int64_t number, float decay, const float* thresholds,
-                  uint64_t key, int64_t* evicted) {
+                  uint64_t key, int64_t* evicted, ChunkLog* log) {
   ChunkStore& store = call.stores[number];
   int64_t empty = 0;
   uint8_t* cells = (uint8_t*)store.sketch;
@@ -148,19 +135,23 @@ void chunk_decide(const ChunkCall& call, int64_t number, float decay, const floa
   for_slots(call, number, [&](int64_t b, int64_t row, int64_t slot, char* value) {
     const ChunkBlock& block = call.blocks[b];
     uint16_t* utilities = utilities_of(store, value);
-    int64_t present = 0;
+    int64_t present = 0, gone = 0;
+    int64_t* entry = log ? note_row(*log, store, b, row, slot) : nullptr;
     for (int64_t k = 0; k < store.chunks; ++k) {
       int32_t& place = places_of(value)[k];
       if (place < 0) continue;
       const float utility = utility_of(utilities[k]);
       if (ranked(utility, decay, block, row, k) >= thresholds[b]) {
-        utilities[k] = utility_code(utility * decay, chunk_word(block, key, row, k));
+        const uint16_t mark = utilities[k] & kMarked;
+        utilities[k] = utility_code(utility * decay, chunk_word(block, key, row, k)) | mark;
         ++present;
         continue;
       }
       leave(store, slot, k, utility * decay);
-      ++evicted[b];
+      ++gone;
     }
+    evicted[b] += gone;
+    if (entry && gone) entry[2] = present, ++log->count;
     if (!present) {
       keys_of(store)[slot] = 0;
       ++empty;

@@ -39,6 +39,19 @@ struct ChunkSegment {
 };
 
 constexpr int64_t kUtilityBins = 256;
+// Bit of a present chunk's utility, which is never negative: its row was stepped, admitted or lost a
+// chunk to another one since marks were cleared. All chunks of a row have it, or none has.
+constexpr uint16_t kMarked = 0x8000;
+// What `chunk_between` lists.
+enum class Marks : int64_t { kAny, kSet, kClear };
+
+// Rows that lose chunks, as they were: [.., stride] (block, row, chunks left, value as slots hold
+// it).
+struct ChunkLog {
+  int64_t* rows;
+  int64_t stride;
+  int64_t count;
+};
 
 struct ChunkCall {
   ChunkStore* stores;
@@ -58,6 +71,7 @@ struct ChunkOffers {
   uint64_t key;            // of the random bits of rounding
   const float* margins;    // by block: how many times the utility of a chunk that it replaces
   int64_t* evicted;        // by block: chunks that were replaced are added
+  ChunkLog* log;           // of rows whose chunks were replaced; or null
 };
 
 int64_t chunk_held_bytes(const ChunkStore& store);
@@ -78,9 +92,10 @@ int64_t chunk_offer(const ChunkCall& call, const ChunkOffers& offers, int64_t* a
 // dims [blocks][max_chunks + 1].
 void chunk_count(const ChunkCall& call, int64_t store, float decay, int64_t* bins, int64_t* dims,
                  int64_t dims_stride);
-// Decays all utilities and evicts what is below its block's threshold. evicted: [blocks].
+// Decays all utilities and evicts what is below its block's threshold. evicted: [blocks]. log: of
+// rows that lose chunks, with room for all rows and one; or null.
 void chunk_decide(const ChunkCall& call, int64_t store, float decay, const float* thresholds,
-                  uint64_t key, int64_t* evicted);
+                  uint64_t key, int64_t* evicted, ChunkLog* log);
 // Moves chunks to the lowest places, gives the index the size of its rows, and slabs back: all that
 // are empty (tight), or those that the budget has no room for. moves: [store.free, 2] places
 // (from, to), or null. Returns how many moved.
@@ -93,5 +108,19 @@ void chunk_insert(const ChunkCall& call, int64_t block, const int64_t* rows, int
                   int32_t* places, const uint16_t* utilities);
 // Rows of a block, in the order of their hashes; values as slots hold them. Returns how many.
 int64_t chunk_list(const ChunkCall& call, int64_t block, int64_t* rows, char* values);
+// Places [n, chunks], -1 where absent, and utilities with marks [n, chunks] of rows of a block.
+void chunk_get(const ChunkCall& call, int64_t block, const int64_t* rows, int64_t n,
+               int32_t* places, uint16_t* utilities);
+// What `chunk_between` looks for: rows [low, high) of a block (-1: of all) whose hashes lie in slice
+// `slice` of `slices`.
+struct ChunkRange {
+  int64_t block, low, high, slice, slices;
+  Marks marks;
+};
+// (block, row) of rows of a store, in no order of use. Returns how many.
+int64_t chunk_between(const ChunkCall& call, int64_t store, const ChunkRange& range,
+                      int64_t* found);
+// Clears the marks of all rows.
+void chunk_unmark(const ChunkStore& store);
 
 }  // namespace shardlab

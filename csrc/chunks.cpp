@@ -225,6 +225,7 @@ inline void weigh_row(const ChunkStore& store, const ChunkBlock& block, float we
     if (norm > 0)
       utility = utility_code(utility_of(utility) + norm * weight,
                              chunk_word(block, norms.key, row, k));
+    utility |= kMarked;
     present.add(block, row, k, places_of(value)[k], source + k * width, mean);
   }
 }

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import Protocol
 
 import torch
@@ -31,6 +32,8 @@ BINS = 256
 _CELL_SHIFT, _CELL_BIAS = 21, 316
 #: Rows from which a chunk that is replaced is chosen.
 DRAWN = 8
+#: Bit of a utility that marks its row as changed; see `ChunkIndex.clear_marks`.
+MARK = 1 << 15
 _SPARE = 2  # the array may grow beyond what its rows need, where a run reaches its end
 
 
@@ -109,6 +112,51 @@ class ChunkRows:
     utilities: Tensor
 
 
+class Marks(IntEnum):
+    """Which rows `ChunkIndex.list_between` lists."""
+
+    ANY = 0
+    SET = 1
+    CLEAR = 2
+
+
+@dataclass(frozen=True)
+class RowRange:
+    """Rows to list.
+
+    Attributes:
+        low, high: rows [low, high).
+        block: of this shard; -1: of all.
+        slice, slices: those in a part of the index, so that nobody is kept from it for long.
+        marks: those that changed, or did not.
+    """
+
+    low: int = 0
+    high: int = (1 << 63) - 1
+    block: int = -1
+    slice: int = 0
+    slices: int = 1
+    marks: Marks = Marks.ANY
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Rows that lost chunks, as they were; a row may come more than once, the oldest first.
+
+    Attributes:
+        blocks, rows: int64 [n].
+        left: int64 [n]: chunks that the row kept.
+        places: int32 [n, most chunks], -1 where absent.
+        utilities: int16 [n, most chunks]: bits of bf16, with marks.
+    """
+
+    blocks: Tensor
+    rows: Tensor
+    left: Tensor
+    places: Tensor
+    utilities: Tensor
+
+
 class ChunkIndex(Protocol):
     """The index of all stores of a rank; blocks are shards.
 
@@ -116,10 +164,14 @@ class ChunkIndex(Protocol):
         shapes: of the stores.
         blocks: int64 [B, 5] on CPU: (store, first row, first chunk, chunks of a row of the table,
             key of the table).
+        notes_losses: `offer` and `decide` note what `take_losses` gives.
+        keeps_places: places that are handed out hold what they held: the caller clears them.
     """
 
     shapes: Sequence[StoreShape]
     blocks: Tensor
+    notes_losses: bool
+    keeps_places: bool
 
     def numbers(self, store: int) -> StoreNumbers:
         """Where a store stands."""
@@ -182,6 +234,21 @@ class ChunkIndex(Protocol):
     def list_rows(self, block: int) -> ChunkRows:
         """All rows of a shard with a chunk present."""
 
+    def look_up(self, block: int, rows: Tensor) -> ChunkRows:
+        """Some rows of a shard, int64 [n] on CPU in any order; utilities have marks."""
+
+    def list_between(self, store: int, where: RowRange) -> Tensor:
+        """int64 [n, 2]: (block, row) of some rows of a store, in any order."""
+
+    def clear_marks(self, store: int) -> None:
+        """From now on rows are marked that are stepped, admitted, or lose chunks to others."""
+
+    def take_losses(self) -> Losses:
+        """Rows that lost chunks since the last call, where ``notes_losses``."""
+
+    def set_refused(self, store: int, refused: int) -> None:
+        """How many chunks found no free room since the last decision."""
+
     def sketch(self, store: int) -> Tensor:
         """uint8 [lines * 64]: the cells of the sketch, which the caller may write."""
 
@@ -216,6 +283,35 @@ _STATE = ("keys", "values", "payload", "state", "stack", "sketch", "chunks", "pa
           "state_bytes", "slab", "max_chunks", "max_slots", "sketch_lines", "wide", "budget",
           "slots", "rows", "used", "top", "committed", "free", "refused")
 _COLUMN = {name: column for column, name in enumerate(_STATE)}
+_POOLS = [_COLUMN["payload"], _COLUMN["state"]]
+
+
+class _Log:
+    """Where the native index notes rows that lose chunks: (block, row, chunks left, value).
+
+    Args:
+        rows: that it has room for; 0: nothing is noted.
+        chunks: most of a row.
+    """
+
+    def __init__(self, rows: int, chunks: int) -> None:
+        self._log = torch.empty(rows, self.words(chunks), dtype=torch.int64)
+        self._count = torch.zeros(1, dtype=torch.int64)
+
+    @staticmethod
+    def words(chunks: int) -> int:
+        """Of a row."""
+        return 3 + -(-value_bytes(chunks) // 8)
+
+    def addresses(self) -> tuple[int, int, int]:
+        """What native functions take."""
+        there = self._log.shape[0] > 0
+        return (address(self._log) if there else 0, self._log.shape[1], address(self._count))
+
+    def rows(self) -> list[Tensor]:
+        """What was noted, if anything."""
+        count = int(self._count)
+        return [self._log[:count].clone()] if count else []
 
 
 class NativeChunkIndex:
@@ -248,6 +344,8 @@ class NativeChunkIndex:
             row[_COLUMN["slots"]] = fitting_slots(0)
             offset += keys + values + stack + sketch
         self._call = (address(self._state), address(self.blocks), self.blocks.shape[0])
+        self.notes_losses = self.keeps_places = False
+        self._losses: list[Tensor] = []
 
     def call(self) -> tuple[int, int, int]:
         """What native kernels take."""
@@ -275,9 +373,33 @@ class NativeChunkIndex:
 
     def offer(self, offers: Offers) -> Tensor:
         admitted = torch.empty(offers.norms.numel(), 3, dtype=torch.int64)
+        log = self._new_log(offers.norms.numel())
+        pools = self._state[:, _POOLS].clone() if self.keeps_places else None
+        if pools is not None:
+            self._state[:, _POOLS] = 0
         count = native().chunk_offer(self._call, _offer_tuple(offers),  # type: ignore[union-attr]
-                                     address(admitted))
+                                     address(admitted), log.addresses())
+        if pools is not None:
+            self._state[:, _POOLS] = pools
+        self._losses += log.rows()
         return admitted[:count]
+
+    def _new_log(self, rows: int) -> _Log:
+        return _Log(rows if self.notes_losses else 0, self._most)
+
+    def take_losses(self) -> Losses:
+        log = torch.cat([torch.empty(0, _Log.words(self._most), dtype=torch.int64), *self._losses])
+        self._losses.clear()
+        values, most = log[:, 3:].contiguous().view(torch.uint8), self._most
+        places = torch.full((len(log), most), -1, dtype=torch.int32)
+        utilities = torch.zeros(len(log), most, dtype=torch.int16)
+        stores = self.blocks[log[:, 0], 0]
+        for store, shape in enumerate(self.shapes):
+            some, chunks = (stores == store).nonzero()[:, 0], shape.layout.chunks
+            places[some, :chunks] = values[some, :4 * chunks].view(torch.int32)
+            utilities[some, :chunks] = values[some, 4 * chunks:6 * chunks].contiguous().view(
+                torch.int16)
+        return Losses(log[:, 0].clone(), log[:, 1].clone(), log[:, 2].clone(), places, utilities)
 
     def count(self, store: int, decay: float) -> tuple[Tensor, Tensor]:
         bins = torch.zeros(self.blocks.shape[0], BINS, dtype=torch.int64)
@@ -288,10 +410,15 @@ class NativeChunkIndex:
 
     def decide(self, store: int, decay: float, thresholds: Tensor, key: int) -> Tensor:
         evicted = torch.zeros(self.blocks.shape[0], dtype=torch.int64)
+        log = self._new_log(self.numbers(store).rows + 1)
         native().chunk_decide(self._call, store, decay,  # type: ignore[union-attr]
-                              address(thresholds), key, address(evicted))
-        self._state[store, _COLUMN["refused"]] = 0
+                              address(thresholds), key, address(evicted), log.addresses())
+        self._losses += log.rows()
+        self.set_refused(store, 0)
         return evicted
+
+    def set_refused(self, store: int, refused: int) -> None:
+        self._state[store, _COLUMN["refused"]] = refused
 
     def compact(self, store: int, *, tight: bool) -> Tensor:
         moves = torch.empty(self.numbers(store).free, 2, dtype=torch.int64)
@@ -324,7 +451,7 @@ class NativeChunkIndex:
         return places
 
     def list_rows(self, block: int) -> ChunkRows:
-        chunks = self.shapes[int(self.blocks[block, 0])].layout.chunks
+        chunks = self._chunks(block)
         count = native().chunk_list(self._call, block, 0, 0)  # type: ignore[union-attr]
         rows = torch.empty(count, dtype=torch.int64)
         values = torch.empty(count, value_bytes(chunks), dtype=torch.uint8)
@@ -333,10 +460,36 @@ class NativeChunkIndex:
         rows, order = rows.sort()
         values = values[order]
         return ChunkRows(rows, values[:, :4 * chunks].contiguous().view(torch.int32),
-                         values[:, 4 * chunks:6 * chunks].contiguous().view(torch.int16))
+                         _unmarked(values[:, 4 * chunks:6 * chunks].contiguous().view(torch.int16)))
+
+    def look_up(self, block: int, rows: Tensor) -> ChunkRows:
+        rows, chunks = rows.contiguous(), self._chunks(block)
+        places = torch.empty(rows.numel(), chunks, dtype=torch.int32)
+        utilities = torch.empty(rows.numel(), chunks, dtype=torch.int16)
+        native().chunk_get(self._call, block, address(rows),  # type: ignore[union-attr]
+                           rows.numel(), address(places), address(utilities))
+        return ChunkRows(rows, places, utilities)
+
+    def list_between(self, store: int, where: RowRange) -> Tensor:
+        # As long as the rows are: what is not written takes no memory.
+        found = torch.empty(self.numbers(store).rows, 2, dtype=torch.int64)
+        count = native().chunk_between(  # type: ignore[union-attr]
+            self._call, store, [where.block, where.low, where.high, where.slice, where.slices,
+                                int(where.marks)], address(found))
+        return found[:count].clone()
+
+    def clear_marks(self, store: int) -> None:
+        native().chunk_unmark(address(self._state[store]))  # type: ignore[union-attr]
+
+    def _chunks(self, block: int) -> int:
+        return self.shapes[int(self.blocks[block, 0])].layout.chunks
 
     def sketch(self, store: int) -> Tensor:
         return self._sketches[store]
+
+
+def _unmarked(utilities: Tensor) -> Tensor:
+    return utilities & (MARK - 1)
 
 
 def _offer_tuple(offers: Offers) -> tuple[object, ...]:

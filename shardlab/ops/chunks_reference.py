@@ -28,8 +28,12 @@ from shardlab.ops.chunks import (
     _TAG_SHIFT,
     BINS,
     DRAWN,
+    MARK,
     ChunkRows,
+    Losses,
+    Marks,
     Offers,
+    RowRange,
     StoreNumbers,
     StoreShape,
     _max_slots,
@@ -44,6 +48,14 @@ _LEAST_UTILITY = np.float32(2.0 ** -48)
 class _Row:
     places: list[int]
     utilities: list[int]
+
+    def mark(self, *, marked: bool = True) -> None:
+        for k, place in enumerate(self.places):
+            if place >= 0:
+                self.utilities[k] = self.utilities[k] & (MARK - 1) | (MARK if marked else 0)
+
+    def is_marked(self) -> bool:
+        return any(code & MARK for code in self.utilities)
 
 
 @dataclass
@@ -111,6 +123,8 @@ class ReferenceChunkIndex:
         self.shapes, self.blocks = list(shapes), blocks
         self._blocks = blocks.tolist()
         self._most = max((shape.layout.chunks for shape in shapes), default=1)
+        self.notes_losses = self.keeps_places = False
+        self._losses: list[tuple[int, int, int, list[int], list[int]]] = []
         self._stores = [_Store(shape, torch.zeros(shape.layout.sketch_lines * LINE_BYTES,
                                                   dtype=torch.uint8)) for shape in shapes]
 
@@ -159,9 +173,11 @@ class ReferenceChunkIndex:
                 continue
             chunks = found[2]
             for k, place in enumerate(chunks.places):
+                if place >= 0 and norms[i, k] >= 0:
+                    chunks.utilities[k] |= MARK
                 if place >= 0 and norms[i, k] > 0:
                     utility = utility_value(chunks.utilities[k]) + norms[i, k] * weights[block]
-                    chunks.utilities[k] = _utility_code(
+                    chunks.utilities[k] = MARK | _utility_code(
                         utility, self._word(block, offers.key, row, k))
 
     def offer(self, offers: Offers) -> Tensor:
@@ -202,7 +218,7 @@ class ReferenceChunkIndex:
                 chunks = store.shape.layout.chunks
                 found = store.rows[key] = (block, row, _Row([-1] * chunks, [0] * chunks))
             place = found[2].places[k] = store.take_place()
-            found[2].utilities[k] = _utility_code(utility, word)
+            found[2].utilities[k] = MARK | _utility_code(utility, word)
             return place
         if cells:
             code = cell_code(utility, (word >> 16) & ((1 << _CELL_SHIFT) - 1))
@@ -223,11 +239,14 @@ class ReferenceChunkIndex:
         worth, victim, chunk = min(drawn, key=lambda one: one[0])
         if utility < worth * np.float32(float(offers.margins[block])):
             return False
-        owner, _, chunks = store.rows[victim]
+        owner, row, chunks = store.rows[victim]
+        before = list(chunks.places), list(chunks.utilities)
         for k, place in enumerate(chunks.places):
             if place >= 0 and chunk in (-1, k):
                 self._leave(store, victim, k, utility_value(chunks.utilities[k]))
                 offers.evicted[owner] += 1
+        chunks.mark()
+        self._note(owner, row, chunks, before)
         if max(chunks.places) < 0:
             del store.rows[victim]
         return True
@@ -256,6 +275,25 @@ class ReferenceChunkIndex:
             elif len(here) <= most:
                 drawn.append((max(here)[0], key, -1))
         return drawn
+
+    def _note(self, block: int, row: int, chunks: _Row,
+              before: tuple[list[int], list[int]]) -> None:
+        if self.notes_losses and chunks.places != before[0]:
+            left = sum(place >= 0 for place in chunks.places)
+            self._losses.append((block, row, left, *before))
+
+    def take_losses(self) -> Losses:
+        noted, self._losses = self._losses, []
+        places = torch.full((len(noted), self._most), -1, dtype=torch.int32)
+        utilities = torch.zeros(len(noted), self._most, dtype=torch.int16)
+        for i, (_, _, _, at, codes) in enumerate(noted):
+            places[i, :len(at)] = torch.tensor(at, dtype=torch.int32)
+            utilities[i, :len(at)] = _int16(torch.tensor(codes, dtype=torch.int32))
+        numbers = torch.tensor([one[:3] for one in noted], dtype=torch.int64).view(-1, 3)
+        return Losses(*numbers.unbind(1), places, utilities)
+
+    def set_refused(self, store: int, refused: int) -> None:
+        self._stores[store].refused = refused
 
     def _leave(self, store: _Store, key: int, chunk: int, utility: np.float32) -> None:
         """A chunk goes: its place is free, its utility counted in the sketch."""
@@ -305,15 +343,18 @@ class ReferenceChunkIndex:
                                      (word >> 16) & ((1 << _CELL_SHIFT) - 1))
         before, one.refused = len(one.rows), 0
         for slot_key, block, row, chunks in list(one.in_order()):
+            was = list(chunks.places), list(chunks.utilities)
             for k, place in enumerate(chunks.places):
                 if place < 0:
                     continue
                 utility = utility_value(chunks.utilities[k]) * factor
                 if self._ranked(block, row, k, utility) >= np.float32(float(thresholds[block])):
-                    chunks.utilities[k] = _utility_code(utility, self._word(block, key, row, k))
+                    chunks.utilities[k] = chunks.utilities[k] & MARK | _utility_code(
+                        utility, self._word(block, key, row, k))
                     continue
                 self._leave(one, slot_key, k, utility)
                 evicted[block] += 1
+            self._note(block, row, chunks, was)
             if max(chunks.places) < 0:
                 del one.rows[slot_key]
         if len(one.rows) < before and len(one.rows) * 2 < one.slots:
@@ -378,11 +419,34 @@ class ReferenceChunkIndex:
                        for owner, row, chunks in store.rows.values() if owner == block)
         chunks = store.shape.layout.chunks
         codes = torch.tensor([utilities for _, _, utilities in found],
-                             dtype=torch.int32).view(-1, chunks)
+                             dtype=torch.int32).view(-1, chunks) & (MARK - 1)
         return ChunkRows(
             torch.tensor([row for row, _, _ in found], dtype=torch.int64),
             torch.tensor([places for _, places, _ in found], dtype=torch.int32).view(-1, chunks),
-            torch.where(codes >= 1 << 15, codes - (1 << 16), codes).to(torch.int16))
+            codes.to(torch.int16))
+
+    def look_up(self, block: int, rows: Tensor) -> ChunkRows:
+        store = self._store_of(block)
+        none = _Row([-1] * store.shape.layout.chunks, [0] * store.shape.layout.chunks)
+        found = [store.rows.get(self._key(block, row), (block, row, none))[2]
+                 for row in rows.tolist()]
+        shape = (rows.numel(), store.shape.layout.chunks)
+        codes = torch.tensor([one.utilities for one in found], dtype=torch.int32).view(shape)
+        return ChunkRows(rows, torch.tensor([one.places for one in found],
+                                            dtype=torch.int32).view(shape), _int16(codes))
+
+    def list_between(self, store: int, where: RowRange) -> Tensor:
+        first, last = ((n << 64) // where.slices for n in (where.slice, where.slice + 1))
+        found = [(block, row) for key, block, row, chunks in self._stores[store].in_order()
+                 if first <= key < last and where.low <= row < where.high
+                 and where.block in (-1, block)
+                 and (where.marks == Marks.ANY
+                      or chunks.is_marked() == (where.marks == Marks.SET))]
+        return torch.tensor(found, dtype=torch.int64).view(-1, 2)
+
+    def clear_marks(self, store: int) -> None:
+        for _, _, chunks in self._stores[store].rows.values():
+            chunks.mark(marked=False)
 
     def sketch(self, store: int) -> Tensor:
         return self._stores[store].cells
@@ -396,9 +460,13 @@ def _bits(x: np.float32) -> int:
     return int(np.float32(x).view(np.uint32))
 
 
+def _int16(codes: Tensor) -> Tensor:
+    return torch.where(codes >= MARK, codes - (1 << 16), codes).to(torch.int16)
+
+
 def utility_value(code: int) -> np.float32:
-    """A utility from the bits of bf16."""
-    return np.uint32(code << 16).view(np.float32)
+    """A utility from the bits of bf16, and a mark."""
+    return np.uint32((code & (MARK - 1)) << 16).view(np.float32)
 
 
 def _utility_code(utility: np.float32, word: int) -> int:

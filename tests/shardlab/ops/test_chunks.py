@@ -14,8 +14,10 @@ from shardlab.chunk_layout import ChunkLayout, fitting_slots
 from shardlab.ops.chunks import (
     BINS,
     ChunkRows,
+    Marks,
     NativeChunkIndex,
     Offers,
+    RowRange,
     StoreShape,
     bin_edges,
     index_span_bytes,
@@ -50,6 +52,7 @@ class Pair:
         self.evicted = [torch.zeros(len(blocks), dtype=torch.int64) for _ in range(2)]
         for face in self.faces:
             face.set_budget(0, budget)
+            face.notes_losses = True
 
     def both(self, call):
         mine, reference = (call(face) for face in self.faces)
@@ -63,8 +66,19 @@ class Pair:
         assert self.faces[0].held_bytes(0) == self.faces[1].held_bytes(0)
         self.both(lambda face: face.sketch(0))
         assert torch.equal(*self.evicted)
+        losses = self.both(lambda face: vars(face.take_losses()))
+        assert (losses["places"] >= 0).sum(1).gt(losses["left"]).all()
+        for marks in Marks:
+            for block in (-1, self.num_blocks - 1):
+                where = RowRange(1, 1800, block, marks=marks)
+                whole = self.both(lambda face, where=where: in_order(face.list_between(0, where)))
+                parts = [self.faces[0].list_between(0, replace(where, slice=i, slices=3))
+                         for i in range(3)]
+                assert torch.equal(in_order(torch.cat(parts)), whole)
         for block in range(self.num_blocks):
             found = self.both(lambda face, block=block: vars(face.list_rows(block)))
+            self.both(lambda face, block=block, rows=found["rows"]: vars(
+                face.look_up(block, torch.cat([rows, rows + 1]))))
             at = found["places"][found["places"] >= 0]
             assert torch.unique(at).numel() == at.numel(), "two chunks at one place"
 
@@ -89,9 +103,15 @@ class Pair:
         return self.both(lambda face: face.decide(0, decay, limits, key))
 
 
+def in_order(pairs):
+    return torch.tensor(sorted(map(tuple, pairs.tolist())), dtype=torch.int64).view(-1, 2)
+
+
 def _tensors(value):
     if value is None:
         return []
+    if isinstance(value, torch.Tensor):
+        return [value]
     if isinstance(value, dict):
         return [*value.values()]
     return list(value) if isinstance(value, tuple) else [value]
@@ -106,7 +126,7 @@ ACTIONS = st.one_of(
               st.sampled_from([0.0, 1e-20, 0.3, 1.0, float("inf")])),
     st.tuples(st.just("compact"), st.booleans()),
     st.tuples(st.just("budget"), st.integers(0, 1 << 17)),
-    st.tuples(st.just("reload")))
+    st.tuples(st.just("unmark")), st.tuples(st.just("reload")))
 
 
 @hypothesis.given(st.lists(ACTIONS, max_size=25), st.integers(0, 1 << 17),
@@ -127,6 +147,9 @@ def test_faces_agree_over_any_history(actions, budget, sketch):
         elif action == "budget":
             for face in pair.faces:
                 face.set_budget(0, rest[0])
+        elif action == "unmark":
+            for face in pair.faces:
+                face.clear_marks(0)
         else:
             pair.both(lambda face: face.compact(0, tight=True))
             _reload(pair)

@@ -1,0 +1,89 @@
+// Rows of a store, for those who read it while it trains: what they hold, and which changed.
+#include <algorithm>
+
+#include "chunk_index.h"
+
+namespace shardlab {
+
+void chunk_get(const ChunkCall& call, int64_t block, const int64_t* rows, int64_t n,
+               int32_t* places, uint16_t* utilities) {
+  constexpr int64_t kTile = 32;
+  const ChunkStore& store = call.stores[call.blocks[block].store];
+  uint64_t keys[kTile];
+  for (int64_t tile = 0; tile < n; tile += kTile) {
+    const int64_t end = std::min(kTile, n - tile);
+    for (int64_t i = 0; i < end; ++i) {
+      keys[i] = chunk_key(store, block, rows[tile + i]);
+      __builtin_prefetch(keys_of(store) + scaled(keys[i], store.slots));
+    }
+    for (int64_t i = 0; i < end; ++i) {
+      const int64_t slot = find_slot(store, keys[i]), at = (tile + i) * store.chunks;
+      if (slot < 0) {
+        std::fill_n(places + at, store.chunks, -1);
+        std::fill_n(utilities + at, store.chunks, (uint16_t)0);
+        continue;
+      }
+      char* value = value_at(store, slot);
+      std::copy_n(places_of(value), store.chunks, places + at);
+      std::copy_n(utilities_of(store, value), store.chunks, utilities + at);
+    }
+  }
+}
+
+namespace {
+
+bool is_marked(const ChunkStore& store, char* value) {
+  const uint16_t* utilities = utilities_of(store, value);
+  for (int64_t k = 0; k < store.chunks; ++k)
+    if (places_of(value)[k] >= 0) return utilities[k] & kMarked;
+  return false;
+}
+
+// The first hash of a slice; that of the slice behind the last one is the greatest number.
+uint64_t slice_start(int64_t slice, int64_t slices) {
+  if (slice >= slices) return ~0ULL;
+  return (uint64_t)(((unsigned __int128)slice << 64) / (uint64_t)slices);
+}
+
+}  // namespace
+
+int64_t chunk_between(const ChunkCall& call, int64_t number, const ChunkRange& in,
+                      int64_t* found) {
+  const ChunkStore& store = call.stores[number];
+  const uint64_t* keys = keys_of(store);
+  const uint64_t first = slice_start(in.slice, in.slices), last = slice_start(in.slice + 1,
+                                                                              in.slices);
+  const bool is_last = in.slice + 1 >= in.slices;
+  int64_t only = 0, count = 0;  // a wide store's block
+  while (only < call.num_blocks && call.blocks[only].store != number) ++only;
+  const int64_t span = span_of(store.slots), home = (int64_t)scaled(last, store.slots);
+  for (int64_t s = (int64_t)scaled(first, store.slots); s < span; ++s) {
+    if (!keys[s]) {
+      if (!is_last && s >= home) break;
+      continue;
+    }
+    if (keys[s] < first) continue;
+    if (!is_last && keys[s] >= last) break;
+    const uint64_t at = chunk_unmix(keys[s]) - 1;
+    const int64_t block = store.wide ? only : (int64_t)(at >> kTagShift);
+    const int64_t row = (int64_t)(store.wide ? at : at & ((1ULL << kTagShift) - 1));
+    if ((in.block >= 0 && block != in.block) || row < in.low || row >= in.high) continue;
+    if (in.marks != Marks::kAny
+        && is_marked(store, value_at(store, s)) != (in.marks == Marks::kSet))
+      continue;
+    if (found) found[2 * count] = block, found[2 * count + 1] = row;
+    ++count;
+  }
+  return count;
+}
+
+void chunk_unmark(const ChunkStore& store) {
+  const int64_t span = span_of(store.slots);
+  for (int64_t s = 0; s < span; ++s) {
+    if (!keys_of(store)[s]) continue;
+    uint16_t* utilities = utilities_of(store, value_at(store, s));
+    for (int64_t k = 0; k < store.chunks; ++k) utilities[k] &= (uint16_t)(kMarked - 1);
+  }
+}
+
+}  // namespace shardlab
