@@ -240,6 +240,9 @@ class ChunkIndex(Protocol):
     def list_between(self, store: int, where: RowRange) -> Tensor:
         """int64 [n, 2]: (block, row) of some rows of a store, in any order."""
 
+    def count_between(self, store: int, where: RowRange) -> int:
+        """How many `list_between` would list."""
+
     def clear_marks(self, store: int) -> None:
         """From now on rows are marked that are stepped, admitted, or lose chunks to others."""
 
@@ -473,10 +476,15 @@ class NativeChunkIndex:
     def list_between(self, store: int, where: RowRange) -> Tensor:
         # As long as the rows are: what is not written takes no memory.
         found = torch.empty(self.numbers(store).rows, 2, dtype=torch.int64)
-        count = native().chunk_between(  # type: ignore[union-attr]
+        return found[:self._between(store, where, address(found))].clone()
+
+    def count_between(self, store: int, where: RowRange) -> int:
+        return self._between(store, where, 0)
+
+    def _between(self, store: int, where: RowRange, found: int) -> int:
+        return int(native().chunk_between(  # type: ignore[union-attr]
             self._call, store, [where.block, where.low, where.high, where.slice, where.slices,
-                                int(where.marks)], address(found))
-        return found[:count].clone()
+                                int(where.marks)], found))
 
     def clear_marks(self, store: int) -> None:
         native().chunk_unmark(address(self._state[store]))  # type: ignore[union-attr]

@@ -444,6 +444,9 @@ class ReferenceChunkIndex:
                       or chunks.is_marked() == (where.marks == Marks.SET))]
         return torch.tensor(found, dtype=torch.int64).view(-1, 2)
 
+    def count_between(self, store: int, where: RowRange) -> int:
+        return len(self.list_between(store, where))
+
     def clear_marks(self, store: int) -> None:
         for _, _, chunks in self._stores[store].rows.values():
             chunks.mark(marked=False)

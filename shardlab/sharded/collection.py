@@ -31,10 +31,12 @@ from shardlab.sharded.row_watch import ChangedRows, Snapshot
 from shardlab.sharded.wire_watch import BACKWARD, FORWARD, WireWatch
 from shardlab.specs import EmbeddingBagConfig, check_tables
 from shardlab.storage import (
+    KeptRoom,
     StorageOptions,
     TableChunk,
     build_storage,
     flush_rows,
+    kept_parts,
     other_chunks,
     row_blocks,
 )
@@ -341,21 +343,24 @@ class ShardedEmbeddingBagCollection(nn.Module):
     def snapshot(self, changed: ChangedRows | None, buffer_bytes: int) -> Snapshot:
         """This rank's rows at this moment, to be written while training goes on.
 
-        It holds the shards that are kept as rows. Those of the other kinds come from
-        `other_chunks`, which the caller takes before training goes on.
+        It holds the shards that are kept as rows, or that keep themselves. Those of the other kinds
+        come from `other_chunks`, which the caller takes before training goes on.
 
         Args:
-            changed: hold only these rows; None: all.
+            changed: hold only these rows, those of `watch_changes`; None: all.
             buffer_bytes: of rows that steps change before they are written.
         """
         self._settle_rows()
         flush_rows(self.storage)
-        taken = Snapshot(row_blocks(self.storage), changed and changed.marks, buffer_bytes)
+        parts, room = kept_parts(self.storage), KeptRoom(buffer_bytes)
+        theirs = [None] * len(parts) if changed is None else changed.others
+        taken = Snapshot(row_blocks(self.storage), changed and changed.marks, room, [
+            part.snapshot(one, room) for part, one in zip(parts, theirs, strict=True)])
         self.updater.watches.append(taken)
         return taken
 
     def other_chunks(self, max_bytes: int = _CHUNK_BYTES) -> Iterator[TableChunk]:
-        """Streams this rank's shards that are not kept as rows, right after `snapshot`."""
+        """Streams this rank's shards that a snapshot does not hold, right after `snapshot`."""
         return other_chunks(self.storage, max_bytes)
 
     def drop_snapshot(self, snapshot: Snapshot) -> None:
@@ -364,8 +369,9 @@ class ShardedEmbeddingBagCollection(nn.Module):
         snapshot.close()
 
     def watch_changes(self) -> ChangedRows:
-        """From now on, which of the shards' rows steps change, where they are kept as rows."""
-        changed = ChangedRows(row_blocks(self.storage))
+        """From now on, which of the shards' rows steps change, where a snapshot holds them."""
+        changed = ChangedRows(row_blocks(self.storage), [
+            part.watch_changes() for part in kept_parts(self.storage)])
         self.updater.watches.append(changed)
         return changed
 

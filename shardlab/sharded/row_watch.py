@@ -15,17 +15,16 @@ Source: own; the incremental part as in Check-N-Run (arXiv 2010.08679).
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from time import perf_counter
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from shardlab.ops.unique import Uniques
-from shardlab.storage import RowBlock, TableChunk
+from shardlab.storage import KeptRoom, RowBlock, StorageChanges, StorageSnapshot, TableChunk
 
 #: fp32 elements of weights and state that a stripe holds: 4 MiB.
 _STRIPE_ELEMENTS = 1 << 20
@@ -43,12 +42,16 @@ class ChangedRows:
 
     Args:
         blocks: the shards, by number.
+        others: what changed in storages that know it themselves.
 
     Attributes:
         marks: bool [rows], by number of the shard.
+        others: as given.
     """
 
-    def __init__(self, blocks: Mapping[int, RowBlock]) -> None:
+    def __init__(self, blocks: Mapping[int, RowBlock],
+                 others: Sequence[StorageChanges] = ()) -> None:
+        self.others = list(others)
         self.marks = {number: torch.zeros(block.local.shard.rows, dtype=torch.bool)
                       for number, block in blocks.items()}
 
@@ -64,14 +67,23 @@ class ChangedRows:
         """Forgets everything."""
         for mark in self.marks.values():
             mark.zero_()
+        for other in self.others:
+            other.clear()
+
+    @property
+    def is_known(self) -> bool:
+        """Whether all that changed is known."""
+        return all(other.is_known for other in self.others)
 
     def count(self) -> int:
         """How many rows changed."""
-        return sum(int(mark.sum()) for mark in self.marks.values())
+        return sum(int(mark.sum()) for mark in self.marks.values()) \
+            + sum(other.count() for other in self.others)
 
     def num_rows(self) -> int:
         """How many rows there are."""
-        return sum(mark.numel() for mark in self.marks.values())
+        return sum(mark.numel() for mark in self.marks.values()) \
+            + sum(other.num_rows() for other in self.others)
 
 
 @dataclass
@@ -97,19 +109,17 @@ class Snapshot:
     Args:
         blocks: the shards to hold, by number; their storages are flushed by now.
         changed: marks of the rows to hold, by number of the shard; None: all rows.
-        buffer_bytes: of kept rows; a step that needs more waits until the writer has caught up.
+        room: for kept rows; a step that needs more waits until the writer has caught up.
+        others: snapshots of storages that keep what changes themselves, in the same room.
 
     Attributes:
-        limit: ``buffer_bytes``.
-        waited_s: seconds that steps have waited so.
+        room: as given.
     """
 
     def __init__(self, blocks: Mapping[int, RowBlock], changed: Mapping[int, Tensor] | None,
-                 buffer_bytes: int) -> None:
-        self.limit = buffer_bytes
-        self._lock = threading.Condition()
-        self._held, self._over = 0, False
-        self.waited_s = 0.0
+                 room: KeptRoom, others: Sequence[StorageSnapshot] = ()) -> None:
+        self.room, self._others = room, list(others)
+        self._lock = threading.Lock()
         self._blocks = dict(blocks)
         self._clean: dict[int, Tensor] = {}
         self._cuts: dict[int, _Stripes] = {}
@@ -123,12 +133,13 @@ class Snapshot:
     @property
     def num_rows(self) -> int:
         """Rows that it holds."""
-        return sum(int((~clean).sum()) for clean in self._clean.values())
+        return sum(int((~clean).sum()) for clean in self._clean.values()) \
+            + sum(other.num_rows for other in self._others)
 
     # ------------------------------------------------------------------ the training thread
     def before_update(self, uniques: Uniques) -> None:
         """Keeps the rows that are not written yet as they are now."""
-        if self._over:
+        if self.room.is_over:
             return
         ids, splits = uniques.ids.cpu(), uniques.splits.tolist()
         for block, clean in self._clean.items():
@@ -139,8 +150,7 @@ class Snapshot:
             mine = mine[~clean[mine]]
             if mine.numel():
                 self._keep(block, mine.sort().values)
-        if self._held > self.limit:
-            self._wait_for_room()
+        self.room.wait()
 
     def _keep(self, block: int, rows: Tensor) -> None:
         weights, state = self._blocks[block].read_rows(rows)
@@ -153,29 +163,29 @@ class Snapshot:
                 part = slice(low, high)
                 kept = (rows[part].clone(), weights[part].clone(), state[part].clone())
                 cut.kept.setdefault(stripe, []).append(kept)
-                self._held += sum(tensor.nbytes for tensor in kept)
+                self.room.take(sum(tensor.nbytes for tensor in kept))
             self._clean[block][rows] = True
-
-    def _wait_for_room(self) -> None:
-        started = perf_counter()
-        with self._lock:
-            self._lock.wait_for(lambda: self._held <= self.limit or self._over)
-        self.waited_s += perf_counter() - started
 
     # ------------------------------------------------------------------ the writer's thread
     def chunks(self) -> Iterator[tuple[TableChunk, bool]]:
-        """Streams (chunk, whether it holds changed rows only): these have ``present`` set."""
+        """Streams (chunk, whether it holds changed rows only): these have ``present`` set.
+
+        What is kept by storages comes first: a decision over all their rows may wait for it.
+        """
+        for other in self._others:
+            yield from other.chunks()
         for block, cut in self._cuts.items():
             for stripe in range(cut.edges.numel() - 1):
                 yield self._read(block, stripe)
 
     def close(self) -> None:
         """Keeps nothing any more; whoever waits goes on."""
+        self.room.close()
+        for other in self._others:
+            other.close()
         with self._lock:
-            self._over, self._held = True, 0
             for cut in self._cuts.values():
                 cut.kept.clear()
-            self._lock.notify_all()
 
     def _read(self, block: int, stripe: int) -> tuple[TableChunk, bool]:
         cut, source = self._cuts[block], self._blocks[block]
@@ -187,14 +197,15 @@ class Snapshot:
         else:
             held = cut.rows[stripe] - first
             weights, state = source.read_rows(cut.rows[stripe])
+        given = 0
         with self._lock:
             for rows, old_weights, old_state in cut.kept.pop(stripe, []):
                 at = rows - first if held is None else torch.searchsorted(held, rows - first)
                 weights[at], state[at] = old_weights, old_state
-                self._held -= rows.nbytes + old_weights.nbytes + old_state.nbytes
+                given += rows.nbytes + old_weights.nbytes + old_state.nbytes
             self._clean[block][first:last] = True
             cut.done = stripe + 1
-            self._lock.notify_all()
+        self.room.give(given)
         chunk = TableChunk(
             local.table.name, local.shard.row_start + first, local.shard.col_start, weights,
             source.named_state(state), local.replicated)

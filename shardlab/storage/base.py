@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from shardlab.ops.tensor_train import materialise, train_of
 from shardlab.ops.unique import Uniques, fill_affine
 from shardlab.plan import Shard
 from shardlab.specs import EmbeddingBagConfig
+from shardlab.storage.kept_room import KeptRoom
 from shardlab.storage_bytes import TierBytes
 from shardlab.storage_specs import RowsSpec, StorageSpec
 
@@ -246,6 +247,53 @@ class RowReads(Protocol):
 
     def named_state(self, block: int, state: Tensor) -> dict[str, Tensor]:
         """States [n, elements] by name, as chunks hold them."""
+
+
+class StorageChanges(Protocol):
+    """What changed in a storage since the last `clear`."""
+
+    @property
+    def is_known(self) -> bool:
+        """Whether it is still known; if not, everything may have changed."""
+
+    def clear(self) -> None:
+        """Forgets everything."""
+
+    def count(self) -> int:
+        """How many rows changed."""
+
+    def num_rows(self) -> int:
+        """How many rows there are."""
+
+
+class StorageSnapshot(Protocol):
+    """A storage at one moment."""
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that are not written yet."""
+
+    def chunks(self) -> Iterator[tuple[TableChunk, bool]]:
+        """Streams (chunk, whether it holds changed rows only), in the writer's thread."""
+
+    def close(self) -> None:
+        """Keeps nothing any more."""
+
+
+@runtime_checkable
+class KeepsItself(Protocol):
+    """What a storage may offer instead of `RowReads`: it keeps what changes while it is written."""
+
+    def snapshot(self, changes: Any, room: KeptRoom) -> StorageSnapshot:
+        """The storage at this moment.
+
+        Args:
+            changes: hold only these, which `watch_changes` gave; None: everything.
+            room: for what is kept; steps wait where it is full.
+        """
+
+    def watch_changes(self) -> StorageChanges:
+        """From now on, what changes."""
 
 
 @runtime_checkable

@@ -3,13 +3,14 @@
 A `TableChunk` of a pruned table lists the rows of a range that have chunks. Weights and state are
 those that any storage takes (absent chunks are zeros, a per-row state is the mean of the row's
 chunks). What only a pruned table takes lies beside them: which chunks are present, their utilities,
-their own per-row states, and, in a shard's first chunk, the sketch.
+their own per-row states, and, in the first chunk of a store's first shard, the sketch.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,9 +18,10 @@ from torch import Tensor
 
 from shardlab.codecs import rounding_key
 from shardlab.errors import CheckpointError
-from shardlab.ops.chunks import ChunkRows
+from shardlab.ops.chunks import MARK, ChunkRows
 from shardlab.ops.records import Records
 from shardlab.storage.base import TableChunk
+from shardlab.storage.chunk_replay import mean_of_chunks
 from shardlab.storage.chunk_start import chunk_numbers
 from shardlab.storage.chunk_stores import NO_BUDGET
 from shardlab.storage.rows import STATE_NAMES
@@ -29,6 +31,39 @@ if TYPE_CHECKING:
     from shardlab.storage.pruned import PrunedStorage
 
 _FP32_BYTES = 4
+
+
+@dataclass(frozen=True)
+class RowContent:
+    """What rows hold.
+
+    Attributes:
+        codes: int16 [n, chunks]: bits of utilities, -1 for absent chunks.
+        weights: fp32 [n, columns].
+        states: fp32 [n, chunks, elements].
+    """
+
+    codes: Tensor
+    weights: Tensor
+    states: Tensor
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all its tensors."""
+        return self.codes.nbytes + self.weights.nbytes + self.states.nbytes
+
+    def pick(self, some: Tensor | slice) -> RowContent:
+        """Some of the rows."""
+        return RowContent(self.codes[some], self.weights[some], self.states[some])
+
+    @staticmethod
+    def cat(parts: Sequence[RowContent]) -> RowContent:
+        """One behind the other; there is one at least."""
+        if len(parts) == 1:
+            return parts[0]
+        return RowContent(torch.cat([one.codes for one in parts]),
+                          torch.cat([one.weights for one in parts]),
+                          torch.cat([one.states for one in parts]))
 
 
 class ChunkFiles:
@@ -56,44 +91,79 @@ class ChunkFiles:
         for store in range(len(storage.stores)):
             storage.compact(store)
         for block, local in enumerate(storage.shards):
-            shard, found = local.shard, storage.index.list_rows(block)
-            per_column, per_row = OPTIMIZER_STATE[storage.optimizer]
-            row_bytes = _FP32_BYTES * ((1 + per_column) * shard.columns + per_row)
-            step = max(1, max_bytes // row_bytes)
+            found, head = storage.index.list_rows(block), self.head(block)
+            step = max(1, max_bytes // (_FP32_BYTES * self.elements(block)))
             starts = [0, *found.rows[step::step].tolist()]
             for i, first in enumerate(starts):
-                last = starts[i + 1] if i + 1 < len(starts) else shard.rows
+                last = starts[i + 1] if i + 1 < len(starts) else local.shard.rows
                 part = slice(i * step, min((i + 1) * step, found.rows.numel()))
-                yield self._chunk(block, (first, last), ChunkRows(
-                    found.rows[part], found.places[part], found.utilities[part]))
+                content = self.read(block, found.places[part], found.utilities[part])
+                yield self.chunk(block, (first, last), found.rows[part], content,
+                                 self.note(head) if i else head)
 
-    def _chunk(self, block: int, span: tuple[int, int], rows: ChunkRows) -> TableChunk:
+    def elements(self, block: int) -> int:
+        """fp32 elements of a row of a shard and its state."""
+        storage = self._storage
+        per_column, per_row = OPTIMIZER_STATE[storage.optimizer]
+        return (1 + per_column) * storage.shards[block].shard.columns \
+            + per_row * storage.pools.chunks(block)
+
+    def read(self, block: int, places: Tensor, utilities: Tensor) -> RowContent:
+        """Rows whose chunks lie at ``places`` int32 [n, chunks], with their utilities."""
+        pools, (count, chunks) = self._storage.pools, places.shape
+        at = places.reshape(-1).long()
+        here = (at >= 0).nonzero()[:, 0]
+        records = Records(pools.arena, pools.blocks, block, at[here].to(pools.arena.device))
+        parts = []
+        for part in (records.read_rows().cpu(), records.read_states().cpu()):
+            whole = torch.zeros(count * chunks, part.shape[1])
+            parts.append(whole.index_copy_(0, here, part))
+        codes = torch.where(places >= 0, utilities & (MARK - 1), -1).to(torch.int16)
+        return RowContent(codes, parts[0].view(count, chunks * pools.width(block)),
+                          parts[1].view(count, chunks, -1 if count else parts[1].shape[1]))
+
+    def chunk(self, block: int, span: tuple[int, int], rows: Tensor, content: RowContent,
+              head: dict[str, Tensor]) -> TableChunk:
+        """A chunk of a table.
+
+        Args:
+            block: number of the shard.
+            span: range of the shard's rows that it speaks of.
+            rows: int64 [n], ascending, of the shard: those that are there.
+            content: of them.
+            head: `head`, or `note` of it.
+        """
         storage, local = self._storage, self._storage.shards[block]
         shard, width = local.shard, storage.pools.width(block)
-        count, chunks = rows.places.shape
-        at = rows.places.reshape(-1).long()
-        records = Records(storage.pools.arena, storage.pools.blocks, block,
-                          at.clamp(min=0).to(storage.pools.arena.device))
-        here = (at >= 0)[:, None]
-        weights = torch.where(here, records.read_rows().cpu(), 0.0).view(count, shard.columns)
-        states = records.read_states().cpu()
-        states = torch.where(here, states, 0.0).view(count, chunks, states.shape[1])
-        extra = {"utilities": torch.where(rows.places >= 0, rows.utilities, -1).to(torch.int16)}
-        store = int(storage.index.blocks[block, 0])
-        extra["threshold"] = storage.thresholds[block:block + 1].clone()
-        extra["decided_at"] = torch.tensor([storage.since[store]])
-        state = self._split(states, width)
         per_column, per_row = OPTIMIZER_STATE[storage.optimizer]
+        extra = {"utilities": content.codes, **head}
         if per_row:
-            extra["row_states"] = states[:, :, per_column * width:].reshape(
-                count, chunks * per_row).contiguous()
-        if span[0] == 0:
-            extra["scale"] = storage.scale[block:block + 1].clone()
-            extra["sketch"] = storage.index.sketch(store).clone()
-            extra["sketch_of"] = torch.tensor([self._identity(store)])
-            extra["budget"] = torch.tensor([storage.index.numbers(store).budget])
-        return TableChunk(local.table.name, shard.row_start + span[0], shard.col_start, weights,
-                          state, False, rows.rows - span[0], span[1] - span[0], extra)
+            extra["row_states"] = content.states[:, :, per_column * width:].reshape(
+                rows.numel(), storage.pools.chunks(block) * per_row).contiguous()
+        return TableChunk(local.table.name, shard.row_start + span[0], shard.col_start,
+                          content.weights, self._split(content.states, width), False,
+                          rows - span[0], span[1] - span[0], extra)
+
+    def head(self, block: int) -> dict[str, Tensor]:
+        """What a shard's first chunk tells of it, and, once for every store, of the store."""
+        storage = self._storage
+        store = int(storage.index.blocks[block, 0])
+        told = {"threshold": storage.thresholds[block:block + 1].clone(),
+                "decided_at": torch.tensor([storage.since[store]]),
+                "scale": storage.scale[block:block + 1].clone(),
+                "measured": storage.measured[block:block + 1].clone(),
+                "sketch_of": torch.tensor([self._identity(store)])}
+        if block == storage.stores[store].blocks[0]:
+            numbers = storage.index.numbers(store)
+            told |= {"sketch": storage.index.sketch(store).clone(),
+                     "budget": torch.tensor([numbers.budget]),
+                     "refused": torch.tensor([numbers.refused])}
+        return told
+
+    @staticmethod
+    def note(head: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What the other chunks of a shard repeat of its head."""
+        return {name: head[name] for name in ("threshold", "decided_at")}
 
     def _split(self, states: Tensor, width: int) -> dict[str, Tensor]:
         """States [n, chunks, elements] by name: [n, columns], or [n], means of present chunks."""
@@ -106,7 +176,7 @@ class ChunkFiles:
                 parts[name] = part.reshape(count, states.shape[1] * width).contiguous()
             else:
                 part = states[:, :, per_column * width + number - per_column]
-                parts[name] = part.sum(1) / (part != 0).sum(1).clamp(min=1)
+                parts[name] = mean_of_chunks(part)
         return parts
 
     def _identity(self, store: int) -> int:
@@ -121,11 +191,13 @@ class ChunkFiles:
     def begin_load(self) -> None:
         """Drops all chunks and what is known of absent ones."""
         storage = self._storage
+        storage.watch.begin_anew()
         for store in range(len(storage.stores)):
             none = torch.full((len(storage.shards),), float("inf"))
             storage.index.decide(store, 0.0, none, 0)
             storage.index.compact(store, tight=True)
             storage.index.sketch(store).zero_()
+        storage.index.take_losses()
         self._loading = True
 
     def load_chunk(self, chunk: TableChunk) -> None:
@@ -237,13 +309,17 @@ class ChunkFiles:
             records.write_states(states[kept].to(device), words)
 
     def _take_store(self, block: int, chunk: TableChunk) -> None:
-        """Takes over what decisions left; sketch and budget only if made for the same shards."""
+        """Takes over what decisions left; what counts for a store only if its shards are these."""
         storage, extra = self._storage, chunk.extra
         store = int(storage.index.blocks[block, 0])
         if "threshold" in extra:
             storage.thresholds[block] = extra["threshold"][0]
             storage.since[store] = int(extra["decided_at"])
-        if "sketch" in extra and int(extra["sketch_of"]) == self._identity(store):
-            storage.scale[block] = extra["scale"][0]
+        if "sketch_of" not in extra or int(extra["sketch_of"]) != self._identity(store):
+            return
+        storage.scale[block] = extra["scale"][0]
+        storage.measured[block] = extra["measured"][0]
+        if "sketch" in extra:
+            storage.index.set_refused(store, int(extra["refused"]))
             storage.index.sketch(store).copy_(extra["sketch"])
             storage.index.set_budget(store, int(extra["budget"]))

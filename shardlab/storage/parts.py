@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from shardlab.storage.base import LocalShard, RowReads, Storage, TableChunk
+from shardlab.storage.base import KeepsItself, LocalShard, RowReads, Storage, TableChunk
 from shardlab.storage.mixed import MixedStorage
 
 
@@ -64,8 +64,13 @@ def flush_rows(storage: Storage) -> None:
             part.flush()
 
 
+def kept_parts(storage: Storage) -> list[KeepsItself]:
+    """The storages that keep what changes themselves."""
+    return [part for part, _ in parts_of(storage) if isinstance(part, KeepsItself)]
+
+
 def other_chunks(storage: Storage, max_bytes: int) -> Iterator[TableChunk]:
-    """Streams the shards that are not in `row_blocks`, as `Storage.chunks` does."""
+    """Streams the shards that are in neither `row_blocks` nor `kept_parts`, as `Storage.chunks`."""
     for part, _ in parts_of(storage):
-        if not isinstance(part, RowReads):
+        if not isinstance(part, (RowReads, KeepsItself)):
             yield from part.chunks(max_bytes)

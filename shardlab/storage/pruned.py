@@ -41,9 +41,13 @@ from shardlab.ops.chunks import Offers
 from shardlab.ops.rows import StepParameters
 from shardlab.ops.unique import Uniques
 from shardlab.storage.base import LocalShard, PlacedJobs, StorageOptions, TableChunk
+from shardlab.storage.chunk_changes import ChunkChanges
 from shardlab.storage.chunk_files import ChunkFiles
+from shardlab.storage.chunk_snapshot import ChunkSnapshot
 from shardlab.storage.chunk_start import fill_dense
 from shardlab.storage.chunk_stores import build_pools, plan_stores, pruned_spec
+from shardlab.storage.chunk_watch import ChunkWatch
+from shardlab.storage.kept_room import KeptRoom
 from shardlab.storage.levels import Clock
 from shardlab.storage_bytes import TierBytes
 
@@ -93,7 +97,8 @@ class PrunedStorage:
         #: Chunks since the start, by shard.
         self.admitted = torch.zeros(count, dtype=torch.int64)
         self.evicted = torch.zeros(count, dtype=torch.int64)
-        self._files = ChunkFiles(self)
+        self.files = ChunkFiles(self)
+        self.watch = ChunkWatch(self)
         for number, plan in enumerate(self.stores):
             if plan.spec.is_full or plan.spec.start == "dense":
                 fill_dense(self.pools, shards, plan, number, options.seed)
@@ -101,18 +106,18 @@ class PrunedStorage:
     # ------------------------------------------------------------------ verbs
     def read(self, segments: Tensor, ids: Tensor, out: Tensor) -> None:
         """Decodes rows into ``out`` (`ops.chunk_rows.read_chunks`)."""
-        self._files.settle()
+        self.files.settle()
         read_chunks(self.pools, segments, ids, out)
 
     def read_pooled(self, jobs: PlacedJobs, index: Tensor, offsets: Tensor | None,
                     weights: Tensor | None, out: Tensor) -> None:
         """Pools bags straight from the chunks."""
-        self._files.settle()
+        self.files.settle()
         pool_chunks(self.pools, jobs.jobs, index, offsets, weights, out)
 
     def read_scattered(self, uniques: Uniques, weights: Tensor | None, out: Tensor) -> None:
         """Copies every row to its entries' places."""
-        self._files.settle()
+        self.files.settle()
         scatter_chunks(self.pools, uniques, weights, out)
 
     def place_jobs(self, jobs: Tensor) -> PlacedJobs:
@@ -126,7 +131,14 @@ class PrunedStorage:
     def update(self, uniques: Uniques, weights: Tensor | None, grads: Tensor,
                step: StepParameters, row_squares: Tensor | None = None) -> None:
         """Steps present chunks, counts absent ones, and admits what is worth it."""
-        self._files.settle()
+        self.files.settle()
+        with self.watch.lock:
+            self.watch.before_update(uniques)
+            self._update(uniques, weights, grads, step, row_squares)
+        self.watch.wait()
+
+    def _update(self, uniques: Uniques, weights: Tensor | None, grads: Tensor,
+                step: StepParameters, row_squares: Tensor | None) -> None:
         step = replace(step, key=self.clock.key(0))
         key = rounding_key(self.clock.seed, self.clock.step, _TOUCH)
         now = torch.ones(len(self.shards), dtype=torch.float32)
@@ -139,11 +151,12 @@ class PrunedStorage:
         offers = Offers(block_segments(uniques), uniques.ids.cpu(), norms, now,
                         self.thresholds * self.scale, key, self._margins, self.evicted)
         admitted = self.index.offer(offers)
+        self.watch.after_offer()
         if not admitted.shape[0]:
             return
         blocks = torch.searchsorted(uniques.splits, admitted[:, 0].contiguous(), right=True) - 1
         self.admitted += torch.bincount(blocks, minlength=len(self.shards))
-        if not self._reached:
+        if not self._reached or self.index.keeps_places:
             self._clear(blocks, admitted[:, 2])
         step_admitted(self.pools, admitted, uniques, weights, grads, step, row_squares)
 
@@ -185,7 +198,7 @@ class PrunedStorage:
 
     def utility_counts(self, store: int) -> Tensor:
         """int64 [shards, BINS]: present chunks by utility."""
-        self._files.settle()
+        self.files.settle()
         return self.index.count(store, self.decay(store))[0]
 
     def chunk_cost(self, store: int) -> float:
@@ -215,10 +228,16 @@ class PrunedStorage:
             thresholds: fp32 [shards]; those of other stores' shards are not read.
             budget: bytes of all of them; each gets a part as it keeps chunks.
         """
+        self.watch.wait_to_decide(stores)
+        with self.watch.lock:
+            self._decide(stores, thresholds, budget)
+        self.watch.wait()
+
+    def _decide(self, stores: Sequence[int], thresholds: Tensor, budget: int) -> None:
         key = rounding_key(self.clock.seed, self.clock.step, _DECIDE)
         for store in stores:
             spec, blocks = self.stores[store].spec, list(self.stores[store].blocks)
-            self.evicted += self.index.decide(store, self.decay(store), thresholds, key)
+            self.evicted += self.watch.decide(store, self.decay(store), thresholds, key)
             self.thresholds[blocks] = thresholds[blocks] * (1 + spec.hysteresis)
             self.since[store] = self.clock.step
             numbers = self.index.numbers(store)
@@ -233,7 +252,7 @@ class PrunedStorage:
                 break
             thresholds = (thresholds * _RAISE).clamp(min=_LEAST)
             for store in stores:
-                self.evicted += self.index.decide(store, 1.0, thresholds, key)
+                self.evicted += self.watch.decide(store, 1.0, thresholds, key)
 
     def _share(self, stores: Sequence[int], budget: int) -> int:
         """Bytes that stores hold; their parts of the budget go by that."""
@@ -255,9 +274,10 @@ class PrunedStorage:
             store: number of the store.
             tight: all of them; else those that the budget has no room for.
         """
-        moves = self.index.compact(store, tight=tight)
-        if not self._reached and moves.shape[0]:
-            move_places(self.pools, self.stores[store].blocks[0], moves)
+        with self.watch.lock:
+            moves = self.index.compact(store, tight=tight)
+            if not self._reached and moves.shape[0]:
+                move_places(self.pools, self.stores[store].blocks[0], moves)
 
     # ------------------------------------------------------------------ bytes
     def held_bytes(self, store: int) -> int:
@@ -272,7 +292,7 @@ class PrunedStorage:
 
     def tier_bytes(self) -> TierBytes:
         """Bytes that are held now, by tier: pools, index, utilities, sketch, free places."""
-        self._files.settle()
+        self.files.settle()
         total = TierBytes()
         for store, plan in enumerate(self.stores):
             total = total + TierBytes.on(plan.spec.tier, self.index.held_bytes(store))
@@ -285,16 +305,25 @@ class PrunedStorage:
         Chunks are moved together first, as a resumed run will have them: what is held then, and
         so what is admitted next, is the same in both.
         """
-        self._files.settle()
-        return self._files.chunks(max_bytes)
+        self.files.settle()
+        return self.files.chunks(max_bytes)
+
+    def snapshot(self, changes: ChunkChanges | None, room: KeptRoom) -> ChunkSnapshot:
+        """The rows at this moment, to be written while training goes on; see `KeepsItself`."""
+        self.files.settle()
+        return self.watch.snapshot(changes, room)
+
+    def watch_changes(self) -> ChunkChanges:
+        """From now on, what changes."""
+        return self.watch.watch_changes()
 
     def begin_load(self) -> None:
         """Drops all chunks."""
-        self._files.begin_load()
+        self.files.begin_load()
 
     def load_chunk(self, chunk: TableChunk) -> None:
         """Takes the chunk's rows in; of rows of another storage, those that there is room for."""
-        self._files.load_chunk(chunk)
+        self.files.load_chunk(chunk)
 
     def close(self) -> None:
         """Nothing: all is memory."""

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from shardlab.errors import CheckpointError
 from shardlab.storage import TableChunk
+from shardlab.storage.chunk_replay import ChangedShard, is_head
 from shardlab.train.manifest import (
     ALL,
     CHANGED,
@@ -118,7 +119,11 @@ class CheckpointReader:
                  if (entry.collection, entry.table) not in whole]
         for entry, tensors in self.base._read(below, wanted):
             chunk = _chunk_of(self.base.path, entry, tensors)
-            yield entry.collection, self._lay_over(entry, chunk)
+            if chunk.present is None:
+                yield entry.collection, self._lay_over(entry, chunk)
+            else:
+                for part in self._replay(entry, chunk):
+                    yield entry.collection, part
 
     def table_chunks(self, table: TableEntry, rows: slice | None = None) -> Iterator[TableChunk]:
         """Streams the chunks of one table, or those that touch a range of its rows."""
@@ -146,14 +151,8 @@ class CheckpointReader:
 
     def _lay_over(self, below: ChunkEntry, chunk: TableChunk) -> TableChunk:
         """The same chunk with the rows that changed since the base."""
-        for entry in self._changed.get(_column_of(below), []):
-            if entry.row_start >= below.row_end or below.row_start >= entry.row_end:
-                continue
-            if entry.file not in self._open:
-                self._open[entry.file] = self._tensors(entry.file)
-                while len(self._open) > _OPEN_FILES:
-                    self._open.popitem(last=False)
-            above = _chunk_of(self.path, entry, self._open[entry.file])
+        for entry in self._above(below):
+            above = self._changed_chunk(entry)
             assert above.present is not None
             at = above.present + (entry.row_start - below.row_start)
             inside = (at >= 0) & (at < below.rows)
@@ -161,6 +160,32 @@ class CheckpointReader:
             for field, value in above.state.items():
                 chunk.state[field][at[inside]] = value[inside]
         return chunk
+
+    def _above(self, below: ChunkEntry) -> list[ChunkEntry]:
+        """Changed rows that touch a chunk of the base."""
+        return [entry for entry in self._changed.get(_column_of(below), [])
+                if entry.row_start < below.row_end and below.row_start < entry.row_end]
+
+    def _changed_chunk(self, entry: ChunkEntry) -> TableChunk:
+        if entry.file not in self._open:
+            self._open[entry.file] = self._tensors(entry.file)
+            while len(self._open) > _OPEN_FILES:
+                self._open.popitem(last=False)
+        return _chunk_of(self.path, entry, self._open[entry.file])
+
+    def _replay(self, below: ChunkEntry, chunk: TableChunk) -> Iterator[TableChunk]:
+        """A chunk of a pruned table with what changed since the base, in pieces."""
+        above = self._above(below)
+        heads = [entry for entry in above if is_head(entry.extra)]
+        if len(heads) != 1:
+            raise CheckpointError(f"{self.path} tells {len(heads)} times what became of rows "
+                                  f"{below.row_start} to {below.row_end} of table {below.table!r} "
+                                  "since its base; the checkpoint is foreign")
+        columns = self.table(f"{below.collection}/{below.table}").columns
+        shard = ChangedShard(columns, self._changed_chunk(heads[0]))
+        rows = sorted((entry for entry in above if entry is not heads[0]),
+                      key=lambda entry: entry.row_start)
+        yield from shard.lay_over(chunk, map(self._changed_chunk, rows))
 
     # ------------------------------------------------------------------ the rest
     def state(self, name: str) -> Any:

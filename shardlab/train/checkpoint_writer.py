@@ -179,7 +179,7 @@ class CheckpointWriter:
             elif self._options.incremental and job.manifest.base is None:
                 self._base, self._since_full = BaseEntry(job.path.name, digest), 0
             self.stalled_s += time.perf_counter() - started + sum(
-                snapshot.waited_s for snapshot in job.snapshots.values())
+                snapshot.room.waited_s for snapshot in job.snapshots.values())
 
     def _wait(self, job: SaveJob, wait: Callable[[float], bool]) -> None:
         """Waits until ``wait`` is true on all ranks. Ranks meet every `_TICK_S`: so no rank is late
@@ -215,7 +215,8 @@ class CheckpointWriter:
             return None
         marks = self._changed.values()
         there = (path.parent / base.name / MANIFEST).is_file() if self._groups.rank == 0 else True
-        ranks = gather_objects_json([there, sum(changed.count() for changed in marks),
+        known = all(changed.is_known for changed in marks)
+        ranks = gather_objects_json([there and known, sum(changed.count() for changed in marks),
                                      sum(changed.num_rows() for changed in marks)], self._groups)
         rows = sum(rank[2] for rank in ranks)  # none: all tables are of kinds that are saved whole
         worth = rows > 0 and sum(rank[1] for rank in ranks) <= _WORTH_SHARE * rows
@@ -250,7 +251,7 @@ class CheckpointWriter:
             room = _buffer_bytes(collection)
             job.snapshots[name] = snapshot = collection.snapshot(
                 None if base is None else changed, room)
-            snapshot.limit -= self._take_others(job, name, collection, room // 2)
+            snapshot.room.limit -= self._take_others(job, name, collection, room // 2)
             if self._options.incremental and base is None:
                 if changed is None:
                     self._changed[name] = collection.watch_changes()

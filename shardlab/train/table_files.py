@@ -141,7 +141,8 @@ def other_chunks(name: str, collection: ShardedEmbeddingBagCollection) -> Iterat
 def snapshot_chunks(name: str, snapshot: Snapshot) -> Iterator[NamedChunk]:
     """The rows that a snapshot holds."""
     for chunk, changed in snapshot.chunks():
-        yield NamedChunk(name, chunk, CHANGED if changed else ALL)
+        yield NamedChunk(name, chunk, CHANGED if changed else
+                         ALL if chunk.present is None else PRESENT)
 
 
 def load_tables(reader: CheckpointReader, rank: int,

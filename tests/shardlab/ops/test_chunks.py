@@ -75,6 +75,7 @@ class Pair:
                 parts = [self.faces[0].list_between(0, replace(where, slice=i, slices=3))
                          for i in range(3)]
                 assert torch.equal(in_order(torch.cat(parts)), whole)
+                assert [face.count_between(0, where) for face in self.faces] == 2 * [len(whole)]
         for block in range(self.num_blocks):
             found = self.both(lambda face, block=block: vars(face.list_rows(block)))
             self.both(lambda face, block=block, rows=found["rows"]: vars(

@@ -17,7 +17,7 @@ from shardlab.plan import Shard, ShardingPlan, build_table_plan
 from shardlab.sharded.clock import PhaseClock
 from shardlab.sharded.row_watch import ChangedRows, Snapshot
 from shardlab.specs import EmbeddingBagConfig, ShardingType
-from shardlab.storage import TableChunk
+from shardlab.storage import KeptRoom, TableChunk
 from shardlab.storage_bytes import TierBytes
 
 
@@ -91,7 +91,7 @@ class FakeCollection:
 
     def snapshot(self, changed: object, buffer_bytes: int) -> Snapshot:
         """Holds nothing: `other_chunks` are all."""
-        return Snapshot({}, None, buffer_bytes)
+        return Snapshot({}, None, KeptRoom(buffer_bytes))
 
     def other_chunks(self, max_bytes: int) -> Iterator[TableChunk]:
         return self.chunks(max_bytes)
