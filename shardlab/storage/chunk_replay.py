@@ -82,7 +82,7 @@ class ChangedShard:
         parts["extra/utilities"], went = codes[stay], went[stay]
         for name, value in parts.items():
             if value.dim() == 2 and value.is_floating_point():
-                parts[name] = value.view(len(value), chunks, -1).masked_fill(
+                parts[name] = value.view(len(value), chunks, value.shape[1] // chunks).masked_fill(
                     went[:, :, None], 0.0).flatten(1)
         if "extra/row_states" in parts:
             (name,) = (name for name, value in parts.items()

@@ -127,9 +127,11 @@ class MixedStorage:
             part.begin_load()
 
     def load_chunk(self, chunk: TableChunk) -> None:
-        """Every part takes what lies in its shards."""
+        """Every part that has shards of the table takes what lies in them."""
         for part in self.parts:
-            part.load_chunk(chunk)
+            # A chunk may speak of 2^63 rows, which no other kind of storage could go through.
+            if any(local.table.name == chunk.table for local in part.shards):
+                part.load_chunk(chunk)
 
     def shared_gradients(self, block: int, out: Tensor) -> bool:
         """Of the part that holds the shard, a tensor train."""
