@@ -2,7 +2,10 @@
 
     python checkpoint_stall.py --dir /path/on/the/disk
 
-DLRM on the 26 Criteo tables of at most 2M rows, one rank. Reported:
+    python checkpoint_stall.py --dir /path/on/the/disk --pruned 0.5 --period 20
+
+DLRM on the 26 Criteo tables of at most 2M rows, one rank; with --pruned all of them pruned to that
+share of the dense bytes, from a dense start. Reported:
 
 * whole: seconds of a save that training waits for;
 * behind: seconds that `CheckpointWriter` blocked training, and by how much the steps beside the
@@ -60,7 +63,11 @@ class Training:
     def __init__(self, args: argparse.Namespace) -> None:
         names = [f"c{i}" for i in range(len(CRITEO_KAGGLE_ROWS))]
         rows = [min(count, args.max_rows) for count in CRITEO_KAGGLE_ROWS]
-        tables = [sl.EmbeddingBagConfig(count, args.dim, name, feature_names=(name,))
+        storage = "fp32" if not args.pruned else {
+            "kind": "pruned", "budget": {"ratio": args.pruned}, "chunks": args.chunks,
+            "period": args.period, "start": "dense", "ramp": 0}
+        tables = [sl.EmbeddingBagConfig(count, args.dim, name, feature_names=(name,),
+                                        storage=storage)
                   for count, name in zip(rows, names, strict=True)]
         model = build_model("dlrm", sl.EmbeddingBagCollection(tables), 13,
                             bottom_mlp=[512, 256], top_mlp=[512, 256])
@@ -165,12 +172,18 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=64)
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--pruned", type=float, help="share of the dense bytes that is held")
+    parser.add_argument("--chunks", type=int, default=1)
+    parser.add_argument("--period", type=int, default=20, help="steps from decision to decision")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     folder = Path(args.dir)
     folder.mkdir(parents=True)
     training, memory = Training(args), ResidentMemory()
-    for _ in range(20):
+    for _ in range(max(20, args.period)):
+        training.step()
+    memory.restart()
+    for _ in range(max(20, args.period)):
         training.step()
     before = memory.peak
     memory.restart()

@@ -177,7 +177,10 @@ inline int64_t* note_row(ChunkLog& log, const ChunkStore& s, int64_t block, int6
 // A chunk goes: its place is free, its utility counted in the sketch.
 inline void leave(ChunkStore& s, int64_t slot, int64_t chunk, float utility) {
   const uint64_t key = keys_of(s)[slot];
-  if (s.sketch_lines) cells_of(line_of(s, key), key, chunk).raise(cell_code(utility, 0));
+  if (s.sketch_lines) {
+    cells_of(line_of(s, key), key, chunk).raise(cell_code(utility, 0));
+    mark_line(s, key);
+  }
   int32_t& place = places_of(value_at(s, slot))[chunk];
   stack_of(s)[s.free++] = place;
   place = -1;

@@ -198,8 +198,10 @@ int64_t offer_row(ChunkStore& store, const ChunkBlock& block, const ChunkOffers&
       replaced |= room == 1;
     }
     if (slot < 0) {
-      if (store.sketch_lines)
+      if (store.sketch_lines) {
         cells.raise(cell_code(utility, (word >> 16) & ((1u << kCellShift) - 1)));
+        mark_line(store, key);
+      }
       continue;
     }
     known = true;

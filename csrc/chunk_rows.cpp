@@ -84,6 +84,7 @@ void chunk_unmark(const ChunkStore& store) {
     uint16_t* utilities = utilities_of(store, value_at(store, s));
     for (int64_t k = 0; k < store.chunks; ++k) utilities[k] &= (uint16_t)(kMarked - 1);
   }
+  if (store.line_marks) std::memset((void*)store.line_marks, 0, store.sketch_lines);
 }
 
 }  // namespace shardlab

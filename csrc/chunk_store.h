@@ -23,6 +23,8 @@ struct ChunkStore {
   // them: the caller then clears and moves chunks), int32 stack, sketch lines.
   int64_t keys, values, payload, state, stack, sketch;
   int64_t chunks, payload_bytes, state_bytes, slab, max_chunks, max_slots, sketch_lines, wide;
+  // Address of a byte a line of the sketch, set where cells change but by decay; 0: nobody asks.
+  int64_t line_marks;
   // What moves.
   int64_t budget, slots, rows, used, top, committed, free, refused;
 };
@@ -120,7 +122,7 @@ struct ChunkRange {
 // (block, row) of rows of a store, in no order of use. Returns how many.
 int64_t chunk_between(const ChunkCall& call, int64_t store, const ChunkRange& range,
                       int64_t* found);
-// Clears the marks of all rows.
+// Clears the marks of all rows, and of the sketch.
 void chunk_unmark(const ChunkStore& store);
 
 }  // namespace shardlab

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from shardlab.ops.chunks import _CELL_BIAS, _CELL_SHIFT, BINS, mixed
 
+#: Cells of a sketch at a time, so that what is reckoned in between stays small.
+_PIECE = 1 << 20
 _GOLDEN = -0x61C8864680B583EB
 _LEAST_UTILITY = 2.0 ** -48
 _WORD_BITS, _RANK_BITS, _LOW = 64, 24, (1 << 16) - 1
@@ -66,11 +68,14 @@ def decay_sketch(cells: Tensor, decay: Tensor, key: int) -> Tensor:
         decay: fp32 [], of the decision.
         key: of its random bits.
     """
-    random = _shifted(mixed(torch.arange(cells.numel()) * _GOLDEN + key), 16).int() \
-        & ((1 << _CELL_SHIFT) - 1)
-    value = ((cells.int() + _CELL_BIAS) << _CELL_SHIFT).view(torch.float32) * decay
-    found = ((value.view(torch.int32) + random) >> _CELL_SHIFT) - _CELL_BIAS
-    return torch.where(cells > 0, found.clamp(0, BINS - 1), 0).to(torch.uint8)
+    found = torch.zeros_like(cells)
+    for first in range(0, cells.numel(), _PIECE):
+        at = cells[first:first + _PIECE].nonzero()[:, 0] + first
+        random = (mixed(at * _GOLDEN + key) >> 16).int() & ((1 << _CELL_SHIFT) - 1)
+        value = ((cells[at].int() + _CELL_BIAS) << _CELL_SHIFT).view(torch.float32) * decay
+        code = ((value.view(torch.int32) + random) >> _CELL_SHIFT) - _CELL_BIAS
+        found[at] = code.clamp_(0, BINS - 1).to(torch.uint8)
+    return found
 
 
 def _shifted(x: Tensor, bits: int) -> Tensor:

@@ -244,7 +244,11 @@ class ChunkIndex(Protocol):
         """How many `list_between` would list."""
 
     def clear_marks(self, store: int) -> None:
-        """From now on rows are marked that are stepped, admitted, or lose chunks to others."""
+        """From now on rows are marked that are stepped, admitted, or lose chunks to others; and
+        lines of the sketch that count anything."""
+
+    def changed_lines(self, store: int) -> Tensor:
+        """int64 [n]: lines of the sketch that counted something since `clear_marks`."""
 
     def take_losses(self) -> Losses:
         """Rows that lost chunks since the last call, where ``notes_losses``."""
@@ -283,8 +287,8 @@ def build_chunk_index(shapes: Sequence[StoreShape], blocks: Tensor, memory: Tens
 
 
 _STATE = ("keys", "values", "payload", "state", "stack", "sketch", "chunks", "payload_bytes",
-          "state_bytes", "slab", "max_chunks", "max_slots", "sketch_lines", "wide", "budget",
-          "slots", "rows", "used", "top", "committed", "free", "refused")
+          "state_bytes", "slab", "max_chunks", "max_slots", "sketch_lines", "wide",
+          "line_marks", "budget", "slots", "rows", "used", "top", "committed", "free", "refused")
 _COLUMN = {name: column for column, name in enumerate(_STATE)}
 _POOLS = [_COLUMN["payload"], _COLUMN["state"]]
 
@@ -333,6 +337,7 @@ class NativeChunkIndex:
         self._memory = memory
         at = self._memory.data_ptr() if sizes else 0
         self._sketches: list[Tensor] = []
+        self._line_marks: dict[int, Tensor] = {}
         offset = 0
         for row, shape, size, pool in zip(self._state, shapes, sizes, pools, strict=True):
             keys, values, stack, sketch = size
@@ -355,7 +360,7 @@ class NativeChunkIndex:
         return self._call
 
     def numbers(self, store: int) -> StoreNumbers:
-        return StoreNumbers(*self._state[store, 14:].tolist())
+        return StoreNumbers(*self._state[store, _COLUMN["budget"]:].tolist())
 
     def set_budget(self, store: int, budget: int) -> None:
         self._state[store, _COLUMN["budget"]] = budget
@@ -487,7 +492,15 @@ class NativeChunkIndex:
                                 int(where.marks)], found))
 
     def clear_marks(self, store: int) -> None:
+        lines = self.shapes[store].layout.sketch_lines
+        if lines and store not in self._line_marks:
+            self._line_marks[store] = torch.zeros(lines, dtype=torch.bool)
+            self._state[store, _COLUMN["line_marks"]] = address(self._line_marks[store])
         native().chunk_unmark(address(self._state[store]))  # type: ignore[union-attr]
+
+    def changed_lines(self, store: int) -> Tensor:
+        return self._line_marks[store].nonzero()[:, 0] if store in self._line_marks else \
+            torch.arange(self.shapes[store].layout.sketch_lines)
 
     def _chunks(self, block: int) -> int:
         return self.shapes[int(self.blocks[block, 0])].layout.chunks

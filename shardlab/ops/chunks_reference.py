@@ -70,6 +70,7 @@ class _Store:
     committed: int = 0
     stack: list[int] = field(default_factory=list)
     refused: int = 0
+    lines: set[int] | None = None  # that counted something, once anybody asks
 
     def held(self, slots: int | None = None, committed: int | None = None,
              free: int | None = None) -> int:
@@ -222,7 +223,7 @@ class ReferenceChunkIndex:
             return place
         if cells:
             code = cell_code(utility, (word >> 16) & ((1 << _CELL_SHIFT) - 1))
-            _raise(store.cells, cells, code)
+            _raise(store, cells, code)
         return None
 
     def _make_room(self, store: _Store, at: tuple[int, int, int], utility: np.float32,
@@ -299,7 +300,7 @@ class ReferenceChunkIndex:
         """A chunk goes: its place is free, its utility counted in the sketch."""
         cells, chunks = self._cells(store, key, chunk), store.rows[key][2]
         if cells:
-            _raise(store.cells, cells, cell_code(utility, 0))
+            _raise(store, cells, cell_code(utility, 0))
         store.stack.append(chunks.places[chunk])
         chunks.places[chunk], chunks.utilities[chunk] = -1, 0
         store.used -= 1
@@ -450,13 +451,21 @@ class ReferenceChunkIndex:
     def clear_marks(self, store: int) -> None:
         for _, _, chunks in self._stores[store].rows.values():
             chunks.mark(marked=False)
+        self._stores[store].lines = set()
+
+    def changed_lines(self, store: int) -> Tensor:
+        one = self._stores[store]
+        return torch.arange(one.shape.layout.sketch_lines) if one.lines is None else \
+            torch.tensor(sorted(one.lines), dtype=torch.int64)
 
     def sketch(self, store: int) -> Tensor:
         return self._stores[store].cells
 
 
-def _raise(cells: Tensor, at: list[int], code: int) -> None:
-    cells[at] = cells[at].clamp(min=code)
+def _raise(store: _Store, at: list[int], code: int) -> None:
+    store.cells[at] = store.cells[at].clamp(min=code)
+    if store.lines is not None:
+        store.lines.add(at[0] // LINE_BYTES)
 
 
 def _bits(x: np.float32) -> int:

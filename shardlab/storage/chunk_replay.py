@@ -16,13 +16,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from shardlab.chunk_layout import LINE_BYTES
 from shardlab.codecs import table_key
-from shardlab.ops.chunk_decay import ChunkGrid, decide_utilities
+from shardlab.ops.chunk_decay import ChunkGrid, decay_sketch, decide_utilities
 from shardlab.storage.base import TableChunk
 
 #: What a shard's first incremental chunk has for readers alone.
 _DECISIONS = ("decays", "limits", "keys")
-_OWN = ("gone", "utilities", "row_states", *_DECISIONS)
+_OWN = ("gone", "sketch_lines", "sketch_cells", "utilities", "row_states", *_DECISIONS)
 _ROWS = "rows"
 
 
@@ -55,6 +56,8 @@ class ChangedShard:
         extra = {name: value for name, value in self.head.extra.items() if name not in _OWN}
         if first != self.head.row_start:
             extra = {name: extra[name] for name in below.extra if name in extra}
+        elif "sketch_lines" in self.head.extra:
+            extra["sketch"] = self._sketch(below.extra["sketch"])
         for chunk in above:
             last = min(end, chunk.row_start + chunk.num_rows)
             yield _merged(below, parts, _parts(chunk), (first, last), extra)
@@ -62,6 +65,16 @@ class ChangedShard:
             first = last
         if first < end:
             yield _merged(below, parts, None, (first, end), extra)
+
+    def _sketch(self, below: Tensor) -> Tensor:
+        """The store's sketch: that of the base, decayed, and lines that changed."""
+        extra = self.head.extra
+        cells = below
+        for decay, _, key in zip(*(extra[name] for name in _DECISIONS), strict=True):
+            cells = decay_sketch(cells, decay, int(key))
+        cells = cells.clone().view(-1, LINE_BYTES)
+        cells[extra["sketch_lines"]] = extra["sketch_cells"]
+        return cells.flatten()
 
     def _decided(self, below: TableChunk) -> dict[str, Tensor]:
         """Tensors of rows of the base, by name, after the decisions since."""

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from shardlab.chunk_layout import LINE_BYTES
 from shardlab.ops.chunks import MARK, Losses, Marks, RowRange
 from shardlab.ops.unique import Uniques
 from shardlab.storage.base import TableChunk
@@ -37,6 +38,8 @@ _STRIPE_ELEMENTS, _READ_ELEMENTS = 1 << 20, 1 << 18
 #: Row numbers that are listed at a time: so many, or a part of all.
 _LISTED_ROWS, _LISTED_PART = 1 << 16, 16
 _ROW_BYTES, _CODE_BYTES = 8, 2
+#: A sketch is written whole rather than that readers take more decisions on it.
+_MOST_REPLAYED = 16
 
 
 @dataclass
@@ -81,7 +84,18 @@ class ChunkSnapshot:
                              for block, rows in self._wanted.items()}
             self._left = [self._wanted[block].numel() for block in blocks]
             for block in blocks:
-                self._heads[block] |= _told(changes, block, int(storage.index.blocks[block, 0]))
+                store = int(storage.index.blocks[block, 0])
+                self._heads[block] |= _told(changes, block, store)
+                if "sketch" in self._heads[block]:
+                    self._shorten(self._heads[block], store)
+
+    def _shorten(self, head: dict[str, Tensor], store: int) -> None:
+        """Lines of the sketch that changed, in place of all, where these are few."""
+        lines = self._storage.index.changed_lines(store)
+        cells = head["sketch"].view(-1, LINE_BYTES)
+        if 2 * len(lines) <= len(cells) and len(head["keys"]) <= _MOST_REPLAYED:
+            del head["sketch"]
+            head |= {"sketch_lines": lines, "sketch_cells": cells[lines]}
 
     @property
     def num_rows(self) -> int:

@@ -65,6 +65,7 @@ class Pair:
         assert self.faces[0].numbers(0) == self.faces[1].numbers(0)
         assert self.faces[0].held_bytes(0) == self.faces[1].held_bytes(0)
         self.both(lambda face: face.sketch(0))
+        self.both(lambda face: face.changed_lines(0))
         assert torch.equal(*self.evicted)
         losses = self.both(lambda face: vars(face.take_losses()))
         assert (losses["places"] >= 0).sum(1).gt(losses["left"]).all()
