@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import IntEnum
 from typing import Protocol
 
 import torch
@@ -25,6 +24,7 @@ from shardlab.chunk_layout import (
     span_of,
     value_bytes,
 )
+from shardlab.ops.chunk_marks import MARK, Losses, LossLog, RowRange
 from shardlab.ops.registry import address, face_of, native
 
 #: Bins of utilities: bin c begins at `bin_edges()[c]`.
@@ -32,8 +32,6 @@ BINS = 256
 _CELL_SHIFT, _CELL_BIAS = 21, 316
 #: Rows from which a chunk that is replaced is chosen.
 DRAWN = 8
-#: Bit of a utility that marks its row as changed; see `ChunkIndex.clear_marks`.
-MARK = 1 << 15
 _SPARE = 2  # the array may grow beyond what its rows need, where a run reaches its end
 
 
@@ -108,51 +106,6 @@ class ChunkRows:
     """
 
     rows: Tensor
-    places: Tensor
-    utilities: Tensor
-
-
-class Marks(IntEnum):
-    """Which rows `ChunkIndex.list_between` lists."""
-
-    ANY = 0
-    SET = 1
-    CLEAR = 2
-
-
-@dataclass(frozen=True)
-class RowRange:
-    """Rows to list.
-
-    Attributes:
-        low, high: rows [low, high).
-        block: of this shard; -1: of all.
-        slice, slices: those in a part of the index, so that nobody is kept from it for long.
-        marks: those that changed, or did not.
-    """
-
-    low: int = 0
-    high: int = (1 << 63) - 1
-    block: int = -1
-    slice: int = 0
-    slices: int = 1
-    marks: Marks = Marks.ANY
-
-
-@dataclass(frozen=True)
-class Losses:
-    """Rows that lost chunks, as they were; a row may come more than once, the oldest first.
-
-    Attributes:
-        blocks, rows: int64 [n].
-        left: int64 [n]: chunks that the row kept.
-        places: int32 [n, most chunks], -1 where absent.
-        utilities: int16 [n, most chunks]: bits of bf16, with marks.
-    """
-
-    blocks: Tensor
-    rows: Tensor
-    left: Tensor
     places: Tensor
     utilities: Tensor
 
@@ -293,34 +246,6 @@ _COLUMN = {name: column for column, name in enumerate(_STATE)}
 _POOLS = [_COLUMN["payload"], _COLUMN["state"]]
 
 
-class _Log:
-    """Where the native index notes rows that lose chunks: (block, row, chunks left, value).
-
-    Args:
-        rows: that it has room for; 0: nothing is noted.
-        chunks: most of a row.
-    """
-
-    def __init__(self, rows: int, chunks: int) -> None:
-        self._log = torch.empty(rows, self.words(chunks), dtype=torch.int64)
-        self._count = torch.zeros(1, dtype=torch.int64)
-
-    @staticmethod
-    def words(chunks: int) -> int:
-        """Of a row."""
-        return 3 + -(-value_bytes(chunks) // 8)
-
-    def addresses(self) -> tuple[int, int, int]:
-        """What native functions take."""
-        there = self._log.shape[0] > 0
-        return (address(self._log) if there else 0, self._log.shape[1], address(self._count))
-
-    def rows(self) -> list[Tensor]:
-        """What was noted, if anything."""
-        count = int(self._count)
-        return [self._log[:count].clone()] if count else []
-
-
 class NativeChunkIndex:
     """The native face of `ChunkIndex`: arrays in one span of memory, in pages as they are needed.
 
@@ -353,7 +278,7 @@ class NativeChunkIndex:
             offset += keys + values + stack + sketch
         self._call = (address(self._state), address(self.blocks), self.blocks.shape[0])
         self.notes_losses = self.keeps_places = False
-        self._losses: list[Tensor] = []
+        self._log = LossLog([self._chunks(block) for block in range(self.blocks.shape[0])])
 
     def call(self) -> tuple[int, int, int]:
         """What native kernels take."""
@@ -381,33 +306,19 @@ class NativeChunkIndex:
 
     def offer(self, offers: Offers) -> Tensor:
         admitted = torch.empty(offers.norms.numel(), 3, dtype=torch.int64)
-        log = self._new_log(offers.norms.numel())
+        log = self._log.room(offers.norms.numel() if self.notes_losses else 0)
         pools = self._state[:, _POOLS].clone() if self.keeps_places else None
         if pools is not None:
             self._state[:, _POOLS] = 0
         count = native().chunk_offer(self._call, _offer_tuple(offers),  # type: ignore[union-attr]
-                                     address(admitted), log.addresses())
+                                     address(admitted), log)
         if pools is not None:
             self._state[:, _POOLS] = pools
-        self._losses += log.rows()
+        self._log.keep()
         return admitted[:count]
 
-    def _new_log(self, rows: int) -> _Log:
-        return _Log(rows if self.notes_losses else 0, self._most)
-
     def take_losses(self) -> Losses:
-        log = torch.cat([torch.empty(0, _Log.words(self._most), dtype=torch.int64), *self._losses])
-        self._losses.clear()
-        values, most = log[:, 3:].contiguous().view(torch.uint8), self._most
-        places = torch.full((len(log), most), -1, dtype=torch.int32)
-        utilities = torch.zeros(len(log), most, dtype=torch.int16)
-        stores = self.blocks[log[:, 0], 0]
-        for store, shape in enumerate(self.shapes):
-            some, chunks = (stores == store).nonzero()[:, 0], shape.layout.chunks
-            places[some, :chunks] = values[some, :4 * chunks].view(torch.int32)
-            utilities[some, :chunks] = values[some, 4 * chunks:6 * chunks].contiguous().view(
-                torch.int16)
-        return Losses(log[:, 0].clone(), log[:, 1].clone(), log[:, 2].clone(), places, utilities)
+        return self._log.take()
 
     def count(self, store: int, decay: float) -> tuple[Tensor, Tensor]:
         bins = torch.zeros(self.blocks.shape[0], BINS, dtype=torch.int64)
@@ -418,10 +329,10 @@ class NativeChunkIndex:
 
     def decide(self, store: int, decay: float, thresholds: Tensor, key: int) -> Tensor:
         evicted = torch.zeros(self.blocks.shape[0], dtype=torch.int64)
-        log = self._new_log(self.numbers(store).rows + 1)
+        log = self._log.room(self.numbers(store).rows + 1 if self.notes_losses else 0)
         native().chunk_decide(self._call, store, decay,  # type: ignore[union-attr]
-                              address(thresholds), key, address(evicted), log.addresses())
-        self._losses += log.rows()
+                              address(thresholds), key, address(evicted), log)
+        self._log.keep()
         self.set_refused(store, 0)
         return evicted
 

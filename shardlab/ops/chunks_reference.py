@@ -22,18 +22,15 @@ from shardlab.chunk_layout import (
     fitting_slots,
 )
 from shardlab.codecs import mix64
+from shardlab.ops.chunk_marks import MARK, Losses, Marks, RowRange
 from shardlab.ops.chunks import (
     _CELL_BIAS,
     _CELL_SHIFT,
     _TAG_SHIFT,
     BINS,
     DRAWN,
-    MARK,
     ChunkRows,
-    Losses,
-    Marks,
     Offers,
-    RowRange,
     StoreNumbers,
     StoreShape,
     _max_slots,

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from shardlab.ops.chunks import Losses, Marks, RowRange
+from shardlab.ops.chunk_marks import Losses, Marks, RowRange
 
 if TYPE_CHECKING:
     from shardlab.storage.pruned import PrunedStorage

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from shardlab.codecs import rounding_key
 from shardlab.errors import CheckpointError
-from shardlab.ops.chunks import MARK, ChunkRows
+from shardlab.ops.chunk_marks import MARK
+from shardlab.ops.chunks import ChunkRows
 from shardlab.ops.records import Records
 from shardlab.storage.base import TableChunk
 from shardlab.storage.chunk_replay import mean_of_chunks
@@ -76,6 +77,7 @@ class ChunkFiles:
     def __init__(self, storage: PrunedStorage) -> None:
         self._storage = storage
         self._loading = False
+        self._identities: dict[int, int] = {}
 
     def settle(self) -> None:
         """Ends a load: chunks are moved together, as they were when they were saved."""
@@ -181,11 +183,15 @@ class ChunkFiles:
 
     def _identity(self, store: int) -> int:
         """A number for what a sketch counts: the store's shards and size."""
+        if store in self._identities:
+            return self._identities[store]
         storage = self._storage
         plan = storage.stores[store]
         parts = [(block, storage.shards[block].table.name, vars(storage.shards[block].shard))
                  for block in plan.blocks]
-        return zlib.crc32(repr((parts, plan.shape.layout)).encode())
+        found = zlib.crc32(repr((parts, plan.shape.layout)).encode())
+        self._identities[store] = found
+        return found
 
     # ------------------------------------------------------------------ in
     def begin_load(self) -> None:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from shardlab.chunk_layout import LINE_BYTES
-from shardlab.ops.chunks import MARK, Losses, Marks, RowRange
+from shardlab.ops.chunk_marks import MARK, Losses, Marks, RowRange
 from shardlab.ops.unique import Uniques
 from shardlab.storage.base import TableChunk
 from shardlab.storage.chunk_changes import SLICE_ROWS, ChunkChanges, listed_rows

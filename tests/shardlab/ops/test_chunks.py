@@ -11,13 +11,12 @@ import pytest
 import torch
 
 from shardlab.chunk_layout import ChunkLayout, fitting_slots
+from shardlab.ops.chunk_marks import Marks, RowRange
 from shardlab.ops.chunks import (
     BINS,
     ChunkRows,
-    Marks,
     NativeChunkIndex,
     Offers,
-    RowRange,
     StoreShape,
     bin_edges,
     index_span_bytes,
