@@ -56,6 +56,12 @@ class Log {
   int64_t* count_;
 };
 
+using DecisionsTuple = std::tuple<Address, Address, Address, int64_t>;
+ChunkDecisions decisions_from(const DecisionsTuple& t) {
+  return {at<float>(std::get<0>(t)), at<float>(std::get<1>(t)), at<int64_t>(std::get<2>(t)),
+          std::get<3>(t)};
+}
+
 void bind_index(nb::module_& m) {
   m.def("chunk_held_bytes", [](Address store) { return chunk_held_bytes(*at<ChunkStore>(store)); });
   m.def("chunk_find", [](const CallTuple& call, Address segments, int64_t count, Address ids,
@@ -112,6 +118,10 @@ void bind_index(nb::module_& m) {
     nb::gil_scoped_release release;
     return chunk_list(call_from(call), block, at<int64_t>(rows), at<char>(values));
   });
+}
+
+// What readers of rows ask, beside the index or away from it.
+void bind_index_rows(nb::module_& m) {
   m.def("chunk_get", [](const CallTuple& call, int64_t block, Address rows, int64_t n,
                         Address places, Address utilities) {
     nb::gil_scoped_release release;
@@ -125,6 +135,20 @@ void bind_index(nb::module_& m) {
     nb::gil_scoped_release release;
     return chunk_between(call_from(call), store, {r[0], r[1], r[2], r[3], r[4], (Marks)r[5]},
                          at<int64_t>(found));
+  });
+  // (decays, thresholds, keys, count); (first chunk, chunks of a row of the table, key of the table)
+  m.def("chunk_redecide", [](const DecisionsTuple& decisions, const std::vector<int64_t>& grid,
+                             Address rows, int64_t n, int64_t chunks, Address utilities,
+                             int threads) {
+    if (grid.size() != 3) throw nb::value_error("a grid needs 3 numbers");
+    nb::gil_scoped_release release;
+    chunk_redecide({0, 0, grid[0], grid[1], grid[2]}, decisions_from(decisions), at<int64_t>(rows),
+                   n, chunks, at<int16_t>(utilities), threads);
+  });
+  m.def("chunk_redecay", [](const DecisionsTuple& decisions, int64_t n, Address cells,
+                            int threads) {
+    nb::gil_scoped_release release;
+    chunk_redecay(decisions_from(decisions), n, at<uint8_t>(cells), threads);
   });
   m.def("chunk_unmark", [](Address store) {
     nb::gil_scoped_release release;
@@ -156,6 +180,7 @@ Step step_from(const std::vector<float>& n) {
 
 void bind_chunks(nb::module_& m) {
   bind_index(m);
+  bind_index_rows(m);
   m.def("chunk_read", [](const CallTuple& call, const ArenaTuple& arena, Address reads,
                          int64_t count, Address ids, const std::vector<Address>& entries,
                          Address out, int threads) {

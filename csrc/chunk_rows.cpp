@@ -1,4 +1,6 @@
 // Rows of a store, for those who read it while it trains: what they hold, and which changed.
+#include <omp.h>
+
 #include <algorithm>
 
 #include "chunk_index.h"
@@ -75,6 +77,28 @@ int64_t chunk_between(const ChunkCall& call, int64_t number, const ChunkRange& i
     ++count;
   }
   return count;
+}
+
+void chunk_redecide(const ChunkBlock& block, const ChunkDecisions& decisions, const int64_t* rows,
+                    int64_t n, int64_t chunks, int16_t* utilities, int threads) {
+#pragma omp parallel for num_threads(threads)
+  for (int64_t i = 0; i < n; ++i)
+    for (int64_t k = 0; k < chunks; ++k) {
+      int16_t& code = utilities[i * chunks + k];
+      for (int64_t d = 0; code >= 0 && d < decisions.count; ++d) {
+        const float utility = utility_of((uint16_t)code), decay = decisions.decays[d];
+        const uint64_t word = chunk_word(block, (uint64_t)decisions.keys[d], rows[i], k);
+        const bool stays = ranked(utility, decay, block, rows[i], k) >= decisions.thresholds[d];
+        code = stays ? (int16_t)utility_code(utility * decay, word) : (int16_t)-1;
+      }
+    }
+}
+
+void chunk_redecay(const ChunkDecisions& decisions, int64_t n, uint8_t* cells, int threads) {
+#pragma omp parallel for num_threads(threads)
+  for (int64_t c = 0; c < n; ++c)
+    for (int64_t d = 0; cells[c] && d < decisions.count; ++d)
+      cells[c] = decayed_cell(cells[c], c, decisions.decays[d], (uint64_t)decisions.keys[d]);
 }
 
 void chunk_unmark(const ChunkStore& store) {

@@ -22,6 +22,19 @@ inline uint8_t cell_code(float u, uint32_t random) {
   return (uint8_t)std::clamp(code, 0, kTopCell);
 }
 
+// Cell c of a sketch after a decision.
+inline uint8_t decayed_cell(uint8_t cell, int64_t c, float decay, uint64_t key) {
+  const uint64_t word = chunk_mix(key + (uint64_t)c * kGolden);
+  return cell_code(cell_value(cell) * decay, (word >> 16) & ((1u << kCellShift) - 1));
+}
+
+// A utility as decisions see it: those of chunks that nobody asked for differ by chance.
+inline float ranked(float utility, float decay, const ChunkBlock& block, int64_t row,
+                    int64_t chunk) {
+  const uint64_t word = chunk_word(block, 0, row, chunk);
+  return std::max(utility * decay, (float)(word >> 40) * 0x1p-24f * kLeastUtility);
+}
+
 struct Cells {
   uint8_t *first, *second;
   float value() const { return cell_value(std::min(*first, *second)); }

@@ -95,16 +95,6 @@ void chunk_touch(const ChunkCall& call, const ChunkOffers& in, int threads) {
           });
 }
 
-namespace {
-
-// A utility as decisions see it: those of chunks that nobody asked for differ by chance.
-float ranked(float utility, float decay, const ChunkBlock& block, int64_t row, int64_t chunk) {
-  const uint64_t word = chunk_word(block, 0, row, chunk);
-  return std::max(utility * decay, (float)(word >> 40) * 0x1p-24f * kLeastUtility);
-}
-
-}  // namespace
-
 void chunk_count(const ChunkCall& call, int64_t number, float decay, int64_t* bins, int64_t* dims,
                  int64_t dims_stride) {
   const ChunkStore& store = call.stores[number];
@@ -128,10 +118,7 @@ void chunk_decide(const ChunkCall& call, int64_t number, float decay, const floa
   uint8_t* cells = (uint8_t*)store.sketch;
   const int64_t size = store.sketch_lines * kLine;
   for (int64_t c = 0; c < size; ++c)
-    if (cells[c]) {
-      const uint64_t word = chunk_mix(key + (uint64_t)c * kGolden);
-      cells[c] = cell_code(cell_value(cells[c]) * decay, (word >> 16) & ((1u << kCellShift) - 1));
-    }
+    if (cells[c]) cells[c] = decayed_cell(cells[c], c, decay, key);
   for_slots(call, number, [&](int64_t b, int64_t row, int64_t slot, char* value) {
     const ChunkBlock& block = call.blocks[b];
     uint16_t* utilities = utilities_of(store, value);

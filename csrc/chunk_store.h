@@ -125,4 +125,17 @@ int64_t chunk_between(const ChunkCall& call, int64_t store, const ChunkRange& ra
 // Clears the marks of all rows, and of the sketch.
 void chunk_unmark(const ChunkStore& store);
 
+// Decisions that were taken, to take them again away from the index.
+struct ChunkDecisions {
+  const float *decays, *thresholds;
+  const int64_t* keys;
+  int64_t count;
+};
+// Utilities [n, chunks] of rows of a table after decisions, as `chunk_decide` leaves them, -1 for
+// chunks that are absent or went. block: row_start 0, first_chunk, table_chunks and table_key count.
+void chunk_redecide(const ChunkBlock& block, const ChunkDecisions& decisions, const int64_t* rows,
+                    int64_t n, int64_t chunks, int16_t* utilities, int threads);
+// Cells of a sketch after decisions, but for chunks that went.
+void chunk_redecay(const ChunkDecisions& decisions, int64_t n, uint8_t* cells, int threads);
+
 }  // namespace shardlab

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from shardlab.ops.chunks import _CELL_BIAS, _CELL_SHIFT, BINS, mixed
+from shardlab.ops.registry import address, face_of, native
 
 #: Cells of a sketch at a time, so that what is reckoned in between stays small.
 _PIECE = 1 << 20
@@ -36,20 +37,70 @@ class ChunkGrid:
     key: int
 
 
-def decide_utilities(codes: Tensor, rows: Tensor, grid: ChunkGrid, decay: Tensor, threshold: Tensor,
-                     key: int) -> Tensor:
-    """Utilities after a decision.
+@dataclass(frozen=True)
+class Decisions:
+    """Decisions in their order.
+
+    Attributes:
+        decays: fp32 [d] on CPU.
+        thresholds: fp32 [d] on CPU, of one shard.
+        keys: int64 [d] on CPU, of the random bits.
+    """
+
+    decays: Tensor
+    thresholds: Tensor
+    keys: Tensor
+
+    def addresses(self) -> tuple[int, int, int, int]:
+        """What native functions take."""
+        return (address(self.decays), address(self.thresholds), address(self.keys),
+                self.keys.numel())
+
+
+def redecide(codes: Tensor, rows: Tensor, grid: ChunkGrid, decisions: Decisions) -> Tensor:
+    """Utilities after decisions.
 
     Args:
-        codes: int16 [n, chunks]: bits of bf16, -1 for absent chunks.
-        rows: int64 [n], of the table.
+        codes: int16 [n, chunks] on CPU: bits of bf16, -1 for absent chunks.
+        rows: int64 [n] on CPU, of the table.
         grid: which chunks of the rows.
-        decay, threshold: fp32 [], of the decision.
-        key: of its random bits.
+        decisions: to take.
 
     Returns:
         int16 [n, chunks]: -1 where a chunk is absent, or went.
     """
+    if face_of("redecide", "cpu") == "native":
+        codes, rows = codes.clone(memory_format=torch.contiguous_format), rows.contiguous()
+        native().chunk_redecide(  # type: ignore[union-attr]
+            decisions.addresses(), [grid.first, grid.of_row, grid.key], address(rows),
+            rows.numel(), codes.shape[1], address(codes), torch.get_num_threads())
+        return codes
+    for decay, threshold, key in zip(decisions.decays, decisions.thresholds,
+                                     decisions.keys.tolist(), strict=True):
+        codes = _decide(codes, rows, grid, (decay, threshold, key))
+    return codes
+
+
+def redecay(cells: Tensor, decisions: Decisions) -> Tensor:
+    """Cells of a sketch after decisions, but for what these evict.
+
+    Args:
+        cells: uint8 [n] on CPU, all of a store.
+        decisions: to take.
+    """
+    if face_of("redecide", "cpu") == "native":
+        cells = cells.clone()
+        native().chunk_redecay(decisions.addresses(), cells.numel(),  # type: ignore[union-attr]
+                               address(cells), torch.get_num_threads())
+        return cells
+    for decay, key in zip(decisions.decays, decisions.keys.tolist(), strict=True):
+        cells = _decay(cells, decay, key)
+    return cells
+
+
+def _decide(codes: Tensor, rows: Tensor, grid: ChunkGrid,
+            decision: tuple[Tensor, Tensor, int]) -> Tensor:
+    decay, threshold, key = decision
     chunks = torch.arange(codes.shape[1]) + grid.first
     at = (rows[:, None] * grid.of_row + chunks) * _GOLDEN
     value = (codes.int() << 16).view(torch.float32) * decay
@@ -60,14 +111,7 @@ def decide_utilities(codes: Tensor, rows: Tensor, grid: ChunkGrid, decay: Tensor
     return torch.where(stays, code, -1).to(torch.int16)
 
 
-def decay_sketch(cells: Tensor, decay: Tensor, key: int) -> Tensor:
-    """Cells of a sketch after a decision.
-
-    Args:
-        cells: uint8 [n], all of a store.
-        decay: fp32 [], of the decision.
-        key: of its random bits.
-    """
+def _decay(cells: Tensor, decay: Tensor, key: int) -> Tensor:
     found = torch.zeros_like(cells)
     for first in range(0, cells.numel(), _PIECE):
         at = cells[first:first + _PIECE].nonzero()[:, 0] + first

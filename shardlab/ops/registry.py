@@ -34,6 +34,7 @@ OPS: dict[str, tuple[str, ...]] = {
     "cache_place": ("native",),
     "cache_lookup": ("native",),
     "chunk_index": ("native",),
+    "redecide": ("native",),
     "read_chunks": ("native",),
     "update_chunks": ("native",),
     "step_admitted": ("native",),

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from shardlab.chunk_layout import LINE_BYTES
 from shardlab.codecs import table_key
-from shardlab.ops.chunk_decay import ChunkGrid, decay_sketch, decide_utilities
+from shardlab.ops.chunk_decay import ChunkGrid, Decisions, redecay, redecide
 from shardlab.storage.base import TableChunk
 
 #: What a shard's first incremental chunk has for readers alone.
@@ -66,13 +66,14 @@ class ChangedShard:
         if first < end:
             yield _merged(below, parts, None, (first, end), extra)
 
+    @property
+    def _decisions(self) -> Decisions:
+        return Decisions(*(self.head.extra[name] for name in _DECISIONS))
+
     def _sketch(self, below: Tensor) -> Tensor:
         """The store's sketch: that of the base, decayed, and lines that changed."""
         extra = self.head.extra
-        cells = below
-        for decay, _, key in zip(*(extra[name] for name in _DECISIONS), strict=True):
-            cells = decay_sketch(cells, decay, int(key))
-        cells = cells.clone().view(-1, LINE_BYTES)
+        cells = redecay(below, self._decisions).view(-1, LINE_BYTES)
         cells[extra["sketch_lines"]] = extra["sketch_cells"]
         return cells.flatten()
 
@@ -85,8 +86,7 @@ class ChangedShard:
         chunks, columns = codes.shape[1], below.weights.shape[1]
         width = columns // chunks
         grid = ChunkGrid(below.col_start // width, self.columns // width, table_key(below.table))
-        for decay, limit, key in zip(*(extra[name] for name in _DECISIONS), strict=True):
-            codes = decide_utilities(codes, parts[_ROWS], grid, decay, limit, int(key))
+        codes = redecide(codes, parts[_ROWS], grid, self._decisions)
         went = (codes < 0) & (parts["extra/utilities"] >= 0)
         if not bool(went.any()):
             return parts | {"extra/utilities": codes}

@@ -7,7 +7,7 @@ import torch
 
 from shardlab.chunk_layout import ChunkLayout
 from shardlab.codecs import rounding_key, table_key
-from shardlab.ops.chunk_decay import ChunkGrid, decay_sketch, decide_utilities
+from shardlab.ops.chunk_decay import ChunkGrid, Decisions, redecay, redecide
 from shardlab.ops.chunks import (
     ChunkRows,
     NativeChunkIndex,
@@ -33,7 +33,10 @@ def build(face: str, *, wide: bool) -> NativeChunkIndex | ReferenceChunkIndex:
 
 @pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize("face", ["native", "reference"])
-def test_decisions_are_those_of_the_index(face: str, wide: bool) -> None:
+def test_decisions_are_those_of_the_index(face: str, wide: bool,
+                                          monkeypatch: pytest.MonkeyPatch) -> None:
+    if face == "reference":
+        monkeypatch.setenv("SHARDLAB_FACE", "reference")
     generator = torch.Generator().manual_seed(7)
     index = build(face, wide=wide)
     ids = torch.randperm(1 << 20, generator=generator)[:ROWS].sort().values * (1 << 40 if wide
@@ -58,9 +61,9 @@ def test_decisions_are_those_of_the_index(face: str, wide: bool) -> None:
         index.clear_marks(0)
         index.decide(0, decay, limits, key)
         changed = index.changed_lines(0)
-        codes = decide_utilities(codes, ids + FIRST_ROW, grid, torch.tensor(decay),
-                                 limits[0], key)
-        cells = decay_sketch(cells, torch.tensor(decay), key)
+        decision = Decisions(torch.tensor([decay]), limits, torch.tensor([key]))
+        codes = redecide(codes, ids + FIRST_ROW, grid, decision)
+        cells = redecay(cells, decision)
         found = index.look_up(0, ids)
         assert torch.equal(codes, torch.where(found.places >= 0, found.utilities, -1))
         same = torch.ones(len(cells) // 64, dtype=torch.bool)
@@ -69,3 +72,23 @@ def test_decisions_are_those_of_the_index(face: str, wide: bool) -> None:
         assert torch.equal(cells.view(-1, 64)[same], mine.view(-1, 64)[same])
         cells = mine.clone()
     assert 0 < int((codes >= 0).sum()) < int(here.sum())
+
+
+@pytest.mark.parametrize("rows", [0, 1, 77])
+def test_faces_agree_on_many_decisions(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(rows)
+    ids = torch.randint(0, 1 << 62, (rows,), generator=generator)
+    codes = torch.randint(-1, 1 << 14, (rows, 4), generator=generator).to(torch.int16)
+    cells = torch.randint(0, 256, (64 * rows,), generator=generator).to(torch.uint8)
+    grid, count = ChunkGrid(4, 8, table_key("a")), 30
+    decisions = Decisions(torch.rand(count, generator=generator) * 0.3 + 0.7,
+                          2.0 ** -torch.randint(40, 90, (count,), generator=generator).float(),
+                          torch.tensor([rounding_key(1, step) for step in range(count)]))
+    mine = redecide(codes, ids, grid, decisions), redecay(cells, decisions)
+    monkeypatch.setenv("SHARDLAB_FACE", "reference")
+    plain = redecide(codes, ids, grid, decisions), redecay(cells, decisions)
+    assert all(map(torch.equal, mine, plain))
+    none = Decisions(*(tensor[:0] for tensor in vars(decisions).values()))
+    assert torch.equal(redecide(codes, ids, grid, none), codes)
+    if rows > 1:
+        assert 0 < int((mine[0] >= 0).sum()) < int((codes >= 0).sum())
