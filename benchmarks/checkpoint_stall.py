@@ -32,6 +32,7 @@ from torch import nn
 import shardlab as sl
 from shardlab.comm import Groups
 from shardlab.models.build import build_model
+from shardlab.ops.allocator import keep_freed_memory
 from shardlab.train import CheckpointWriter, SaveOptions
 
 _PAGE = 4096
@@ -177,6 +178,7 @@ def main() -> None:
     parser.add_argument("--period", type=int, default=20, help="steps from decision to decision")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    keep_freed_memory()  # as the trainer does
     folder = Path(args.dir)
     folder.mkdir(parents=True)
     training, memory = Training(args), ResidentMemory()

@@ -43,7 +43,15 @@ def listed_rows(storage: PrunedStorage, store: int, marks: Marks,
         for block, rows in found.items():
             mine = pairs[pairs[:, 0] == block, 1]
             rows.append(mine if first is None else mine[mine >= first[block]])
-    return {block: torch.cat(rows).sort().values for block, rows in found.items()}
+    return {block: in_order(found.pop(block)) for block in list(found)}
+
+
+def in_order(rows: list[Tensor]) -> Tensor:
+    """All of them, ascending; without the numbers that torch's sort makes besides."""
+    joined = torch.cat(rows)
+    rows.clear()
+    joined.numpy().sort()
+    return joined
 
 
 @dataclass(frozen=True)

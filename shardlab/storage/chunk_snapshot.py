@@ -175,11 +175,13 @@ class ChunkSnapshot:
         else:
             listed = {block: self._wanted[block][~self._is_kept[block]]
                       for block in self._storage.stores[store].blocks}
-        for block, rows in listed.items():
-            rows = rows[rows >= self._done[block]]
+        for block in list(listed):
+            rows = listed.pop(block)
+            rows = rows[int(torch.searchsorted(rows, self._done[block])):].clone()
             if rows.numel():
-                found = index.look_up(block, rows)
-                self._held[block] = rows, _codes(found.places, found.utilities)
+                found = (index.look_up(block, part) for part in rows.split(_LISTED_ROWS))
+                self._held[block] = rows, torch.cat([_codes(one.places, one.utilities)
+                                                     for one in found])
                 self.room.take(rows.numel() * self._held_bytes(block))
 
     # ------------------------------------------------------------------ the writer's thread

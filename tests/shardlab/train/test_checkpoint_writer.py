@@ -49,7 +49,7 @@ STORAGES = {"fp32": "fp32", "int8": "int8", "cached": {"levels": [{"fraction": 0
             "disk": {"levels": [{"tier": "ddr", "fraction": 0.2}, {"tier": "ssd"}]}}
 TRAIN = {"kind": "tensor_train", "rank": 3, "row_factors": [4, 5, 6], "column_factors": [2, 2, 2]}
 PRUNED = {"kind": "pruned", "budget": {"ratio": 0.6}, "chunks": 2, "period": 2, "warmup": 0}
-SIZES = {"user": ROWS, "item": 40, "word": 120, "old": 200, "hour": 24}
+SIZES = {"user": ROWS, "item": 40, "word": 120, "old": 4000, "hour": 24}
 #: All kinds on a rank.
 MIXED = {"old": PRUNED, "user": STORAGES["cached"], "word": {**TRAIN, "cache_fraction": 0.1},
          "item": "int8", "hour": "fp32"}
