@@ -50,8 +50,13 @@ class Sample:
     train: int
 
 
-def read_sample(path: str) -> Sample:
-    """Reads the parquet file; ids are numbered as they first occur."""
+def read_sample(path: str, *, tune: bool = False) -> Sample:
+    """Reads the parquet file; ids are numbered as they first occur.
+
+    Args:
+        path: of the file.
+        tune: the training part alone, whose last ninth validates: for choices between options.
+    """
     table = pq.read_table(path)
     count = table.num_rows
     dense = np.stack([np.log1p(np.maximum(pc.fill_null(table[f"I{i}"], 0).to_numpy(), 0))
@@ -61,9 +66,11 @@ def read_sample(path: str) -> Sample:
         codes = pc.dictionary_encode(pc.fill_null(table[f"C{i}"], "").combine_chunks())
         ids.append(codes.indices.to_numpy())
         rows.append(len(codes.dictionary))
-    return Sample(torch.tensor(dense, dtype=torch.float32), torch.tensor(np.stack(ids)).long(),
-                  torch.tensor(table["label"].to_numpy(), dtype=torch.float32), rows,
-                  count * 8 // 9)
+    if tune:
+        count = count * 8 // 9
+    labels = torch.tensor(table["label"].to_numpy()[:count], dtype=torch.float32)
+    return Sample(torch.tensor(dense[:count], dtype=torch.float32),
+                  torch.tensor(np.stack(ids)[:, :count]).long(), labels, rows, count * 8 // 9)
 
 
 def mlp(*sizes: int) -> nn.Sequential:
@@ -113,7 +120,8 @@ def build_method(name: str, sample: Sample, ratio: float, options: argparse.Name
     if name in ("pruned", "rows"):
         storage = {"kind": "pruned", "budget": {"ratio": ratio}, "start": options.start,
                    "chunks": 1 if name == "rows" else options.chunks, "period": options.period,
-                   "gamma": options.gamma, "warmup": options.warmup, "ramp": options.ramp}
+                   "gamma": options.gamma, "warmup": options.warmup, "ramp": options.ramp,
+                   **json.loads(options.storage)}
     rows, ids, dim, keep = sample.rows, sample.ids, DIM, 0
     if name == "dimension":
         dim = int((ratio * 4 * DIM - STATE_BYTES) // 4)
@@ -229,8 +237,11 @@ def main() -> None:
     parser.add_argument("--start", default="empty")
     parser.add_argument("--warmup", type=int, default=0)
     parser.add_argument("--ramp", type=int, default=100)
+    parser.add_argument("--storage", default="{}", help="more keys of the pruned storage, JSON")
+    parser.add_argument("--tune", action="store_true",
+                        help="validate on the last ninth of the training part")
     options = parser.parse_args()
-    sample = read_sample(options.data)
+    sample = read_sample(options.data, tune=options.tune)
     found: dict[tuple[float, str], list[dict[str, Any]]] = {}
     for seed in options.seeds:
         for ratio, name in [(1.0, "dense"), *((ratio, name) for ratio in options.ratios
