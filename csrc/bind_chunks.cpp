@@ -171,6 +171,13 @@ Updates updates_from(const std::vector<Address>& v, int64_t key) {
           at<float>(v[5]), at<float>(v[6]), (uint64_t)key, nullptr};
 }
 
+// (weights, key, norms, stride, absent, absent stride)
+using GainTuple = std::tuple<Address, int64_t, Address, int64_t, Address, int64_t>;
+ChunkGains gains_from(const GainTuple& t) {
+  return {at<float>(std::get<0>(t)), (uint64_t)std::get<1>(t), at<float>(std::get<2>(t)),
+          std::get<3>(t), at<float>(std::get<4>(t)), std::get<5>(t)};
+}
+
 Step step_from(const std::vector<float>& n) {
   if (n.size() != 11) throw nb::value_error("a step needs 11 numbers");
   return {n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], n[9], n[10]};
@@ -194,14 +201,12 @@ void bind_chunks(nb::module_& m) {
   });
   m.def("chunk_update", [](const CallTuple& call, const ArenaTuple& arena,
                            const std::vector<Address>& v, int64_t key, int64_t rule,
-                           const std::vector<float>& n, Address weights, int64_t utility_key,
-                           Address norms, int64_t stride, int threads) {
+                           const std::vector<float>& n, const GainTuple& gains, int threads) {
     const Updates updates = updates_from(v, key);
     const Step step = step_from(n);
     nb::gil_scoped_release release;
     active_kernels().chunks->update(call_from(call), arena_from(arena), updates, (Rule)rule, step,
-                                    at<float>(weights), (uint64_t)utility_key, at<float>(norms),
-                                    stride, threads);
+                                    gains_from(gains), threads);
   });
   m.def("chunk_admit", [](const CallTuple& call, const ArenaTuple& arena,
                           const std::vector<Address>& v, int64_t key, int64_t rule,

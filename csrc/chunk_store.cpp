@@ -152,15 +152,16 @@ void chunk_decide(const ChunkCall& call, int64_t number, float decay, const floa
 
 int64_t chunk_compact(ChunkStore& store, bool tight, int64_t* moves) {
   int64_t moved = 0;
+  const int64_t taken = store.shared + store.used;
   int32_t *stack = stack_of(store), *end = stack + store.free;
-  int32_t* holes = std::partition(stack, end, [&](int32_t place) { return place >= store.used; });
+  int32_t* holes = std::partition(stack, end, [&](int32_t place) { return place >= taken; });
   std::sort(holes, end);
   const int64_t span = span_of(store.slots);
   for (int64_t s = 0; holes < end && s < span; ++s) {
     if (!keys_of(store)[s]) continue;
     for (int64_t k = 0; k < store.chunks; ++k) {
       int32_t& place = places_of(value_at(store, s))[k];
-      if (place < store.used) continue;
+      if (place < taken) continue;
       const int64_t to = *holes++;
       if (store.payload) {
         std::memcpy((char*)store.payload + to * store.payload_bytes,
@@ -176,9 +177,8 @@ int64_t chunk_compact(ChunkStore& store, bool tight, int64_t* moves) {
   const int64_t before = store.committed;
   release(store.stack, 0, 4 * store.free);
   store.free = 0;
-  store.top = store.used;
-  store.committed = std::min((store.used + store.slab - 1) / store.slab * store.slab,
-                             store.max_chunks);
+  store.top = taken;
+  store.committed = std::min((taken + store.slab - 1) / store.slab * store.slab, store.max_chunks);
   // Where the budget is short, the slots that there are do.
   const int64_t slots = fitting_slots(store, store.rows);
   resize(store, tight ? slots : std::min(slots, store.slots));

@@ -8,7 +8,8 @@
 // and K utilities.
 //
 // The pool hands out places from a stack of free ones, the most recently freed first, and takes
-// slabs of new ones while the budget lasts. Utilities of absent chunks are counted in a sketch:
+// slabs of new ones while the budget lasts. The first places are never handed out: there lie the
+// chunks that absent ones of a shard read as, where these are not zeros. Utilities of absent chunks are counted in a sketch:
 // a count-min sketch of two cells a chunk, both in the row's cache line, with conservative update.
 //
 // Source: virtually hashed, physically indexed storage of arXiv 2401.04408; ordered linear probing
@@ -22,7 +23,8 @@ struct ChunkStore {
   // Addresses: uint64 [span], value_bytes [span], payloads and states (0 where another device has
   // them: the caller then clears and moves chunks), int32 stack, sketch lines.
   int64_t keys, values, payload, state, stack, sketch;
-  int64_t chunks, payload_bytes, state_bytes, slab, max_chunks, max_slots, sketch_lines, wide;
+  int64_t chunks, payload_bytes, state_bytes, slab, max_chunks, max_slots, sketch_lines, wide,
+      shared;
   // Address of a byte a line of the sketch, set where cells change but by decay; 0: nobody asks.
   int64_t line_marks;
   // What moves.
@@ -30,9 +32,10 @@ struct ChunkStore {
 };
 
 // A shard: number of its store; where it lies in its table, in rows and in chunks; chunks of a row
-// of the table; key of the table's random bits.
+// of the table; key of the table's random bits; place of what its first chunk reads as where it is
+// absent, the others' behind it, -1 for zeros.
 struct ChunkBlock {
-  int64_t store, row_start, first_chunk, table_chunks, table_key;
+  int64_t store, row_start, first_chunk, table_chunks, table_key, shared;
 };
 
 // Rows ids[start, start + count) of a block.

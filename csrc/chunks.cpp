@@ -20,6 +20,7 @@ namespace shardlab::SHARDLAB_ISA {
 namespace {
 
 constexpr int64_t kTile = 16;       // rows whose chunks are stepped together
+constexpr int64_t kGroup = 256;     // rows whose absent chunks' gradients one thread adds up
 constexpr float kMostNorm = 1e30f;  // keeps a utility finite
 
 // Finds the slots of ids [begin, end), some rows ahead of the one that is worked on: the home in the
@@ -84,17 +85,21 @@ SHARDLAB_INLINE inline void for_present(const ChunkStore& store, int64_t slot, c
 }
 
 // ---------------------------------------------------------------- read
+// shared: place of what chunk 0 reads as where it is absent, -1 for zeros.
 template <class Reader>
 SHARDLAB_INLINE inline void write_row(const ChunkStore& store, int64_t width, const char* payloads,
-                                      const int32_t* places, float weight, float* target) {
+                                      const int32_t* places, int64_t shared, float weight,
+                                      float* target) {
   for (int64_t k = 0; k < store.chunks; ++k, target += width) {
-    if (!places || places[k] < 0) {
+    int64_t place = places ? places[k] : -1;
+    if (place < 0 && shared >= 0) place = shared + k;
+    if (place < 0) {
       for_columns(width, [&](int64_t c, int lanes) SHARDLAB_INLINE {
         write_lanes(target + c, Vec{}, lanes);
       });
       continue;
     }
-    const auto row = Reader::open(payloads + places[k] * store.payload_bytes, width);
+    const auto row = Reader::open(payloads + place * store.payload_bytes, width);
     for_columns(width, [&](int64_t c, int lanes) SHARDLAB_INLINE {
       const Vec value = lanes == kLanes ? Reader::load(row, c) : Reader::load_part(row, c, lanes);
       write_lanes(target + c, value * weight, lanes);
@@ -103,11 +108,13 @@ SHARDLAB_INLINE inline void write_row(const ChunkStore& store, int64_t width, co
 }
 
 template <class Reader>
-void read_rows(const ChunkStore& store, const Arena& arena, const ChunkRead& read, int64_t begin,
+void read_rows(const ChunkCall& call, const Arena& arena, const ChunkRead& read, int64_t begin,
                int64_t end, const int64_t* ids, const Csr* entries, float* out) {
+  const ChunkStore& store = call.stores[call.blocks[read.block].store];
   const Block& block = arena.blocks[read.block];
   const char* payloads = arena.bytes + block.row_offset;
   const int64_t width = block.columns, columns = width * store.chunks;
+  const int64_t shared = call.blocks[read.block].shared;
   const auto fetch = [&](int64_t, int64_t slot) SHARDLAB_INLINE {
     for_present(store, slot, [&](int64_t place) SHARDLAB_INLINE {
       prefetch_read(payloads + place * store.payload_bytes, store.payload_bytes);
@@ -119,13 +126,13 @@ void read_rows(const ChunkStore& store, const Arena& arena, const ChunkRead& rea
     const int64_t slot = lookup.next(i, fetch);
     const int32_t* places = slot < 0 ? nullptr : places_of(value_at(store, slot));
     if (!entries) {
-      write_row<Reader>(store, width, payloads, places, 1.0f,
+      write_row<Reader>(store, width, payloads, places, shared, 1.0f,
                         out + read.out_start + (i - read.start) * columns);
       continue;
     }
     for (int64_t e = entries->starts[i]; e < entries->starts[i + 1]; ++e)
-      write_row<Reader>(store, width, payloads, places, entries->weights ? entries->weights[e] : 1,
-                        out + entries->sources[e]);
+      write_row<Reader>(store, width, payloads, places, shared,
+                        entries->weights ? entries->weights[e] : 1, out + entries->sources[e]);
   }
 }
 
@@ -136,7 +143,6 @@ void read_all(const ChunkCall& call, const Arena& arena, const ChunkRead* reads,
     const int64_t parts = omp_get_num_threads(), me = omp_get_thread_num();
     for (int64_t r = 0; r < num_reads; ++r) {
       const ChunkRead& one = reads[r];
-      const ChunkStore& store = call.stores[call.blocks[one.block].store];
       int64_t begin = one.count * me / parts, end = one.count * (me + 1) / parts;
       if (entries) {
         begin = cut(entries->starts + one.start, one.count, me, parts);
@@ -144,7 +150,7 @@ void read_all(const ChunkCall& call, const Arena& arena, const ChunkRead* reads,
       }
       if (begin >= end) continue;
       with_reader((Codec)arena.encodings[one.block].codec, [&](auto reader) {
-        read_rows<decltype(reader)>(store, arena, one, one.start + begin, one.start + end, ids,
+        read_rows<decltype(reader)>(call, arena, one, one.start + begin, one.start + end, ids,
                                     entries, out);
       });
     }
@@ -170,13 +176,6 @@ struct Present {
   std::vector<int64_t> places, sources, rows, starts;
   std::vector<float> squares;
   int64_t count = 0;
-};
-
-struct Norms {
-  const float* weights;  // of the step, by block
-  uint64_t key;
-  float* out;
-  int64_t stride;
 };
 
 // Sums of squares of every chunk, and the mean of the row's, in the order that rules.h takes.
@@ -207,7 +206,7 @@ inline float chunk_squares(const float* grad, int64_t chunks, int64_t width, flo
 
 // Utilities of a row's present chunks, norms of its absent ones; lists the present ones.
 inline void weigh_row(const ChunkStore& store, const ChunkBlock& block, float weight,
-                      const Norms& norms,
+                      const ChunkGains& gains,
                       const Updates& updates, int64_t u, int64_t slot, const float* squares,
                       int64_t source, int64_t width, float mean, Present& present) {
   const float accesses = (float)(updates.csr.starts[u + 1] - updates.csr.starts[u]);
@@ -215,7 +214,7 @@ inline void weigh_row(const ChunkStore& store, const ChunkBlock& block, float we
   char* value = slot < 0 ? nullptr : value_at(store, slot);
   for (int64_t k = 0; k < store.chunks; ++k) {
     const float norm = std::min(std::sqrt(squares[k]) * accesses, kMostNorm);
-    float& out = norms.out[u * norms.stride + k];
+    float& out = gains.norms[u * gains.stride + k];
     if (!value || places_of(value)[k] < 0) {
       out = norm;
       continue;
@@ -224,20 +223,36 @@ inline void weigh_row(const ChunkStore& store, const ChunkBlock& block, float we
     uint16_t& utility = utilities_of(store, value)[k];
     if (norm > 0)
       utility = utility_code(utility_of(utility) + norm * weight,
-                             chunk_word(block, norms.key, row, k));
+                             chunk_word(block, gains.key, row, k));
     utility |= kMarked;
     present.add(block, row, k, places_of(value)[k], source + k * width, mean);
   }
 }
 
-// Summed, scaled, clipped gradients of whole rows, for as many as a tile has.
+// Adds the gradient of a row's absent chunks to the sums of its group: by column, then a count of
+// every chunk.
+inline void add_absent(const ChunkStore& store, int64_t slot, const float* grad, int64_t width,
+                       float* sums) {
+  const int32_t* places = slot < 0 ? nullptr : places_of(value_at(store, slot));
+  float* counts = sums + store.chunks * width;
+  for (int64_t k = 0; k < store.chunks; ++k, grad += width, sums += width) {
+    if (places && places[k] >= 0) continue;
+    for_columns(width, [&](int64_t c, int lanes) SHARDLAB_INLINE {
+      write_lanes(sums + c, read(sums + c, lanes) + read(grad + c, lanes), lanes);
+    });
+    ++counts[k];
+  }
+}
+
+// Summed and scaled gradients of whole rows, for as many as a tile has; clipped as well, or by a
+// call of `clip`.
 class Gradients {
  public:
-  Gradients(const Updates& updates, int64_t columns, const Step& s)
+  Gradients(const Updates& updates, int64_t columns, const Step& s, bool clips = true)
       : updates_(updates),
         columns_(columns),
         scale_(s.scale),
-        clip_(s.clip_value),
+        clip_(clips ? s.clip_value : 0.0f),
         plain_(s.scale == 1.0f && s.clip_value <= 0.0f && !updates.csr.weights),
         sums_(kTile * columns) {}
 
@@ -265,6 +280,14 @@ class Gradients {
     return sum;
   }
 
+  // Clips row i of the tile, which was summed without.
+  void clip(int64_t i, float bound) {
+    float* sum = sums_.data() + i * columns_;
+    for_columns(columns_, [&](int64_t c, int lanes) SHARDLAB_INLINE {
+      write_lanes(sum + c, clamp(read(sum + c, lanes), bound), lanes);
+    });
+  }
+
  private:
   const Updates& updates_;
   int64_t columns_;
@@ -290,12 +313,13 @@ void step_present(const Arena& arena, int64_t b, const Updates& updates, const P
 
 template <class Rule>
 void update_rows(const ChunkCall& call, const Arena& arena, int64_t b, const Updates& updates,
-                 int64_t begin, int64_t end, const Step& s, const Norms& norms) {
+                 int64_t begin, int64_t end, const Step& s, const ChunkGains& gains,
+                 float* groups) {
   const ChunkStore& store = call.stores[call.blocks[b].store];
   const Block& block = arena.blocks[b];
   const int64_t width = block.columns;
   std::vector<float> buffer(kLanes * width), squares(store.chunks);
-  Gradients grads(updates, width * store.chunks, s);
+  Gradients grads(updates, width * store.chunks, s, !groups);
   Present present(kTile * store.chunks);
   const auto fetch = [&](int64_t u, int64_t slot) SHARDLAB_INLINE {
     grads.prefetch(u);
@@ -314,9 +338,14 @@ void update_rows(const ChunkCall& call, const Arena& arena, int64_t b, const Upd
       const int64_t u = first + i;
       const int64_t slot = lookup.next(u, fetch);
       const float* grad = grads.sum(u, i);
+      if (groups) {
+        add_absent(store, slot, grad, width,
+                   groups + (u - updates.splits[b]) / kGroup * gains.absent_stride);
+        if (s.clip_value > 0.0f) grads.clip(i, s.clip_value);
+      }
       float mean = chunk_squares(grad, store.chunks, width, squares.data());
       if (updates.row_squares && updates.row_squares[u] >= 0) mean = updates.row_squares[u];
-      weigh_row(store, call.blocks[b], norms.weights[b], norms, updates, u, slot, squares.data(),
+      weigh_row(store, call.blocks[b], gains.weights[b], gains, updates, u, slot, squares.data(),
                 grad - updates.grads, width, mean, present);
     }
     step_present<Rule>(arena, b, updates, present, s, buffer.data());
@@ -358,9 +387,49 @@ void admit_rows(const ChunkCall& call, const Arena& arena, int64_t b, const Upda
   }
 }
 
+// Sums of the absent chunks' gradients of every kGroup uniques of a block, each by one thread: what
+// is added to what does not depend on the number of threads.
+class AbsentSums {
+ public:
+  AbsentSums(const ChunkCall& call, const Updates& updates, const ChunkGains& gains)
+      : call_(call), gains_(gains), first_(call.num_blocks + 1, 0) {
+    for (int64_t b = 0; b < call.num_blocks; ++b) {
+      const int64_t count = updates.splits[b + 1] - updates.splits[b];
+      first_[b + 1] = first_[b] + (is_shared(b) ? (count + kGroup - 1) / kGroup : 0);
+    }
+    sums_.resize(first_.back() * gains.absent_stride);
+  }
+
+  // The sums of a block's groups; null where absent chunks are zeros.
+  float* of(int64_t b) { return is_shared(b) ? sums_.data() + first_[b] * stride() : nullptr; }
+
+  void add_up() const {
+    for (int64_t b = 0; b < call_.num_blocks; ++b)
+      for (int64_t g = first_[b]; g < first_[b + 1]; ++g)
+        for (int64_t i = 0; i < stride(); ++i)
+          gains_.absent[b * stride() + i] += sums_[g * stride() + i];
+  }
+
+ private:
+  bool is_shared(int64_t b) const { return gains_.absent && call_.blocks[b].shared >= 0; }
+  int64_t stride() const { return gains_.absent_stride; }
+
+  const ChunkCall& call_;
+  const ChunkGains& gains_;
+  std::vector<int64_t> first_;
+  std::vector<float> sums_;
+};
+
+// Where a thread's part of a block begins or ends: between two groups.
+inline int64_t group_edge(const Updates& updates, int64_t b, int64_t at) {
+  const int64_t first = updates.splits[b], end = updates.splits[b + 1];
+  return at >= end ? end : at <= first ? first : first + (at - first) / kGroup * kGroup;
+}
+
 template <class Rule>
 void update_with(const ChunkCall& call, const Arena& arena, const Updates& updates, const Step& s,
-                 const Norms& norms, int threads) {
+                 const ChunkGains& gains, int threads) {
+  AbsentSums absent(call, updates, gains);
 #pragma omp parallel num_threads(threads)
   {
     const int64_t parts = omp_get_num_threads(), me = omp_get_thread_num();
@@ -368,11 +437,11 @@ void update_with(const ChunkCall& call, const Arena& arena, const Updates& updat
     const int64_t begin = updates.splits[0] + cut(updates.csr.starts, uniques, me, parts);
     const int64_t end = updates.splits[0] + cut(updates.csr.starts, uniques, me + 1, parts);
     for (int64_t b = 0; b < arena.num_blocks; ++b) {
-      const int64_t from = std::max(begin, updates.splits[b]);
-      const int64_t to = std::min(end, updates.splits[b + 1]);
-      if (from < to) update_rows<Rule>(call, arena, b, updates, from, to, s, norms);
+      const int64_t from = group_edge(updates, b, begin), to = group_edge(updates, b, end);
+      if (from < to) update_rows<Rule>(call, arena, b, updates, from, to, s, gains, absent.of(b));
     }
   }
+  absent.add_up();
 }
 
 template <class Rule>
@@ -398,17 +467,15 @@ void admit_with(const ChunkCall& call, const Arena& arena, const Updates& update
 }
 
 void update_all(const ChunkCall& call, const Arena& arena, const Updates& updates, Rule rule,
-            const Step& s, const float* weights, uint64_t utility_key, float* out, int64_t stride,
-            int threads) {
-  const Norms norms{weights, utility_key, out, stride};
+                const Step& s, const ChunkGains& gains, int threads) {
   switch (rule) {
-    case Rule::kSgd: return update_with<Sgd>(call, arena, updates, s, norms, threads);
-    case Rule::kAdagrad: return update_with<Adagrad>(call, arena, updates, s, norms, threads);
+    case Rule::kSgd: return update_with<Sgd>(call, arena, updates, s, gains, threads);
+    case Rule::kAdagrad: return update_with<Adagrad>(call, arena, updates, s, gains, threads);
     case Rule::kRowWiseAdagrad:
-      return update_with<RowWiseAdagrad>(call, arena, updates, s, norms, threads);
-    case Rule::kAdam: return update_with<Adam>(call, arena, updates, s, norms, threads);
+      return update_with<RowWiseAdagrad>(call, arena, updates, s, gains, threads);
+    case Rule::kAdam: return update_with<Adam>(call, arena, updates, s, gains, threads);
     case Rule::kRowWiseAdam:
-      return update_with<RowWiseAdam>(call, arena, updates, s, norms, threads);
+      return update_with<RowWiseAdam>(call, arena, updates, s, gains, threads);
   }
 }
 

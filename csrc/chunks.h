@@ -11,16 +11,25 @@ struct ChunkRead {
   int64_t block, start, count, out_start;
 };
 
+// What a step tells of utilities, and of absent chunks.
+struct ChunkGains {
+  const float* weights;  // of the step, by block
+  uint64_t key;          // of the random bits of utilities; those of chunks are of `Updates::key`
+  float* norms;          // [uniques, stride]: of absent chunks, times accesses; -1 where one is present
+  int64_t stride;
+  // [blocks, absent_stride], or null: adds the scaled gradients of the absent chunks of blocks where
+  // these are shared, by column, then how many there are of every chunk.
+  float* absent;
+  int64_t absent_stride;
+};
+
 // Of the arena, block b is shard b's share of its store's pool: columns are those of a chunk.
 struct ChunkKernels {
   void (*read)(const ChunkCall& call, const Arena& arena, const ChunkRead* reads,
                int64_t num_reads, const int64_t* ids, const Csr* entries, float* out, int threads);
-  // Steps present chunks and adds to their utilities. norms [uniques, stride]: of absent chunks,
-  // times accesses; -1 where a chunk is present. Random bits of utilities are those of
-  // `utility_key`, of chunks those of `updates.key`.
+  // Steps present chunks and adds to their utilities.
   void (*update)(const ChunkCall& call, const Arena& arena, const Updates& updates, Rule rule,
-                 const Step& step, const float* weights, uint64_t utility_key, float* norms,
-                 int64_t stride, int threads);
+                 const Step& step, const ChunkGains& gains, int threads);
   // The first step of admitted chunks, [count, 3]: (unique, chunk, place), ascending.
   void (*admit)(const ChunkCall& call, const Arena& arena, const Updates& updates, Rule rule,
                 const Step& step, const int64_t* admitted, int64_t count, int threads);

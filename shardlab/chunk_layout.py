@@ -59,12 +59,14 @@ class ChunkLayout:
         chunks: chunks of a row.
         payload_bytes, state_bytes: of a chunk.
         sketch_lines: lines of 64 cells.
+        shared: chunks that absent ones read as; they take the first places of the pool.
     """
 
     chunks: int
     payload_bytes: int
     state_bytes: int
     sketch_lines: int = 0
+    shared: int = 0
 
     @property
     def record_bytes(self) -> int:
@@ -99,7 +101,7 @@ class ChunkLayout:
 
     def full_bytes(self, rows: int) -> int:
         """Bytes with every chunk of ``rows`` rows present."""
-        return self.held_bytes(fitting_slots(rows), rows * self.chunks)
+        return self.held_bytes(fitting_slots(rows), self.shared + rows * self.chunks)
 
     def likely_chunks(self, budget: int, sketch: float) -> int:
         """Chunks that a budget holds where rows have all of theirs.

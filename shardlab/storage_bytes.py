@@ -158,7 +158,8 @@ def chunk_layout(spec: PrunedSpec, columns: int, optimizer: str, budget: int = 0
     layout = ChunkLayout(max(1, columns // width), payload_bytes(spec.dtype, width),
                          payload_bytes("fp32", per_column * width + per_row))
     cells = spec.sketch * layout.likely_chunks(budget, spec.sketch) if budget else 0
-    return replace(layout, sketch_lines=math.ceil(cells / LINE_BYTES))
+    return replace(layout, sketch_lines=math.ceil(cells / LINE_BYTES),
+                   shared=layout.chunks if spec.shares_absent else 0)
 
 
 _BYTES: dict[type, Callable[..., TierBytes]] = {

@@ -34,6 +34,7 @@ ADMISSIONS = ("always", "frequency")
 ROUNDINGS = ("stochastic", "nearest")
 PRUNED_DTYPES = ("fp32", "fp16", "int8")
 PRUNED_STARTS = ("empty", "dense")
+PRUNED_ABSENT = ("zeros", "shared")
 TENSOR_TRAIN_INITS = ("isometric", "sampled_gaussian", "gaussian", "uniform")
 
 
@@ -174,6 +175,8 @@ class PrunedSpec:
         slack: share by which a rank may exceed its part of the budget.
         normalize: counts gradient norms in units of the 95th percentile of their table's, as of
             the last decision, so that tables compete fairly, and steps early and late.
+        absent: what an absent chunk reads as: ``zeros``, or a chunk that all absent ones of the
+            table share (``shared``) and train.
     """
 
     ratio: float | None = None
@@ -192,6 +195,7 @@ class PrunedSpec:
     sketch: float = 4.0
     slack: float = 0.1
     normalize: bool = True
+    absent: str = "zeros"
 
     def budget(self, rows: int, columns: int) -> int:
         """Bytes of a table of this size, everything counted; ratio 1 stands for no budget."""
@@ -204,6 +208,11 @@ class PrunedSpec:
     def is_full(self) -> bool:
         """Whether nothing is ever pruned."""
         return self.ratio == 1.0
+
+    @property
+    def shares_absent(self) -> bool:
+        """Whether absent chunks read as one that they share."""
+        return self.absent == "shared" and not self.is_full
 
     def chunk_columns(self, columns: int) -> int:
         """Columns of a chunk, in a table or a shard with this many columns."""

@@ -11,6 +11,7 @@ from shardlab.storage_specs import (
     ADMISSIONS,
     DTYPES,
     POLICIES,
+    PRUNED_ABSENT,
     PRUNED_DTYPES,
     PRUNED_STARTS,
     ROUNDINGS,
@@ -177,6 +178,7 @@ def _parse_pruned(value: Mapping[str, Any], where: str) -> PrunedSpec:
         spec = replace(spec, bytes=_parse_bytes(budget["bytes"], f"{where}.budget.bytes"))
     check_word(spec.dtype, PRUNED_DTYPES, f"{where}.dtype")
     check_word(spec.start, PRUNED_STARTS, f"{where}.start")
+    check_word(spec.absent, PRUNED_ABSENT, f"{where}.absent")
     _check_whole(spec, {"chunks": 0, "width": 0, "warmup": 0, "ramp": 0, "period": 1}, where)
     check_share(spec.gamma, f"{where}.gamma")
     for key, most in (("hysteresis", 100.0), ("headroom", 0.5), ("sketch", 64.0), ("slack", 10.0)):

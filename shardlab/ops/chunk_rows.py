@@ -10,7 +10,6 @@ Source: arXiv 2401.04408; exact fused optimisers as in arXiv 2104.05158.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -56,6 +55,10 @@ class ChunkPools:
         """Columns of a chunk of a shard."""
         return int(self.blocks.table[block, 4])
 
+    def shared(self, block: int) -> int:
+        """Place of what a shard's first chunk reads as where it is absent; -1 for zeros."""
+        return int(self.index.blocks[block, 5])
+
     def is_native(self, op: str) -> bool:
         """Whether the native face runs an op."""
         return face_of(op, self.arena.device.type) == "native" \
@@ -69,7 +72,7 @@ class ChunkPools:
 
 # ---------------------------------------------------------------- read
 def read_chunks(pools: ChunkPools, segments: Tensor, ids: Tensor, out: Tensor) -> None:
-    """Copies rows densely into ``out``; absent chunks are zeros. Arguments as `gather_rows`."""
+    """Copies rows densely into ``out``. Arguments as `gather_rows`."""
     if pools.is_native("read_chunks"):
         assert isinstance(pools.index, NativeChunkIndex)
         native().chunk_read(pools.index.call(), pools.native_arena(),  # type: ignore[union-attr]
@@ -96,7 +99,7 @@ def pool_chunks(pools: ChunkPools, jobs: Tensor, ids: Tensor, offsets: Tensor | 
         offsets, weights, out: as in `ops.rows.pool_rows`.
     """
     segments = torch.tensor(job_spans(jobs, offsets), dtype=torch.int64).view(-1, 3)
-    places = pools.index.places(segments, ids.cpu())
+    places = _read_places(pools, segments, ids.cpu())
     table, encodings = pools.blocks.table, pools.blocks.encodings
     assert encodings is not None
     counts = torch.tensor([pools.chunks(block) for block in range(table.shape[0])],
@@ -108,6 +111,18 @@ def pool_chunks(pools: ChunkPools, jobs: Tensor, ids: Tensor, offsets: Tensor | 
         kernel[:, 0], kernel[:, 1], kernel[:, 2] = table[block, 0], table[block, 1], table[block, 4]
         kernel[:, 8] += k * table[block, 4]
         pool_blocks(pools.arena, kernel, places[k].to(pools.arena.device), offsets, weights, out)
+
+
+def _read_places(pools: ChunkPools, segments: Tensor, ids: Tensor) -> Tensor:
+    """`ChunkIndex.places`, and where absent chunks are shared, the places of these."""
+    places = pools.index.places(segments, ids)
+    for block, start, count in segments.tolist():
+        if pools.shared(block) >= 0:
+            chunks = pools.chunks(block)
+            part = places[:chunks, start:start + count]
+            shared = pools.shared(block) + torch.arange(chunks)
+            part.copy_(torch.where(part < 0, shared[:, None], part))
+    return places
 
 
 def scatter_chunks(pools: ChunkPools, uniques: Uniques, weights: Tensor | None,
@@ -151,10 +166,14 @@ class UtilityStep:
     Attributes:
         weights: fp32 [blocks] on CPU: of this step; utilities are as of the last decision.
         key: of the random bits of rounding them.
+        absent: fp32 [blocks, most columns + chunks] where the gradients are, or None: to what
+            shards whose absent chunks are shared hold here their scaled gradients are added, by
+            column, and, behind the columns, how many there are of every chunk.
     """
 
     weights: Tensor
     key: int
+    absent: Tensor | None = None
 
 
 def update_chunks(pools: ChunkPools, uniques: Uniques, weights: Tensor | None, grads: Tensor,
@@ -179,8 +198,10 @@ def update_chunks(pools: ChunkPools, uniques: Uniques, weights: Tensor | None, g
         native().chunk_update(  # type: ignore[union-attr]
             pools.index.call(), pools.native_arena(), _addresses(uniques, weights, grads,
                                                                  row_squares),
-            step.key, RULES[step.kind], step.numbers(), address(utility.weights), utility.key,
-            address(norms), stride, torch.get_num_threads())
+            step.key, RULES[step.kind], step.numbers(),
+            (address(utility.weights), utility.key, address(norms), stride,
+             address(utility.absent), 0 if utility.absent is None else utility.absent.shape[1]),
+            torch.get_num_threads())
         return norms
     ids, segments = uniques.ids.cpu(), block_segments(uniques)
     places = pools.index.places(segments, ids)
@@ -189,8 +210,12 @@ def update_chunks(pools: ChunkPools, uniques: Uniques, weights: Tensor | None, g
 
     for block, start, count in segments.tolist():
         chunks, part = pools.chunks(block), slice(start, start + count)
-        summed = summed_gradients(pools, block, (uniques, weights, grads, step), torch.arange(start,
-                                                                                     start + count))
+        summed = summed_gradients(pools, block, (uniques, weights, grads, replace(
+            step, clip_value=0.0)), torch.arange(start, start + count))
+        if utility.absent is not None and pools.shared(block) >= 0:
+            _add_absent(summed, places[:chunks, part].T < 0, utility.absent[block])
+        if step.clip_value > 0:
+            summed.clamp_(-step.clip_value, step.clip_value)
         squares = chunk_squares(summed, chunks)
         norms[part, :chunks] = (_root(squares).cpu() * accesses[part, None]).clamp(max=_MOST_NORM)
         _step_present(pools, block, places[:chunks, part].T, (summed, ids[part]), step,
@@ -200,6 +225,15 @@ def update_chunks(pools: ChunkPools, uniques: Uniques, weights: Tensor | None, g
                              torch.zeros(none.numel(), dtype=torch.int64)))
     norms[places.T[:, :stride] >= 0] = -1.0
     return norms
+
+
+def _add_absent(summed: Tensor, absent: Tensor, sums: Tensor) -> None:
+    """Adds what rows [n, columns] give to ``absent`` chunks, bool [n, chunks], and counts."""
+    absent = absent.to(summed.device)
+    (count, columns), chunks = summed.shape, absent.shape[1]
+    parts = torch.where(absent[:, :, None], summed.view(count, chunks, -1), 0.0)
+    sums[:columns] += parts.sum(0).flatten()
+    sums[columns:columns + chunks] += absent.sum(0)
 
 
 def _uneven(pools: ChunkPools) -> bool:
@@ -287,7 +321,7 @@ def _step_present(pools: ChunkPools, block: int, places: Tensor, rows: tuple[Ten
     mean = _reduced(summed) / columns
     if row_squares is not None:
         mean = torch.where(row_squares < 0, mean, row_squares)
-    _, row_start, first, table_chunks, _ = pools.index.blocks[block].tolist()
+    _, row_start, first, table_chunks, *_ = pools.index.blocks[block].tolist()
     count = row.numel()
     splits = torch.zeros(pools.blocks.table.shape[0] + 1, dtype=torch.int64)
     splits[block + 1:] = count
@@ -339,8 +373,3 @@ def move_places(pools: ChunkPools, block: int, moves: Tensor) -> None:
                                                                                 block)):
         if part.shape[1]:
             part[target] = part[source]
-
-
-def blocks_of(pools: ChunkPools, store: int) -> Sequence[int]:
-    """Shards that a store holds."""
-    return (pools.index.blocks[:, 0] == store).nonzero().flatten().tolist()

@@ -53,6 +53,10 @@ class StoreShape:
     max_rows: int
     wide: bool = False
 
+    def in_slabs(self, chunks: int) -> int:
+        """Chunks of the slabs that hold the first ones."""
+        return min(-(-chunks // self.slab) * self.slab, self.max_chunks)
+
 
 @dataclass(frozen=True)
 class StoreNumbers:
@@ -115,8 +119,9 @@ class ChunkIndex(Protocol):
 
     Attributes:
         shapes: of the stores.
-        blocks: int64 [B, 5] on CPU: (store, first row, first chunk, chunks of a row of the table,
-            key of the table).
+        blocks: int64 [B, 6] on CPU: (store, first row, first chunk, chunks of a row of the table,
+            key of the table, place of what the first chunk reads as where it is absent, the others'
+            behind it, -1 for zeros).
         notes_losses: `offer` and `decide` note what `take_losses` gives.
         keeps_places: places that are handed out hold what they held: the caller clears them.
     """
@@ -240,7 +245,7 @@ def build_chunk_index(shapes: Sequence[StoreShape], blocks: Tensor, memory: Tens
 
 
 _STATE = ("keys", "values", "payload", "state", "stack", "sketch", "chunks", "payload_bytes",
-          "state_bytes", "slab", "max_chunks", "max_slots", "sketch_lines", "wide",
+          "state_bytes", "slab", "max_chunks", "max_slots", "sketch_lines", "wide", "shared",
           "line_marks", "budget", "slots", "rows", "used", "top", "committed", "free", "refused")
 _COLUMN = {name: column for column, name in enumerate(_STATE)}
 _POOLS = [_COLUMN["payload"], _COLUMN["state"]]
@@ -269,12 +274,14 @@ class NativeChunkIndex:
             layout = shape.layout
             cells = self._memory[offset + keys + values + stack:][:layout.sketch_lines * LINE_BYTES]
             self._sketches.append(cells)
-            row[:14] = torch.tensor([
+            row[:_COLUMN["budget"]] = torch.tensor([
                 at + offset, at + offset + keys, *pool, at + offset + keys + values,
                 at + offset + keys + values + stack, layout.chunks, layout.payload_bytes,
                 layout.state_bytes, shape.slab, shape.max_chunks, _max_slots(shape),
-                layout.sketch_lines, int(shape.wide)])
+                layout.sketch_lines, int(shape.wide), layout.shared, 0])
             row[_COLUMN["slots"]] = fitting_slots(0)
+            row[_COLUMN["top"]] = layout.shared
+            row[_COLUMN["committed"]] = shape.in_slabs(layout.shared)
             offset += keys + values + stack + sketch
         self._call = (address(self._state), address(self.blocks), self.blocks.shape[0])
         self.notes_losses = self.keeps_places = False
@@ -357,10 +364,10 @@ class NativeChunkIndex:
         native().chunk_load(address(self._state[store]), address(keys),  # type: ignore[union-attr]
                             address(values), keys.numel())
         used = int((rows.places >= 0).sum())
-        top = int(rows.places.max()) + 1 if used else 0
-        assert used == top, "places of loaded rows leave no gap"
-        committed = min(-(-top // shape.slab) * shape.slab, shape.max_chunks)
-        self._state[store, _COLUMN["used"]:] = torch.tensor([used, top, committed, 0, 0])
+        top = int(rows.places.max()) + 1 if used else shape.layout.shared
+        assert used + shape.layout.shared == top, "places of loaded rows leave no gap"
+        self._state[store, _COLUMN["used"]:] = torch.tensor(
+            [used, top, shape.in_slabs(top), 0, 0])
 
     def insert(self, block: int, rows: ChunkRows) -> Tensor:
         ids, places = rows.rows.contiguous(), rows.places.clone()

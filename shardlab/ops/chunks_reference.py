@@ -69,6 +69,10 @@ class _Store:
     refused: int = 0
     lines: set[int] | None = None  # that counted something, once anybody asks
 
+    def __post_init__(self) -> None:
+        self.top = self.shape.layout.shared
+        self.committed = self.shape.in_slabs(self.top)
+
     def held(self, slots: int | None = None, committed: int | None = None,
              free: int | None = None) -> int:
         return self.shape.layout.held_bytes(
@@ -145,7 +149,7 @@ class ReferenceChunkIndex:
         return mix64((row if wide else block << _TAG_SHIFT | row) + 1)
 
     def _word(self, block: int, key: int, row: int, chunk: int) -> int:
-        _, row_start, first, chunks, table_key = self._blocks[block]
+        _, row_start, first, chunks, table_key, _ = self._blocks[block]
         at = (row_start + row) * chunks + first + chunk
         return mix64(((key ^ table_key) & _WORD) + at * _GOLDEN)
 
@@ -361,10 +365,11 @@ class ReferenceChunkIndex:
 
     def compact(self, store: int, *, tight: bool) -> Tensor:
         one, moves = self._stores[store], []
-        holes = sorted(place for place in one.stack if place < one.used)
+        taken = one.shape.layout.shared + one.used
+        holes = sorted(place for place in one.stack if place < taken)
         for _, _, _, chunks in one.in_order():
             for k, place in enumerate(chunks.places):
-                if place >= one.used:
+                if place >= taken:
                     chunks.places[k] = holes[len(moves)]
                     moves.append((place, holes[len(moves)]))
         before, slots = one.committed, one.slots
@@ -379,9 +384,8 @@ class ReferenceChunkIndex:
         return torch.tensor(moves, dtype=torch.int64).view(-1, 2)
 
     def _settle(self, one: _Store) -> None:
-        one.stack, one.top, one.slots = [], one.used, one.fit()
-        slab = one.shape.slab
-        one.committed = min(-(-one.used // slab) * slab, one.shape.max_chunks)
+        one.stack, one.top, one.slots = [], one.shape.layout.shared + one.used, one.fit()
+        one.committed = one.shape.in_slabs(one.top)
 
     def load(self, store: int, blocks: Tensor, rows: ChunkRows) -> None:
         one = self._stores[store]

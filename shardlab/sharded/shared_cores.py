@@ -1,12 +1,13 @@
-"""Tensor-train tables in several shards: the gradients of the cores that their ranks share.
+"""Gradients of what the ranks of a table share: cores of tensor trains, chunks of pruned tables.
 
 A rectangle of such a table is a part of its first core and all of the others. Every owner knows the
 gradients that its rows and columns give to the shared cores; their sum, over all tables in one
 all-reduce, is what all owners step by, so that the copies stay equal. Tables cut by
-columns add the squares of the first core's slices, for row-wise rules.
+columns add the squares of the first core's slices, for row-wise rules. Row blocks of a pruned table
+with ``absent: shared`` do the same for the row that their absent chunks share.
 
 Bytes per step: the parameters of the shared cores, once around (a table of 10 million rows at rank
-32 has 480,000, 1.9 MB).
+32 has 480,000, 1.9 MB); the columns of a pruned table, and a count of every chunk.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ from shardlab.comm import Groups, all_reduce_
 from shardlab.ops.rows import StepParameters
 from shardlab.plan import TablePlan
 from shardlab.sharded.layout import Layout
-from shardlab.storage_specs import TensorTrainSpec
+from shardlab.storage_specs import PrunedSpec, TensorTrainSpec
 
 
 @runtime_checkable
 class SharesCores(Protocol):
-    """A storage whose shards may share cores with other ranks."""
+    """A storage whose shards may share cores, or chunks, with other ranks."""
 
     def shared_gradients(self, block: int, out: Tensor) -> bool:
         """Adds what a shard knows; whether ids touched it."""
@@ -44,7 +45,7 @@ class _Span:
 
 
 class SharedCores:
-    """Sums gradients of shared cores over the ranks.
+    """Sums gradients of shared cores and chunks over the ranks.
 
     Args:
         layout: the compiled plan.
@@ -91,9 +92,14 @@ class SharedCores:
 
 def _shared_elements(plan: TablePlan, layout: Layout) -> int:
     """Numbers that the ranks of a table exchange; 0 where each holds all of it."""
-    if not isinstance(plan.storage, TensorTrainSpec) or plan.replicated or len(plan.shards) == 1:
+    if plan.replicated or len(plan.shards) == 1:
         return 0
     table = next(table for table in layout.tables if table.name == plan.table)
+    if isinstance(plan.storage, PrunedSpec) and plan.storage.shares_absent \
+            and any(shard.rows < table.num_embeddings for shard in plan.shards):
+        return table.embedding_dim + table.embedding_dim // plan.storage.width
+    if not isinstance(plan.storage, TensorTrainSpec):
+        return 0
     shape = plan.storage.resolve(table.num_embeddings, table.embedding_dim).piece_shape(
         table.num_embeddings, table.embedding_dim)
     cores = shape.core_shapes

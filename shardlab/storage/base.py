@@ -86,7 +86,8 @@ class TableChunk:
         state: by name, fp32 [n, d] per element or [n] per row.
         replicated: every rank holds the same cells.
         present: int64 [n], ascending: the rows that ``weights`` are, counted from row_start, where
-            not all rows of a range are there; the others are zeros. None: all are.
+            not all rows of a range are there; the others are zeros, or the row ``absent`` of
+            ``extra``. None: all are.
         span: rows of the range, where ``present`` is given.
         extra: what only a storage of the same kind takes, by name.
     """
@@ -107,7 +108,7 @@ class TableChunk:
         return self.weights.shape[0] if self.present is None else self.span
 
     def dense(self, max_rows: int) -> Iterator[TableChunk]:
-        """The same with all rows, absent ones as zeros, at most ``max_rows`` at a time.
+        """The same with all rows, absent ones as they read, at most ``max_rows`` at a time.
 
         Of a tensor train, its cached rows and those that its cores make.
         """
@@ -135,6 +136,10 @@ class TableChunk:
                 parts[name] = torch.zeros(count, *value.shape[1:])
                 parts[name][at] = value[some]
             weights = parts.pop("")
+            if "absent" in self.extra:
+                others = torch.ones(count, dtype=torch.bool)
+                others[at] = False
+                weights[others] = self.extra["absent"]
             yield TableChunk(self.table, self.row_start + first, self.col_start, weights, parts,
                              self.replicated)
 

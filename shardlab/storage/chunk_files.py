@@ -1,9 +1,10 @@
 """Rows of pruned tables in checkpoints: only those that are present, with what they are worth.
 
 A `TableChunk` of a pruned table lists the rows of a range that have chunks. Weights and state are
-those that any storage takes (absent chunks are zeros, a per-row state is the mean of the row's
-chunks). What only a pruned table takes lies beside them: which chunks are present, their utilities,
-their own per-row states, and, in the first chunk of a store's first shard, the sketch.
+those that any storage takes (absent chunks are what they read as, a per-row state is the mean of
+the row's chunks). What only a pruned table takes lies beside them: which chunks are present, their
+utilities, their own per-row states, the row that absent chunks share, with its states, and, in the
+first chunk of a store's first shard, the sketch.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ from shardlab.ops.chunk_marks import MARK
 from shardlab.ops.chunks import ChunkRows
 from shardlab.ops.records import Records
 from shardlab.storage.base import TableChunk
-from shardlab.storage.chunk_replay import mean_of_chunks
+from shardlab.storage.chunk_replay import fill_absent, mean_of_chunks
 from shardlab.storage.chunk_start import chunk_numbers
-from shardlab.storage.chunk_stores import NO_BUDGET
+from shardlab.storage.chunk_stores import NO_BUDGET, pruned_spec
 from shardlab.storage.rows import STATE_NAMES
 from shardlab.storage_bytes import OPTIMIZER_STATE
 
@@ -32,6 +33,10 @@ if TYPE_CHECKING:
     from shardlab.storage.pruned import PrunedStorage
 
 _FP32_BYTES = 4
+#: What readers need of every chunk: when it was decided on, and what absent rows read as.
+_NOTED = ("threshold", "decided_at", "absent", "absent_states")
+#: Rows that are filled up at a time, where a checkpoint lists the present ones.
+_DENSE_ROWS = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -138,12 +143,14 @@ class ChunkFiles:
         storage, local = self._storage, self._storage.shards[block]
         shard, width = local.shard, storage.pools.width(block)
         per_column, per_row = OPTIMIZER_STATE[storage.optimizer]
-        extra = {"utilities": content.codes, **head}
+        weights, extra = content.weights, {"utilities": content.codes, **head}
+        if "absent" in head:
+            weights = fill_absent(weights, content.codes, head["absent"])
         if per_row:
             extra["row_states"] = content.states[:, :, per_column * width:].reshape(
                 rows.numel(), storage.pools.chunks(block) * per_row).contiguous()
         return TableChunk(local.table.name, shard.row_start + span[0], shard.col_start,
-                          content.weights, self._split(content.states, width), False,
+                          weights, self._split(content.states, width), False,
                           rows - span[0], span[1] - span[0], extra)
 
     def head(self, block: int) -> dict[str, Tensor]:
@@ -155,6 +162,10 @@ class ChunkFiles:
                 "scale": storage.scale[block:block + 1].clone(),
                 "measured": storage.measured[block:block + 1].clone(),
                 "sketch_of": torch.tensor([self._identity(store)])}
+        absent = storage.absent.records(block)
+        if absent is not None:
+            told |= {"absent": absent.read_rows().cpu().flatten(),
+                     "absent_states": absent.read_states().cpu()}
         if block == storage.stores[store].blocks[0]:
             numbers = storage.index.numbers(store)
             told |= {"sketch": storage.index.sketch(store).clone(),
@@ -165,7 +176,7 @@ class ChunkFiles:
     @staticmethod
     def note(head: dict[str, Tensor]) -> dict[str, Tensor]:
         """What the other chunks of a shard repeat of its head."""
-        return {name: head[name] for name in ("threshold", "decided_at")}
+        return {name: head[name] for name in _NOTED if name in head}
 
     def _split(self, states: Tensor, width: int) -> dict[str, Tensor]:
         """States [n, chunks, elements] by name: [n, columns], or [n], means of present chunks."""
@@ -210,7 +221,8 @@ class ChunkFiles:
         """Writes the cells that lie in this storage's shards; see `Storage.load_chunk`.
 
         Raises:
-            CheckpointError: the chunk's state is not this optimiser's.
+            CheckpointError: the chunk's state is not this optimiser's; its absent rows share one,
+                which this storage cannot hold.
         """
         wanted = STATE_NAMES[self._storage.optimizer]
         if chunk.state and set(chunk.state) != set(wanted):
@@ -218,13 +230,28 @@ class ChunkFiles:
                                   f"{sorted(chunk.state)}, {self._storage.optimizer} needs "
                                   f"{sorted(wanted)}")
         for block, local in enumerate(self._storage.shards):
+            if local.table.name != chunk.table:
+                continue
             shard = local.shard
-            top = max(shard.row_start, chunk.row_start)
-            bottom = min(shard.row_end, chunk.row_start + chunk.num_rows)
-            left = max(shard.col_start, chunk.col_start)
-            right = min(shard.col_end, chunk.col_start + chunk.weights.shape[1])
-            if local.table.name == chunk.table and top < bottom and left < right:
-                self._load(block, chunk, (top, bottom), (left, right))
+            for part in self._as_read(block, chunk):
+                top = max(shard.row_start, part.row_start)
+                bottom = min(shard.row_end, part.row_start + part.num_rows)
+                left = max(shard.col_start, part.col_start)
+                right = min(shard.col_end, part.col_start + part.weights.shape[1])
+                if top < bottom and left < right:
+                    self._load(block, part, (top, bottom), (left, right))
+
+    def _as_read(self, block: int, chunk: TableChunk) -> Iterator[TableChunk]:
+        """A chunk as a shard can take it: with all rows, where no other way tells absent ones."""
+        local = self._storage.shards[block]
+        spec = pruned_spec(local)
+        if spec.shares_absent or not chunk.extra.get("absent", torch.zeros(1)).any():
+            yield chunk
+        elif spec.is_full:
+            yield from chunk.dense(_DENSE_ROWS)
+        else:
+            raise CheckpointError(f"table {chunk.table!r}: absent rows of the checkpoint share a "
+                                  "row, and read as zeros here; set absent: shared")
 
     def _load(self, block: int, chunk: TableChunk, rows: tuple[int, int],
               columns: tuple[int, int]) -> None:
@@ -253,6 +280,7 @@ class ChunkFiles:
         kept = (at >= 0).nonzero().flatten()
         states = self._states(chunk, some, source, width).flatten(0, 1)
         self._write(block, ids, (first, count), kept, (at, weights, states))
+        self._take_absent(block, chunk, source, first)
         self._take_store(block, chunk)
 
     def _utilities(self, chunk: TableChunk, some: Tensor, source: slice,
@@ -264,7 +292,9 @@ class ChunkFiles:
         if saved is not None and grain == width:
             codes = saved[some, source.start // width:source.stop // width]
             return codes.clamp(min=0), codes >= 0
-        return torch.zeros(weights.shape[0], count, dtype=torch.int16), weights.abs().sum(2) > 0
+        reads = chunk.extra.get("absent", torch.zeros(chunk.weights.shape[1]))
+        return (torch.zeros(weights.shape[0], count, dtype=torch.int16),
+                (weights != reads[source].view(count, width)).any(2))
 
     def _insert(self, block: int, ids: Tensor, places: Tensor, codes: Tensor, *,
                 exact: bool) -> Tensor:
@@ -313,6 +343,20 @@ class ChunkFiles:
         records.write_rows(weights[kept].to(device), words)
         if states.shape[1]:
             records.write_states(states[kept].to(device), words)
+
+    def _take_absent(self, block: int, chunk: TableChunk, source: slice, first: int) -> None:
+        """Takes over what absent chunks read as; states only if chunks are as wide there."""
+        storage, width = self._storage, self._storage.pools.width(block)
+        absent = storage.absent.records(block)
+        if absent is None or "absent" not in chunk.extra:
+            return
+        values = chunk.extra["absent"][source].view(-1, width)
+        states, elements = chunk.extra["absent_states"], absent.read_states().shape[1]
+        if chunk.state and states.shape[0] * width == chunk.weights.shape[1]:
+            states = states[source.start // width:source.stop // width]
+        else:
+            states = torch.zeros(values.shape[0], elements)
+        storage.absent.write(block, storage.clock.seed, first, values, states)
 
     def _take_store(self, block: int, chunk: TableChunk) -> None:
         """Takes over what decisions left; what counts for a store only if its shards are these."""

@@ -109,6 +109,12 @@ def mean_of_chunks(states: Tensor) -> Tensor:
     return states.sum(1) / (states != 0).sum(1).clamp(min=1)
 
 
+def fill_absent(weights: Tensor, codes: Tensor, absent: Tensor) -> Tensor:
+    """fp32 [n, columns]: absent chunks, of int16 [n, chunks] < 0, as they read: fp32 [columns]."""
+    there = (codes >= 0).repeat_interleave(absent.numel() // codes.shape[1], 1)
+    return torch.where(there, weights, absent)
+
+
 def _parts(chunk: TableChunk) -> dict[str, Tensor]:
     """Tensors with an entry a row, rows as numbers in the table."""
     assert chunk.present is not None
@@ -128,6 +134,8 @@ def _merged(below: TableChunk, parts: dict[str, Tensor], above: dict[str, Tensor
         order = torch.cat([parts[_ROWS][stay], above[_ROWS]]).argsort()
         parts = {name: torch.cat([value[stay], above[name]])[order]
                  for name, value in parts.items()}
+    if "absent" in extra:
+        parts["weights"] = fill_absent(parts["weights"], parts["extra/utilities"], extra["absent"])
     return replace(
         below, row_start=span[0], weights=parts["weights"], present=parts[_ROWS] - span[0],
         span=span[1] - span[0], state={name: parts[f"state/{name}"] for name in below.state},

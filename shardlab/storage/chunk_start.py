@@ -30,7 +30,7 @@ def fill_dense(pools: ChunkPools, shards: Sequence[LocalShard], plan: StorePlan,
         store: its number.
         seed: of the run.
     """
-    chunks, at = plan.shape.layout.chunks, 0
+    chunks, at = plan.shape.layout.chunks, plan.shape.layout.shared
     blocks, rows, places = [], [], []
     for block in plan.blocks:
         count = shards[block].shard.rows
@@ -65,6 +65,6 @@ def _write(pools: ChunkPools, local: LocalShard, block: int, at: int, seed: int)
 
 def chunk_numbers(pools: ChunkPools, block: int, rows: torch.Tensor) -> torch.Tensor:
     """int64 [n * chunks]: number of every chunk in its table, which random bits go by."""
-    _, row_start, first, table_chunks, _ = pools.index.blocks[block].tolist()
+    _, row_start, first, table_chunks, *_ = pools.index.blocks[block].tolist()
     chunk = torch.arange(pools.chunks(block))
     return ((rows[:, None] + row_start) * table_chunks + first + chunk).view(-1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -90,7 +90,7 @@ def plan_stores(shards: Sequence[LocalShard], optimizer: str) -> list[StorePlan]
         spec = pruned_spec(local)
         alone = block if local.table.num_embeddings == UNBOUNDED else None
         key = (spec.schedule, spec.width, local.shard.columns, spec.dtype, spec.tier, spec.sketch,
-               alone)
+               spec.absent, alone)
         groups.setdefault(key, []).append(block)
     shared: dict[tuple[object, ...], int] = {}
     for local in shards:
@@ -126,13 +126,15 @@ def _plan(shards: Sequence[LocalShard], blocks: list[int], shared: dict[tuple[ob
     target = sum(shard_budget(shards[block]) for block in blocks)
     columns = first.shard.columns
     layout = chunk_layout(spec, columns, optimizer, 0 if spec.is_full else target)
+    layout = replace(layout, shared=layout.shared * len(blocks))
     full = layout.full_bytes(rows)
     if spec.is_full or target >= full:
         target = NO_BUDGET
-    most = rows * layout.chunks
+    most = layout.shared + rows * layout.chunks
     if spec.start == "empty" and not spec.is_full:
         room = int(shared[spec.schedule] * (1 + spec.slack)) // layout.record_bytes
-        most = min(most, room + slab_chunks(min(target, full), layout.record_bytes))
+        most = min(most, layout.shared + room
+                   + slab_chunks(min(target, full), layout.record_bytes))
     if most > _MOST_CHUNKS:
         raise ConfigError(f"table {first.table.name!r}: {most} chunks on one rank; a pool numbers "
                           f"{_MOST_CHUNKS}. Use more ranks, fewer chunks, or start: empty with a "
@@ -146,7 +148,7 @@ def build_pools(shards: Sequence[LocalShard], plans: Sequence[StorePlan],
                 options: StorageOptions) -> ChunkPools:
     """An empty index and the pools of all stores, in one arena."""
     table = torch.zeros(len(shards), 6, dtype=torch.int64)
-    blocks = torch.zeros(len(shards), 5, dtype=torch.int64)
+    blocks = torch.zeros(len(shards), 6, dtype=torch.int64)
     encodings: list[Encoding] = [Encoding()] * len(shards)
     used: list[tuple[int, int]] = []
     offset, pools = 0, []
@@ -157,7 +159,7 @@ def build_pools(shards: Sequence[LocalShard], plans: Sequence[StorePlan],
         end = state + in_pages(most * layout.state_bytes)
         used += [(offset, offset + plan.lasting_chunks * layout.payload_bytes),
                  (state, state + plan.lasting_chunks * layout.state_bytes)]
-        for block in plan.blocks:
+        for place, block in enumerate(plan.blocks):
             local = shards[block]
             width = plan.spec.width
             table[block] = torch.tensor([offset, layout.payload_bytes, state, layout.state_bytes,
@@ -165,7 +167,8 @@ def build_pools(shards: Sequence[LocalShard], plans: Sequence[StorePlan],
             key = table_key(local.table.name)
             blocks[block] = torch.tensor([
                 number, local.shard.row_start, local.shard.col_start // width,
-                local.table.embedding_dim // width, key])
+                local.table.embedding_dim // width, key,
+                place * layout.chunks if layout.shared else -1])
             encodings[block] = Encoding(plan.spec.dtype, "fp32", per_column, per_row,
                                         table_key=key)
         pools.append((offset, state))

@@ -15,6 +15,7 @@ from shardlab.ops.moves import MoveEnd
 from shardlab.ops.rows import StepParameters
 from shardlab.ops.unique import Uniques
 from shardlab.storage.base import LocalShard, PlacedJobs, Storage, TableChunk, read_codes
+from shardlab.storage.pruned import PrunedStorage
 from shardlab.storage.tensor_train import TensorTrainStorage
 from shardlab.storage_bytes import TierBytes
 
@@ -134,15 +135,15 @@ class MixedStorage:
                 part.load_chunk(chunk)
 
     def shared_gradients(self, block: int, out: Tensor) -> bool:
-        """Of the part that holds the shard, a tensor train."""
+        """Of the part that holds the shard."""
         part, number = self.part_of(block)
-        assert isinstance(part, TensorTrainStorage | MixedStorage)
+        assert isinstance(part, TensorTrainStorage | PrunedStorage | MixedStorage)
         return part.shared_gradients(number, out)
 
     def step_shared(self, block: int, shared: Tensor, step: StepParameters) -> None:
-        """Steps a tensor train whose cores several ranks share."""
+        """Steps what several ranks share of a table."""
         part, number = self.part_of(block)
-        assert isinstance(part, TensorTrainStorage | MixedStorage)
+        assert isinstance(part, TensorTrainStorage | PrunedStorage | MixedStorage)
         part.step_shared(number, shared, step)
 
     def close(self) -> None:

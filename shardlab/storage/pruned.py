@@ -1,6 +1,7 @@
-"""The ``pruned`` storage: chunks of important rows are present, others are not and read as zeros.
+"""The ``pruned`` storage: chunks of important rows are present, others are not.
 
-    read      index -> places -> chunks, zeros where there is none
+    read      index -> places -> chunks; zeros where there is none, or a chunk that the absent
+              ones of a table share and train (`chunk_absent`)
     update    present chunks: one optimiser step, utility += accesses x norm of the gradient
               absent chunks: the same into the sketch; above the threshold they are admitted,
               where there is no room in place of one worth less, with zero values and fresh
@@ -42,6 +43,7 @@ from shardlab.ops.rows import StepParameters
 from shardlab.ops.unique import Uniques
 from shardlab.storage.base import LocalShard, PlacedJobs, StorageOptions, TableChunk
 from shardlab.storage.chunk_changes import ChunkChanges
+from shardlab.storage.chunk_absent import SharedChunks
 from shardlab.storage.chunk_files import ChunkFiles
 from shardlab.storage.chunk_snapshot import ChunkSnapshot
 from shardlab.storage.chunk_start import fill_dense
@@ -97,6 +99,7 @@ class PrunedStorage:
         #: Chunks since the start, by shard.
         self.admitted = torch.zeros(count, dtype=torch.int64)
         self.evicted = torch.zeros(count, dtype=torch.int64)
+        self.absent = SharedChunks(self.pools, shards)
         self.files = ChunkFiles(self)
         self.watch = ChunkWatch(self)
         for number, plan in enumerate(self.stores):
@@ -147,18 +150,19 @@ class PrunedStorage:
         self._measure(uniques, weights, grads, step)
         now = torch.where(self.scale > 0, now / self.scale, 1.0)
         norms = update_chunks(self.pools, uniques, weights, grads, step, row_squares,
-                              UtilityStep(now, key))
+                              UtilityStep(now, key, self.absent.sums))
         offers = Offers(block_segments(uniques), uniques.ids.cpu(), norms, now,
                         self.thresholds * self.scale, key, self._margins, self.evicted)
         admitted = self.index.offer(offers)
         self.watch.after_offer()
-        if not admitted.shape[0]:
-            return
-        blocks = torch.searchsorted(uniques.splits, admitted[:, 0].contiguous(), right=True) - 1
-        self.admitted += torch.bincount(blocks, minlength=len(self.shards))
-        if not self._reached or self.index.keeps_places:
-            self._clear(blocks, admitted[:, 2])
-        step_admitted(self.pools, admitted, uniques, weights, grads, step, row_squares)
+        if admitted.shape[0]:
+            blocks = torch.searchsorted(uniques.splits, admitted[:, 0].contiguous(),
+                                        right=True) - 1
+            self.admitted += torch.bincount(blocks, minlength=len(self.shards))
+            if not self._reached or self.index.keeps_places:
+                self._clear(blocks, admitted[:, 2])
+            step_admitted(self.pools, admitted, uniques, weights, grads, step, row_squares)
+        self.absent.step(step)
 
     def _measure(self, uniques: Uniques, weights: Tensor | None, grads: Tensor,
                  step: StepParameters) -> None:
@@ -183,6 +187,14 @@ class PrunedStorage:
         store_of = self.index.blocks[blocks, 0]
         for store, plan in enumerate(self.stores):
             clear_places(self.pools, plan.blocks[0], places[store_of == store])
+
+    def shared_gradients(self, block: int, out: Tensor) -> bool:
+        """What a shard knows of the chunks that its table's absent ones share."""
+        return self.absent.gradients(block, out)
+
+    def step_shared(self, block: int, shared: Tensor, step: StepParameters) -> None:
+        """Steps them by the sum over the table's row blocks."""
+        self.absent.step_shared(block, shared, replace(step, key=self.clock.key(0)))
 
     def prefetch(self, segments: Tensor, ids: Tensor) -> None:
         """Nothing: chunks are in memory."""
@@ -210,7 +222,9 @@ class PrunedStorage:
 
     def fixed_bytes(self, store: int) -> int:
         """Bytes of a store whatever chunks it has: the sketch, pages that are not full."""
-        return in_pages(64 * self.stores[store].shape.layout.sketch_lines) + _PART_PAGES
+        layout = self.stores[store].shape.layout
+        return in_pages(64 * layout.sketch_lines) + layout.shared * layout.record_bytes \
+            + _PART_PAGES
 
     def is_full(self, store: int) -> bool:
         """Whether a chunk that was worth it found no free room since the last decision."""

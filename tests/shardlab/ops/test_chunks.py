@@ -31,8 +31,9 @@ ROWS = (50, 2000)
 PAYLOAD, STATE = 8, 4
 
 
-def shape(chunks=3, *, sketch=2, most=6000, rows=2050, wide=False, slab=16):
-    return StoreShape(ChunkLayout(chunks, PAYLOAD, STATE, sketch), slab, most, rows, wide)
+def shape(chunks=3, *, sketch=2, most=6000, rows=2050, wide=False, slab=16, shared=0):
+    layout = ChunkLayout(chunks, PAYLOAD, STATE, sketch, shared)
+    return StoreShape(layout, slab, most, rows, wide)
 
 
 class Pair:
@@ -40,7 +41,9 @@ class Pair:
 
     def __init__(self, budget, **options):
         one = shape(**options)
-        blocks = torch.tensor([[0, 0, 0, 3, 77], [0, 100, 0, 3, -5]])[:1 if one.wide else 2]
+        places = (0, 3) if one.layout.shared else (-1, -1)
+        blocks = torch.tensor([[0, 0, 0, 3, 77, places[0]],
+                               [0, 100, 0, 3, -5, places[1]]])[:1 if one.wide else 2]
         self.arena = torch.zeros(one.max_chunks * (PAYLOAD + STATE), dtype=torch.uint8)
         at = self.arena.data_ptr()
         memory = torch.zeros(index_span_bytes([one]), dtype=torch.uint8)
@@ -131,10 +134,10 @@ ACTIONS = st.one_of(
 
 
 @hypothesis.given(st.lists(ACTIONS, max_size=25), st.integers(0, 1 << 17),
-                  st.sampled_from([0, 2]))
+                  st.sampled_from([0, 2]), st.sampled_from([0, 6]))
 @hypothesis.settings(max_examples=60, deadline=None)
-def test_faces_agree_over_any_history(actions, budget, sketch):
-    pair = Pair(budget, sketch=sketch)
+def test_faces_agree_over_any_history(actions, budget, sketch, shared):
+    pair = Pair(budget, sketch=sketch, shared=shared)
     for action, *rest in actions:
         if action == "step":
             ids, seed, threshold = rest

@@ -92,10 +92,12 @@ def test_one_chunk_rows_of_narrow_dtypes_are_those_of_the_plain_table():
             {**DENSE, "dtype": dtype, "chunks": 1})), 4), plain))
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "fp16", "int8"])
+@pytest.mark.parametrize(("dtype", "absent"), [
+    ("fp32", "zeros"), ("fp16", "zeros"), ("int8", "zeros"), ("fp32", "shared"),
+    ("int8", "shared")])
 @pytest.mark.parametrize("length", [1, -1], ids=["one", "jagged"])
-def test_faces_agree(monkeypatch, dtype, length):
-    options = {"dtype": dtype, "chunks": 2, "period": 4, "start": "empty"}
+def test_faces_agree(monkeypatch, dtype, absent, length):
+    options = {"dtype": dtype, "chunks": 2, "period": 4, "start": "empty", "absent": absent}
     mine = build(tables(pruned(0.02, **options)))
     plain = train(mine, 13, length=length, size=128)
     monkeypatch.setenv("SHARDLAB_FACE", "reference")
@@ -227,8 +229,9 @@ def test_drift_moves_chunks_to_the_new_ids_within_two_periods():
     assert sum(held) / len(held) >= 30, held
 
 
-def test_resumed_run_is_bit_identical(tmp_path):
-    options = {"chunks": 2, "period": 7, "start": "empty", "dtype": "fp16"}
+@pytest.mark.parametrize("absent", ["zeros", "shared"])
+def test_resumed_run_is_bit_identical(tmp_path, absent):
+    options = {"chunks": 2, "period": 7, "start": "empty", "dtype": "fp16", "absent": absent}
     groups = build_groups()
     parts = build(tables([pruned(0.02, **options), "fp32", pruned(0.01, **options)]))
     train(parts, 18, length=-1)
@@ -250,8 +253,12 @@ def _pruned_part(parts):
 
 @pytest.mark.parametrize(("source", "target"), [
     (pruned(0.5, start="empty", chunks=2), "fp32"), ("fp32", DENSE), (DENSE, DENSE),
-    (pruned(0.5, start="empty", chunks=2), pruned(0.6, start="empty", chunks=4))],
-    ids=["pruned-dense", "dense-pruned", "pruned", "other chunks"])
+    (pruned(0.5, start="empty", chunks=2), pruned(0.6, start="empty", chunks=4)),
+    (pruned(0.1, chunks=2, absent="shared"), "fp32"),
+    (pruned(0.1, chunks=2, absent="shared"), pruned(0.5, chunks=4, absent="shared")),
+    (pruned(0.1, chunks=4, absent="shared"), DENSE)],
+    ids=["pruned-dense", "dense-pruned", "pruned", "other chunks", "shared-dense",
+         "shared other chunks", "shared-full"])
 def test_checkpoint_loads_into_other_storages(tmp_path, source, target):
     groups = build_groups()
     parts = build(tables(source))
@@ -276,6 +283,7 @@ def test_checkpoint_of_another_optimizer_is_refused(tmp_path):
     (pruned(), {"sharding": "data_parallel"}, "cannot be data_parallel: every rank would need"),
     (pruned(chunks=3), {}, "16 columns cannot be cut into 3 equal chunks; take chunks: one of"),
     (pruned(start="full"), {}, "start: unknown value 'full'"),
+    (pruned(absent="ones"), {}, "absent: unknown value 'ones'"),
     (pruned(gamma=0), {}, "gamma: expected a share above 0"),
     (pruned(period=0), {}, "period: expected a positive integer, found 0"),
     (pruned(headroom=2), {}, "headroom: expected a number from 0 to 0.5, found 2"),
