@@ -35,6 +35,8 @@ ROUNDINGS = ("stochastic", "nearest")
 PRUNED_DTYPES = ("fp32", "fp16", "int8")
 PRUNED_STARTS = ("empty", "dense")
 PRUNED_ABSENT = ("zeros", "shared")
+#: `PrunedSpec.normalize` in one unit for all tables.
+TOGETHER = "together"
 TENSOR_TRAIN_INITS = ("isometric", "sampled_gaussian", "gaussian", "uniform")
 
 
@@ -174,7 +176,9 @@ class PrunedSpec:
         sketch: cells (bytes) for the utilities of absent chunks, per chunk that the budget holds.
         slack: share by which a rank may exceed its part of the budget.
         normalize: counts gradient norms in units of the 95th percentile of their table's, as of
-            the last decision, so that tables compete fairly, and steps early and late.
+            the last decision, so that tables compete fairly, and steps early and late;
+            ``together``: in one unit of all tables that share a budget, the geometric mean of
+            theirs, so that steps compete fairly and a table counts by how much it learns.
         absent: what an absent chunk reads as: ``zeros``, or a chunk that all absent ones of the
             table share (``shared``) and train.
     """
@@ -194,7 +198,7 @@ class PrunedSpec:
     headroom: float = 0.01
     sketch: float = 4.0
     slack: float = 0.1
-    normalize: bool = True
+    normalize: bool | str = True
     absent: str = "zeros"
 
     def budget(self, rows: int, columns: int) -> int:

@@ -17,6 +17,7 @@ from shardlab.storage_specs import (
     ROUNDINGS,
     STATE_DTYPES,
     TENSOR_TRAIN_INITS,
+    TOGETHER,
     Choice,
     LevelSpec,
     PrunedSpec,
@@ -183,8 +184,9 @@ def _parse_pruned(value: Mapping[str, Any], where: str) -> PrunedSpec:
     check_share(spec.gamma, f"{where}.gamma")
     for key, most in (("hysteresis", 100.0), ("headroom", 0.5), ("sketch", 64.0), ("slack", 10.0)):
         _check_number(getattr(spec, key), most, f"{where}.{key}")
-    if not isinstance(spec.normalize, bool):
-        raise ConfigError(f"{where}.normalize: expected true or false, found {spec.normalize!r}")
+    if not isinstance(spec.normalize, bool) and spec.normalize != TOGETHER:
+        raise ConfigError(f"{where}.normalize: expected true, false or {TOGETHER}, found "
+                          f"{spec.normalize!r}")
     return replace(spec, tier=_parse_memory_tier(spec.tier, where))
 
 

@@ -20,11 +20,11 @@ from shardlab.ops.chunks import BINS
 from shardlab.plan import ShardingPlan
 from shardlab.specs import EmbeddingBagConfig
 from shardlab.storage.base import LocalShard, Storage
-from shardlab.storage.chunk_budget import common_threshold, demand_curve
+from shardlab.storage.chunk_budget import common_threshold, common_unit, demand_curve
 from shardlab.storage.chunk_stores import plan_stores
 from shardlab.storage.mixed import MixedStorage
 from shardlab.storage.pruned import PrunedStorage
-from shardlab.storage_specs import PrunedSpec
+from shardlab.storage_specs import TOGETHER, PrunedSpec
 
 
 @dataclass
@@ -133,7 +133,10 @@ class PruningCouncil:
                 place = contest.tables.index(self._table_of[block])
                 found[:, place] += torch.tensor([unit, float(unit > 0)])
         total, count = self._over_ranks(found)
-        return dict(zip(contest.tables, (total / count.clamp(min=1)).tolist(), strict=True))
+        units = total / count.clamp(min=1)
+        if contest.spec.normalize == TOGETHER:
+            units.fill_(common_unit(units))
+        return dict(zip(contest.tables, units.tolist(), strict=True))
 
     def _own(self, contest: Contest) -> Tensor:
         """fp64 [BINS + 4]: bytes that would be kept at every threshold; bytes of present chunks;

@@ -17,6 +17,12 @@ from shardlab.ops.chunks import BINS, bin_edges
 _HALVINGS = 100
 
 
+def common_unit(units: Tensor) -> float:
+    """The geometric mean of units; those that are 0 are not known."""
+    known = units[units > 0].double()
+    return float(known.log().mean().exp()) if known.numel() else 0.0
+
+
 def at_least(counts: Tensor, limits: Tensor) -> Tensor:
     """Chunks whose utility is at least some limits.
 

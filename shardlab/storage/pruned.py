@@ -44,6 +44,7 @@ from shardlab.ops.unique import Uniques
 from shardlab.storage.base import LocalShard, PlacedJobs, StorageOptions, TableChunk
 from shardlab.storage.chunk_changes import ChunkChanges
 from shardlab.storage.chunk_absent import SharedChunks
+from shardlab.storage.chunk_budget import common_unit
 from shardlab.storage.chunk_files import ChunkFiles
 from shardlab.storage.chunk_snapshot import ChunkSnapshot
 from shardlab.storage.chunk_start import fill_dense
@@ -52,6 +53,7 @@ from shardlab.storage.chunk_watch import ChunkWatch
 from shardlab.storage.kept_room import KeptRoom
 from shardlab.storage.levels import Clock
 from shardlab.storage_bytes import TierBytes
+from shardlab.storage_specs import TOGETHER
 
 #: Pages at the ends of keys, values, stack, payloads and states, part full each, and few slots.
 _PART_PAGES = 4 * PAGE_BYTES
@@ -180,7 +182,13 @@ class PrunedStorage:
             rows = summed_gradients(self.pools, block, (uniques, weights, grads, step), some)
             norms = chunk_squares(rows, self.pools.chunks(block)).sqrt().flatten()
             self.measured[block] = float(norms.quantile(_PERCENTILE))
-        self.scale = torch.where(self.scale > 0, self.scale, self.measured)
+        first = self.measured.clone()
+        for schedule in {plan.spec.schedule for plan in self.stores
+                         if plan.spec.normalize == TOGETHER}:
+            blocks = [block for plan in self.stores if plan.spec.schedule == schedule
+                      for block in plan.blocks]
+            first[blocks] = common_unit(self.measured[blocks])
+        self.scale = torch.where(self.scale > 0, self.scale, first)
 
     def _clear(self, blocks: Tensor, places: Tensor) -> None:
         """Zeros where the index does not reach the pool."""

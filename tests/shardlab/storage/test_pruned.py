@@ -215,10 +215,22 @@ def test_readmitted_chunks_start_with_zeros_and_fresh_state():
     assert not states[again].any()
 
 
-def test_drift_moves_chunks_to_the_new_ids_within_two_periods():
-    options = {"period": 10, "gamma": 0.95, "start": "empty", "chunks": 1}
+def test_tables_together_have_one_unit():
+    parts = build(tables(pruned(0.1, period=5, normalize="together")))
+    train(parts, 3)
+    first = parts[2].storage.scale.clone()
+    assert (first > 0).all()
+    assert first.unique().numel() == 1
+    train(parts, 4)
+    assert parts[2].storage.scale.unique().numel() == 1
+    assert not torch.equal(parts[2].storage.scale, first)
+
+
+@pytest.mark.parametrize(("normalize", "streams"), [(True, 8), ("together", 4)])
+def test_drift_moves_chunks_to_the_new_ids_within_two_periods(normalize, streams):
+    options = {"period": 10, "gamma": 0.95, "start": "empty", "chunks": 1, "normalize": normalize}
     top, held = {9000 + i for i in range(40)}, []
-    for stream in range(8):
+    for stream in range(streams):
         parts = build(tables(pruned(0.1, **options)))
         train(parts, 60, first=1000 * stream, size=128)
         storage = parts[2].storage
@@ -284,6 +296,7 @@ def test_checkpoint_of_another_optimizer_is_refused(tmp_path):
     (pruned(chunks=3), {}, "16 columns cannot be cut into 3 equal chunks; take chunks: one of"),
     (pruned(start="full"), {}, "start: unknown value 'full'"),
     (pruned(absent="ones"), {}, "absent: unknown value 'ones'"),
+    (pruned(normalize="apart"), {}, "normalize: expected true, false or together, found 'apart'"),
     (pruned(gamma=0), {}, "gamma: expected a share above 0"),
     (pruned(period=0), {}, "period: expected a positive integer, found 0"),
     (pruned(headroom=2), {}, "headroom: expected a number from 0 to 0.5, found 2"),
