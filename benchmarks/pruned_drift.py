@@ -14,6 +14,7 @@ hold the same bytes; AUC is that of fresh samples of the current law.
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 from collections.abc import Callable
 from typing import Any
@@ -73,7 +74,7 @@ def build(name: str, options: argparse.Namespace) -> tuple[int, Any, Callable[[T
     storage: Any = "fp32"
     if name == "pruned":
         storage = {"kind": "pruned", "budget": {"ratio": options.ratio}, "chunks": 1,
-                   "period": options.period, "gamma": options.gamma}
+                   "period": options.period, "gamma": options.gamma, **json.loads(options.storage)}
     return options.rows, storage, lambda ids: ids
 
 
@@ -119,10 +120,12 @@ def main() -> None:
     parser.add_argument("--ratio", type=float, default=0.05)
     parser.add_argument("--period", type=int, default=25)
     parser.add_argument("--gamma", type=float, default=0.999)
+    parser.add_argument("--storage", default="{}", help="more keys of the pruned storage, JSON")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS))
     options = parser.parse_args()
     print("| method | before | " + " | ".join(
         f"{part} periods after" for part in AFTER) + " |\n" + "|---" * (len(AFTER) + 2) + "|")
-    for name in METHODS:
+    for name in options.methods:
         runs = [run(name, options, seed) for seed in options.seeds]
         means = [statistics.mean(values) for values in zip(*runs, strict=True)]
         print(f"| {name} | " + " | ".join(f"{mean:.4f}" for mean in means) + " |", flush=True)
