@@ -21,7 +21,7 @@ struct Offer {
 };
 
 // The offers of a segment, some of them ahead of the one that is worked on: its line of the sketch
-// is fetched first, and, if it may be worth a place in a store that is full, the rows drawn for it.
+// is fetched first, then, if it may be worth a place, its home, and in a full store the rows drawn for it.
 class OfferQueue {
  public:
   OfferQueue(const ChunkStore& store, const ChunkOffers& in, const ChunkSegment& segment)
@@ -52,7 +52,6 @@ class OfferQueue {
   void start(int64_t n) {
     if (n >= size()) return;
     const uint64_t key = keys_[n & kMask] = chunk_key(store_, block_, in_.ids[rows_[n]]);
-    __builtin_prefetch(keys_of(store_) + scaled(key, store_.slots));
     if (store_.sketch_lines) __builtin_prefetch(line_of(store_, key), 1);
   }
 
@@ -72,7 +71,9 @@ class OfferQueue {
       }
       most = std::max(most, utility);
     }
-    if (!store_.refused || most < in_.thresholds[block_] * in_.weights[block_]) return;
+    if (most < in_.thresholds[block_] * in_.weights[block_]) return;
+    __builtin_prefetch(keys_of(store_) + scaled(key, store_.slots));
+    if (!store_.refused) return;
     const int64_t drawn = (int64_t)scaled(draw_hash(in_, key), store_.slots);
     __builtin_prefetch(keys_of(store_) + drawn);
     for (int64_t at = 0; at < kDrawn * value_bytes(store_); at += kLine)
@@ -102,34 +103,59 @@ int64_t most_leaving(const ChunkStore& store) {
   return held_with(deeper, store.slots, store.committed) <= store.budget ? store.chunks : 1;
 }
 
+// Utilities are compared as the bits of bf16: none is negative. Most draws find no victim that is worth
+// less, so that rows are weighed without a branch.
+constexpr uint32_t kNoWorth = 1 << 16;
+
+// Of a row's least useful chunk.
+uint32_t least_of(const ChunkStore& store, int64_t slot) {
+  char* value = value_at(store, slot);
+  const int32_t* places = places_of(value);
+  const uint16_t* utilities = utilities_of(store, value);
+  uint32_t least = kNoWorth;
+  for (int64_t k = 0; k < store.chunks; ++k)
+    least = std::min(least, places[k] < 0 ? kNoWorth : (uint32_t)utilities[k]);
+  return least;
+}
+
+// Of the most useful chunk of a row, if no more than `most` are present.
+uint32_t best_of(const ChunkStore& store, int64_t slot, int64_t most) {
+  char* value = value_at(store, slot);
+  const int32_t* places = places_of(value);
+  const uint16_t* utilities = utilities_of(store, value);
+  uint32_t best = 0;
+  int64_t present = 0;
+  for (int64_t k = 0; k < store.chunks; ++k) {
+    best = std::max(best, places[k] < 0 ? 0u : (uint32_t)utilities[k]);
+    present += places[k] >= 0;
+  }
+  return present <= most ? best : kNoWorth;
+}
+
 // own: is left alone.
 Victim draw(const ChunkStore& store, uint64_t own, uint64_t hash, bool whole) {
   const uint64_t* keys = keys_of(store);
   const int64_t span = span_of(store.slots), most = whole ? most_leaving(store) : store.chunks;
   int64_t slot = (int64_t)scaled(hash, store.slots);
   while (keys[slot] && keys[slot] < hash) ++slot;
-  Victim least{-1, 0, 0, whole};
-  const auto take = [&](int64_t chunk, float worth) {
-    if (least.slot < 0 || worth < least.worth) least = {slot, chunk, worth, whole};
-  };
+  int64_t at = -1;
+  uint32_t least = kNoWorth;
   for (int64_t seen = 0; seen < std::min(kDrawn, store.rows); ++slot) {
     while (slot == span || !keys[slot]) slot = slot == span ? 0 : slot + 1;
     ++seen;
-    if (keys[slot] == own) continue;
-    char* value = value_at(store, slot);
-    const int32_t* places = places_of(value);
-    float best = 0;
-    int64_t present = 0;
-    for (int64_t k = 0; k < store.chunks; ++k) {
-      if (places[k] < 0) continue;
-      const float worth = utility_of(utilities_of(store, value)[k]);
-      best = std::max(best, worth);
-      ++present;
-      if (!whole) take(k, worth);
-    }
-    if (whole && present <= most) take(-1, best);
+    const uint32_t worth = whole ? best_of(store, slot, most) : least_of(store, slot);
+    if (keys[slot] == own || worth >= least) continue;
+    least = worth;
+    at = slot;
   }
-  return least;
+  if (at < 0) return {-1, 0, 0, whole};
+  int64_t chunk = -1;
+  if (!whole) {
+    char* value = value_at(store, at);
+    for (chunk = 0; places_of(value)[chunk] < 0 || utilities_of(store, value)[chunk] != least;)
+      ++chunk;
+  }
+  return {at, chunk, utility_of((uint16_t)least), whole};
 }
 
 // A victim of a block goes; returns how many chunks.
