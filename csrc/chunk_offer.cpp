@@ -21,7 +21,8 @@ struct Offer {
 };
 
 // The offers of a segment, some of them ahead of the one that is worked on: its line of the sketch
-// is fetched first, then, if it may be worth a place, its home, and in a full store the rows drawn for it.
+// is fetched first, then, if it may be worth a place, its home, and in a full store the rows that
+// are drawn for it.
 class OfferQueue {
  public:
   OfferQueue(const ChunkStore& store, const ChunkOffers& in, const ChunkSegment& segment)
@@ -103,9 +104,10 @@ int64_t most_leaving(const ChunkStore& store) {
   return held_with(deeper, store.slots, store.committed) <= store.budget ? store.chunks : 1;
 }
 
-// Utilities are compared as the bits of bf16: none is negative. Most draws find no victim that is worth
-// less, so that rows are weighed without a branch.
+// Utilities are compared as the bits of bf16 without their mark: none is negative. Most draws find
+// no victim that is worth less, so that rows are weighed without a branch.
 constexpr uint32_t kNoWorth = 1 << 16;
+inline uint32_t worth_of(uint16_t utility) { return utility & (kMarked - 1); }
 
 // Of a row's least useful chunk.
 uint32_t least_of(const ChunkStore& store, int64_t slot) {
@@ -114,7 +116,7 @@ uint32_t least_of(const ChunkStore& store, int64_t slot) {
   const uint16_t* utilities = utilities_of(store, value);
   uint32_t least = kNoWorth;
   for (int64_t k = 0; k < store.chunks; ++k)
-    least = std::min(least, places[k] < 0 ? kNoWorth : (uint32_t)utilities[k]);
+    least = std::min(least, places[k] < 0 ? kNoWorth : worth_of(utilities[k]));
   return least;
 }
 
@@ -126,7 +128,7 @@ uint32_t best_of(const ChunkStore& store, int64_t slot, int64_t most) {
   uint32_t best = 0;
   int64_t present = 0;
   for (int64_t k = 0; k < store.chunks; ++k) {
-    best = std::max(best, places[k] < 0 ? 0u : (uint32_t)utilities[k]);
+    best = std::max(best, places[k] < 0 ? 0u : worth_of(utilities[k]));
     present += places[k] >= 0;
   }
   return present <= most ? best : kNoWorth;
@@ -151,9 +153,10 @@ Victim draw(const ChunkStore& store, uint64_t own, uint64_t hash, bool whole) {
   if (at < 0) return {-1, 0, 0, whole};
   int64_t chunk = -1;
   if (!whole) {
-    char* value = value_at(store, at);
-    for (chunk = 0; places_of(value)[chunk] < 0 || utilities_of(store, value)[chunk] != least;)
-      ++chunk;
+    const int32_t* places = places_of(value_at(store, at));
+    const uint16_t* utilities = utilities_of(store, value_at(store, at));
+    do ++chunk;
+    while (places[chunk] < 0 || worth_of(utilities[chunk]) != least);
   }
   return {at, chunk, utility_of((uint16_t)least), whole};
 }

@@ -283,6 +283,7 @@ class NativeChunkIndex:
             row[_COLUMN["top"]] = layout.shared
             row[_COLUMN["committed"]] = shape.in_slabs(layout.shared)
             offset += keys + values + stack + sketch
+        self._admitted = torch.empty(0, 3, dtype=torch.int64)
         self._call = (address(self._state), address(self.blocks), self.blocks.shape[0])
         self.notes_losses = self.keeps_places = False
         self._log = LossLog([self._chunks(block) for block in range(self.blocks.shape[0])])
@@ -312,17 +313,18 @@ class NativeChunkIndex:
                              torch.get_num_threads())
 
     def offer(self, offers: Offers) -> Tensor:
-        admitted = torch.empty(offers.norms.numel(), 3, dtype=torch.int64)
+        if self._admitted.shape[0] < offers.norms.numel():
+            self._admitted = torch.empty(offers.norms.numel(), 3, dtype=torch.int64)
         log = self._log.room(offers.norms.numel() if self.notes_losses else 0)
         pools = self._state[:, _POOLS].clone() if self.keeps_places else None
         if pools is not None:
             self._state[:, _POOLS] = 0
         count = native().chunk_offer(self._call, _offer_tuple(offers),  # type: ignore[union-attr]
-                                     address(admitted), log)
+                                     address(self._admitted), log)
         if pools is not None:
             self._state[:, _POOLS] = pools
         self._log.keep()
-        return admitted[:count]
+        return self._admitted[:count].clone()
 
     def take_losses(self) -> Losses:
         return self._log.take()

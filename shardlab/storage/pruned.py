@@ -42,9 +42,9 @@ from shardlab.ops.chunks import Offers
 from shardlab.ops.rows import StepParameters
 from shardlab.ops.unique import Uniques
 from shardlab.storage.base import LocalShard, PlacedJobs, StorageOptions, TableChunk
-from shardlab.storage.chunk_changes import ChunkChanges
 from shardlab.storage.chunk_absent import SharedChunks
 from shardlab.storage.chunk_budget import common_unit
+from shardlab.storage.chunk_changes import ChunkChanges
 from shardlab.storage.chunk_files import ChunkFiles
 from shardlab.storage.chunk_snapshot import ChunkSnapshot
 from shardlab.storage.chunk_start import fill_dense
@@ -87,7 +87,7 @@ class PrunedStorage:
         self.index = self.pools.index
         self._reached = self.pools.arena.device.type == "cpu" \
             and self.pools.is_native("update_chunks")
-        count = len(shards)
+        count, self._store_of = len(shards), self.index.blocks[:, 0].tolist()
         #: Of admission, by shard, as of the last decision.
         self.thresholds = torch.zeros(count, dtype=torch.float32)
         #: By shard: how many times the utility of a chunk that it replaces a newcomer needs.
@@ -146,11 +146,8 @@ class PrunedStorage:
                 step: StepParameters, row_squares: Tensor | None) -> None:
         step = replace(step, key=self.clock.key(0))
         key = rounding_key(self.clock.seed, self.clock.step, _TOUCH)
-        now = torch.ones(len(self.shards), dtype=torch.float32)
-        for store, plan in enumerate(self.stores):
-            now[list(plan.blocks)] = 1.0 / self.decay(store)
         self._measure(uniques, weights, grads, step)
-        now = torch.where(self.scale > 0, now / self.scale, 1.0)
+        now = self._weights()
         norms = update_chunks(self.pools, uniques, weights, grads, step, row_squares,
                               UtilityStep(now, key, self.absent.sums))
         offers = Offers(block_segments(uniques), uniques.ids.cpu(), norms, now,
@@ -158,25 +155,24 @@ class PrunedStorage:
         admitted = self.index.offer(offers)
         self.watch.after_offer()
         if admitted.shape[0]:
-            blocks = torch.searchsorted(uniques.splits, admitted[:, 0].contiguous(),
-                                        right=True) - 1
-            self.admitted += torch.bincount(blocks, minlength=len(self.shards))
+            edges = torch.searchsorted(admitted[:, 0].contiguous(), uniques.splits)
+            self.admitted += edges.diff()
             if not self._reached or self.index.keeps_places:
-                self._clear(blocks, admitted[:, 2])
+                self._clear(edges.diff(), admitted[:, 2])
             step_admitted(self.pools, admitted, uniques, weights, grads, step, row_squares)
         self.absent.step(step)
 
     def _measure(self, uniques: Uniques, weights: Tensor | None, grads: Tensor,
                  step: StepParameters) -> None:
         """The 95th percentile of a table's gradient norms, from a sample, before a decision."""
-        due = self.scale == 0
+        due = {block for block, scale in enumerate(self.scale.tolist()) if not scale}
         for plan in self.stores:
             if self.clock.step % plan.spec.period == 0 and plan.spec.normalize:
-                due[list(plan.blocks)] = True
-        if not bool(due.any()):
+                due.update(plan.blocks)
+        if not due:
             return
         for block, start, count in block_segments(uniques).tolist():
-            if not due[block]:
+            if block not in due:
                 continue
             some = torch.arange(start, start + count, -(-count // _SAMPLE))
             rows = summed_gradients(self.pools, block, (uniques, weights, grads, step), some)
@@ -190,9 +186,17 @@ class PrunedStorage:
             first[blocks] = common_unit(self.measured[blocks])
         self.scale = torch.where(self.scale > 0, self.scale, first)
 
-    def _clear(self, blocks: Tensor, places: Tensor) -> None:
-        """Zeros where the index does not reach the pool."""
-        store_of = self.index.blocks[blocks, 0]
+    def _weights(self) -> Tensor:
+        """fp32 [shards]: what a norm counts as of the last decision; 1 before units are
+        known.
+        """
+        decays = [self.decay(store) for store in range(len(self.stores))]
+        return torch.tensor([1.0 / (decays[store] * scale) if scale else 1.0 for store, scale in
+                             zip(self._store_of, self.scale.tolist(), strict=True)])
+
+    def _clear(self, counts: Tensor, places: Tensor) -> None:
+        """Zeros at places of so many chunks a shard, where the index does not reach the pool."""
+        store_of = torch.repeat_interleave(self.index.blocks[:, 0], counts)
         for store, plan in enumerate(self.stores):
             clear_places(self.pools, plan.blocks[0], places[store_of == store])
 

@@ -22,7 +22,7 @@ ROWS, CHUNKS, FIRST_ROW, FIRST_CHUNK, OF_ROW = 200, 3, 1000, 3, 9
 
 def build(face: str, *, wide: bool) -> NativeChunkIndex | ReferenceChunkIndex:
     shape = StoreShape(ChunkLayout(CHUNKS, 8, 4, 2), 16, 4 * ROWS * CHUNKS, 4 * ROWS, wide)
-    blocks = torch.tensor([[0, FIRST_ROW, FIRST_CHUNK, OF_ROW, table_key("t")]])
+    blocks = torch.tensor([[0, FIRST_ROW, FIRST_CHUNK, OF_ROW, table_key("t"), -1]])
     if face == "reference":
         return ReferenceChunkIndex([shape], blocks)
     if native() is None:
