@@ -173,7 +173,10 @@ def gradient_scale(grad: Tensor, most: Tensor | float, limit: int,
 
 def gradient_bound(grad: Tensor, most: Tensor | float, beside: Sequence[Tensor] = ()) -> float:
     """Bound of any sum of gradients; arguments as of `gradient_scale`."""
-    largest = float(grad.abs().amax() * most) if grad.numel() else 0.0
+    largest = 0.0
+    if grad.numel():
+        low, high = torch.aminmax(grad)  # one pass without a copy; a NaN stays one
+        largest = float(torch.maximum(-low, high) * most)
     return largest + max((float(part.abs().max()) for part in beside if part.numel()),
                          default=0.0)
 
