@@ -175,6 +175,24 @@ def test_ranks_train_the_row_of_one(kind, exchange):
             torch.testing.assert_close(parts, whole, atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "int8"])
+def test_triton_trains_the_same_row(monkeypatch, dtype):
+    pytest.importorskip("triton")
+
+    def run():
+        parts = build([table(pruned(chunks=2, dtype=dtype))])
+        hold(parts[2], torch.arange(1, 100, 2))
+        return train(parts, _features, 2), parts[2].storage.absent.records(0).read_rows()
+
+    native, row = run()
+    monkeypatch.setenv("SHARDLAB_FACE", "triton")
+    triton, same = run()
+    assert row.abs().sum() > 0
+    torch.testing.assert_close(same, row, atol=2e-6, rtol=1e-5)
+    for a, b in zip(triton, native, strict=True):
+        torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-4)
+
+
 def test_row_blocks_round_the_row_alike():
     found = run_ranks(2, _rank, ShardingType.ROW_WISE, ExchangeKind.ROWS, "fp16")
     (_, one), (_, two) = found
