@@ -171,11 +171,11 @@ Updates updates_from(const std::vector<Address>& v, int64_t key) {
           at<float>(v[5]), at<float>(v[6]), (uint64_t)key, nullptr};
 }
 
-// (weights, key, norms, stride, absent, absent stride)
-using GainTuple = std::tuple<Address, int64_t, Address, int64_t, Address, int64_t>;
+// (weights, key, norms, stride, absent, absent stride, slots)
+using GainTuple = std::tuple<Address, int64_t, Address, int64_t, Address, int64_t, Address>;
 ChunkGains gains_from(const GainTuple& t) {
   return {at<float>(std::get<0>(t)), (uint64_t)std::get<1>(t), at<float>(std::get<2>(t)),
-          std::get<3>(t), at<float>(std::get<4>(t)), std::get<5>(t)};
+          std::get<3>(t), at<float>(std::get<4>(t)), std::get<5>(t), at<int64_t>(std::get<6>(t))};
 }
 
 Step step_from(const std::vector<float>& n) {
@@ -193,10 +193,11 @@ void bind_chunks(nb::module_& m) {
                          Address out, int threads) {
     nb::gil_scoped_release release;
     Csr csr{};
-    if (entries.size() == 3)
+    if (entries.size() == 4)
       csr = {at<int64_t>(entries[0]), at<int64_t>(entries[1]), at<float>(entries[2])};
     active_kernels().chunks->read(call_from(call), arena_from(arena), at<ChunkRead>(reads), count,
                                   at<int64_t>(ids), entries.empty() ? nullptr : &csr,
+                                  entries.empty() ? nullptr : at<int64_t>(entries[3]),
                                   at<float>(out), threads);
   });
   m.def("chunk_update", [](const CallTuple& call, const ArenaTuple& arena,

@@ -28,8 +28,15 @@ constexpr float kMostNorm = 1e30f;  // keeps a utility finite
 // other rows, these never fill the queue of outstanding lines.
 class Lookup {
  public:
-  Lookup(const ChunkStore& store, int64_t block, const int64_t* ids, int64_t end)
-      : store_(store), block_(block), ids_(ids), end_(end), bytes_(value_bytes(store)) {}
+  // known: slots of all ids, where they were found before; or null.
+  Lookup(const ChunkStore& store, int64_t block, const int64_t* ids, int64_t end,
+         const int64_t* known = nullptr)
+      : store_(store),
+        block_(block),
+        ids_(ids),
+        known_(known),
+        end_(end),
+        bytes_(value_bytes(store)) {}
 
   // Calls fetch(i, slot) for the first rows; slots are -1 where no chunk is present.
   template <class Fetch>
@@ -53,13 +60,14 @@ class Lookup {
   static constexpr int64_t kStage = 8, kMask = 4 * kStage - 1;
 
   SHARDLAB_INLINE void home(int64_t i) {
-    if (i >= end_) return;
+    if (known_ || i >= end_) return;
     const uint64_t key = keys_[i & kMask] = chunk_key(store_, block_, ids_[i]);
     __builtin_prefetch(keys_of(store_) + scaled(key, store_.slots));
   }
   SHARDLAB_INLINE void find(int64_t i) {
     if (i >= end_) return;
-    const int64_t slot = slots_[i & kMask] = find_slot(store_, keys_[i & kMask]);
+    const int64_t slot = slots_[i & kMask] = known_ ? known_[i]
+                                                    : find_slot(store_, keys_[i & kMask]);
     if (slot >= 0) prefetch_write(value_at(store_, slot), bytes_);
   }
   template <class Fetch>
@@ -69,7 +77,7 @@ class Lookup {
 
   const ChunkStore& store_;
   int64_t block_;
-  const int64_t* ids_;
+  const int64_t *ids_, *known_;
   int64_t end_, bytes_;
   uint64_t keys_[kMask + 1];
   int64_t slots_[kMask + 1];
@@ -109,7 +117,7 @@ SHARDLAB_INLINE inline void write_row(const ChunkStore& store, int64_t width, co
 
 template <class Reader>
 void read_rows(const ChunkCall& call, const Arena& arena, const ChunkRead& read, int64_t begin,
-               int64_t end, const int64_t* ids, const Csr* entries, float* out) {
+               int64_t end, const int64_t* ids, const Csr* entries, int64_t* slots, float* out) {
   const ChunkStore& store = call.stores[call.blocks[read.block].store];
   const Block& block = arena.blocks[read.block];
   const char* payloads = arena.bytes + block.row_offset;
@@ -124,6 +132,7 @@ void read_rows(const ChunkCall& call, const Arena& arena, const ChunkRead& read,
   lookup.begin(begin, fetch);
   for (int64_t i = begin; i < end; ++i) {
     const int64_t slot = lookup.next(i, fetch);
+    if (slots) slots[i] = slot;
     const int32_t* places = slot < 0 ? nullptr : places_of(value_at(store, slot));
     if (!entries) {
       write_row<Reader>(store, width, payloads, places, shared, 1.0f,
@@ -137,7 +146,7 @@ void read_rows(const ChunkCall& call, const Arena& arena, const ChunkRead& read,
 }
 
 void read_all(const ChunkCall& call, const Arena& arena, const ChunkRead* reads, int64_t num_reads,
-          const int64_t* ids, const Csr* entries, float* out, int threads) {
+              const int64_t* ids, const Csr* entries, int64_t* slots, float* out, int threads) {
 #pragma omp parallel num_threads(threads)
   {
     const int64_t parts = omp_get_num_threads(), me = omp_get_thread_num();
@@ -151,7 +160,7 @@ void read_all(const ChunkCall& call, const Arena& arena, const ChunkRead* reads,
       if (begin >= end) continue;
       with_reader((Codec)arena.encodings[one.block].codec, [&](auto reader) {
         read_rows<decltype(reader)>(call, arena, one, one.start + begin, one.start + end, ids,
-                                    entries, out);
+                                    entries, slots, out);
       });
     }
   }
@@ -329,7 +338,7 @@ void update_rows(const ChunkCall& call, const Arena& arena, int64_t b, const Upd
                      block.state_bytes);
     });
   };
-  Lookup lookup(store, b, updates.ids, end);
+  Lookup lookup(store, b, updates.ids, end, gains.slots);
   lookup.begin(begin, fetch);
   for (int64_t first = begin; first < end; first += kTile) {
     const int64_t n = std::min(kTile, end - first);

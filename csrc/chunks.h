@@ -21,12 +21,15 @@ struct ChunkGains {
   // these are shared, by column, then how many there are of every chunk.
   float* absent;
   int64_t absent_stride;
+  const int64_t* slots;  // [uniques], where a read found them and the index is still the same; or null
 };
 
 // Of the arena, block b is shard b's share of its store's pool: columns are those of a chunk.
 struct ChunkKernels {
+  // slots [ids]: which were found, -1 where no chunk is present; or null.
   void (*read)(const ChunkCall& call, const Arena& arena, const ChunkRead* reads,
-               int64_t num_reads, const int64_t* ids, const Csr* entries, float* out, int threads);
+               int64_t num_reads, const int64_t* ids, const Csr* entries, int64_t* slots,
+               float* out, int threads);
   // Steps present chunks and adds to their utilities.
   void (*update)(const ChunkCall& call, const Arena& arena, const Updates& updates, Rule rule,
                  const Step& step, const ChunkGains& gains, int threads);

@@ -126,17 +126,23 @@ def _read_places(pools: ChunkPools, segments: Tensor, ids: Tensor) -> Tensor:
 
 
 def scatter_chunks(pools: ChunkPools, uniques: Uniques, weights: Tensor | None,
-                   out: Tensor) -> None:
-    """Copies every row to its entries' places; arguments as `ops.scatter.scatter_rows`."""
+                   out: Tensor) -> Tensor | None:
+    """Copies every row to its entries' places; arguments as `ops.scatter.scatter_rows`.
+
+    Returns:
+        int64 [m]: the uniques' slots, for `UtilityStep.slots`; None where nobody has them.
+    """
     segments = block_segments(uniques)
     if pools.is_native("read_chunks"):
         assert isinstance(pools.index, NativeChunkIndex)
         reads = torch.cat([segments, torch.zeros_like(segments[:, :1])], 1)
-        entries = [address(uniques.starts), address(uniques.sources), address(weights)]
+        slots = torch.empty(uniques.ids.numel(), dtype=torch.int64)
+        entries = [address(uniques.starts), address(uniques.sources), address(weights),
+                   address(slots)]
         native().chunk_read(pools.index.call(), pools.native_arena(),  # type: ignore[union-attr]
                             address(reads), reads.shape[0], address(uniques.ids), entries,
                             address(out), torch.get_num_threads())
-        return
+        return slots
     for block, start, count in segments.tolist():
         columns = pools.chunks(block) * pools.width(block)
         rows = torch.empty(count, columns, device=out.device)
@@ -147,6 +153,7 @@ def scatter_chunks(pools: ChunkPools, uniques: Uniques, weights: Tensor | None,
             each = each * weights[first:last, None]
         at = uniques.sources[first:last, None] + torch.arange(columns, device=out.device)
         out[at] = each
+    return None
 
 
 def block_segments(uniques: Uniques) -> Tensor:
@@ -169,11 +176,14 @@ class UtilityStep:
         absent: fp32 [blocks, most columns + chunks] where the gradients are, or None: to what
             shards whose absent chunks are shared hold here their scaled gradients are added, by
             column, and, behind the columns, how many there are of every chunk.
+        slots: int64 [m], or None: slots of the uniques, as `scatter_chunks` found them in an index
+            that has not changed since.
     """
 
     weights: Tensor
     key: int
     absent: Tensor | None = None
+    slots: Tensor | None = None
 
 
 def update_chunks(pools: ChunkPools, uniques: Uniques, weights: Tensor | None, grads: Tensor,
@@ -200,7 +210,8 @@ def update_chunks(pools: ChunkPools, uniques: Uniques, weights: Tensor | None, g
                                                                  row_squares),
             step.key, RULES[step.kind], step.numbers(),
             (address(utility.weights), utility.key, address(norms), stride,
-             address(utility.absent), 0 if utility.absent is None else utility.absent.shape[1]),
+             address(utility.absent), 0 if utility.absent is None else utility.absent.shape[1],
+             address(utility.slots)),
             torch.get_num_threads())
         return norms
     ids, segments = uniques.ids.cpu(), block_segments(uniques)

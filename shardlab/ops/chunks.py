@@ -124,12 +124,14 @@ class ChunkIndex(Protocol):
             behind it, -1 for zeros).
         notes_losses: `offer` and `decide` note what `take_losses` gives.
         keeps_places: places that are handed out hold what they held: the caller clears them.
+        changes: how often rows may have moved.
     """
 
     shapes: Sequence[StoreShape]
     blocks: Tensor
     notes_losses: bool
     keeps_places: bool
+    changes: int
 
     def numbers(self, store: int) -> StoreNumbers:
         """Where a store stands."""
@@ -283,7 +285,7 @@ class NativeChunkIndex:
             row[_COLUMN["top"]] = layout.shared
             row[_COLUMN["committed"]] = shape.in_slabs(layout.shared)
             offset += keys + values + stack + sketch
-        self._admitted = torch.empty(0, 3, dtype=torch.int64)
+        self._admitted, self.changes = torch.empty(0, 3, dtype=torch.int64), 0
         self._call = (address(self._state), address(self.blocks), self.blocks.shape[0])
         self.notes_losses = self.keeps_places = False
         self._log = LossLog([self._chunks(block) for block in range(self.blocks.shape[0])])
@@ -313,6 +315,7 @@ class NativeChunkIndex:
                              torch.get_num_threads())
 
     def offer(self, offers: Offers) -> Tensor:
+        self.changes += 1
         if self._admitted.shape[0] < offers.norms.numel():
             self._admitted = torch.empty(offers.norms.numel(), 3, dtype=torch.int64)
         log = self._log.room(offers.norms.numel() if self.notes_losses else 0)
@@ -337,6 +340,7 @@ class NativeChunkIndex:
         return bins, dims
 
     def decide(self, store: int, decay: float, thresholds: Tensor, key: int) -> Tensor:
+        self.changes += 1
         evicted = torch.zeros(self.blocks.shape[0], dtype=torch.int64)
         log = self._log.room(self.numbers(store).rows + 1 if self.notes_losses else 0)
         native().chunk_decide(self._call, store, decay,  # type: ignore[union-attr]
@@ -349,12 +353,14 @@ class NativeChunkIndex:
         self._state[store, _COLUMN["refused"]] = refused
 
     def compact(self, store: int, *, tight: bool) -> Tensor:
+        self.changes += 1
         moves = torch.empty(self.numbers(store).free, 2, dtype=torch.int64)
         count = native().chunk_compact(  # type: ignore[union-attr]
             address(self._state[store]), tight, address(moves))
         return moves[:count]
 
     def load(self, store: int, blocks: Tensor, rows: ChunkRows) -> None:
+        self.changes += 1
         shape = self.shapes[store]
         order, keys = sorted_keys(blocks, rows.rows, wide=shape.wide)
         size = value_bytes(shape.layout.chunks)
@@ -372,6 +378,7 @@ class NativeChunkIndex:
             [used, top, shape.in_slabs(top), 0, 0])
 
     def insert(self, block: int, rows: ChunkRows) -> Tensor:
+        self.changes += 1
         ids, places = rows.rows.contiguous(), rows.places.clone()
         utilities = rows.utilities.contiguous()
         native().chunk_insert(self._call, block, address(ids),  # type: ignore[union-attr]

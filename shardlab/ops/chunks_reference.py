@@ -122,7 +122,7 @@ class ReferenceChunkIndex:
     """
 
     def __init__(self, shapes: Sequence[StoreShape], blocks: Tensor) -> None:
-        self.shapes, self.blocks = list(shapes), blocks
+        self.shapes, self.blocks, self.changes = list(shapes), blocks, 0
         self._blocks = blocks.tolist()
         self._most = max((shape.layout.chunks for shape in shapes), default=1)
         self.notes_losses = self.keeps_places = False

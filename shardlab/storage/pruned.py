@@ -102,6 +102,7 @@ class PrunedStorage:
         self.admitted = torch.zeros(count, dtype=torch.int64)
         self.evicted = torch.zeros(count, dtype=torch.int64)
         self.absent = SharedChunks(self.pools, shards)
+        self._found: tuple[Uniques, Tensor, int] | None = None
         self.files = ChunkFiles(self)
         self.watch = ChunkWatch(self)
         for number, plan in enumerate(self.stores):
@@ -123,7 +124,8 @@ class PrunedStorage:
     def read_scattered(self, uniques: Uniques, weights: Tensor | None, out: Tensor) -> None:
         """Copies every row to its entries' places."""
         self.files.settle()
-        scatter_chunks(self.pools, uniques, weights, out)
+        slots = scatter_chunks(self.pools, uniques, weights, out)
+        self._found = None if slots is None else (uniques, slots, self.index.changes)
 
     def place_jobs(self, jobs: Tensor) -> PlacedJobs:
         """Jobs as they are: chunks are found when they are read."""
@@ -149,7 +151,7 @@ class PrunedStorage:
         self._measure(uniques, weights, grads, step)
         now = self._weights()
         norms = update_chunks(self.pools, uniques, weights, grads, step, row_squares,
-                              UtilityStep(now, key, self.absent.sums))
+                              UtilityStep(now, key, self.absent.sums, self._slots_of(uniques)))
         offers = Offers(block_segments(uniques), uniques.ids.cpu(), norms, now,
                         self.thresholds * self.scale, key, self._margins, self.evicted)
         admitted = self.index.offer(offers)
@@ -185,6 +187,13 @@ class PrunedStorage:
                       for block in plan.blocks]
             first[blocks] = common_unit(self.measured[blocks])
         self.scale = torch.where(self.scale > 0, self.scale, first)
+
+    def _slots_of(self, uniques: Uniques) -> Tensor | None:
+        """Slots that the last read found, if it was of the same rows, in the same index."""
+        found, self._found = self._found, None
+        if found is None or found[0] is not uniques or found[2] != self.index.changes:
+            return None
+        return found[1]
 
     def _weights(self) -> Tensor:
         """fp32 [shards]: what a norm counts as of the last decision; 1 before units are
