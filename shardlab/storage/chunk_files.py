@@ -161,6 +161,8 @@ class ChunkFiles:
                 "decided_at": torch.tensor([storage.since[store]]),
                 "scale": storage.scale[block:block + 1].clone(),
                 "measured": storage.measured[block:block + 1].clone(),
+                "admitted": storage.admitted[block:block + 1].clone(),
+                "evicted": storage.evicted[block:block + 1].clone(),
                 "sketch_of": torch.tensor([self._identity(store)])}
         absent = storage.absent.records(block)
         if absent is not None:
@@ -367,9 +369,12 @@ class ChunkFiles:
             storage.since[store] = int(extra["decided_at"])
         if "sketch_of" not in extra or int(extra["sketch_of"]) != self._identity(store):
             return
-        storage.scale[block] = extra["scale"][0]
-        storage.measured[block] = extra["measured"][0]
-        if "sketch" in extra:
+        for name, kept in (("scale", storage.scale), ("measured", storage.measured),
+                           ("admitted", storage.admitted), ("evicted", storage.evicted)):
+            if name in extra:
+                kept[block] = extra[name][0]
+        if "refused" in extra:
             storage.index.set_refused(store, int(extra["refused"]))
+        if "sketch" in extra:
             storage.index.sketch(store).copy_(extra["sketch"])
             storage.index.set_budget(store, int(extra["budget"]))
