@@ -37,7 +37,7 @@ namespace {
 bool is_marked(const ChunkStore& store, char* value) {
   const uint16_t* utilities = utilities_of(store, value);
   for (int64_t k = 0; k < store.chunks; ++k)
-    if (places_of(value)[k] >= 0) return utilities[k] & kMarked;
+    if (places_of(value)[k] >= 0 && (utilities[k] & kMarked)) return true;
   return false;
 }
 
