@@ -7,8 +7,9 @@ from dlrm_data import DlrmConfig
 
 import shardlab as sl
 from shardlab.ops.allocator import keep_freed_memory
-from shardlab.plan import ShardingPlan, build_table_plan
+from shardlab.plan import ShardingPlan
 from shardlab.specs import ShardingType
+from shardlab.table_plan import build_table_plan
 
 RULES = {"rowwise_adagrad": sl.optim.RowWiseAdagrad, "sgd": sl.optim.SGD, "adam": sl.optim.Adam}
 

@@ -27,9 +27,10 @@ from dlrm_data import DlrmConfig, rank_batch
 
 import shardlab as sl
 from shardlab import comm
-from shardlab.plan import ShardingPlan, build_table_plan
+from shardlab.plan import ShardingPlan
 from shardlab.planner.workload import build_workload
 from shardlab.specs import EmbeddingBagConfig, ExchangeKind, ShardingType
+from shardlab.table_plan import build_table_plan
 from shardlab.wire_bytes import HEAD_NUMBER_BYTES, HEAD_NUMBERS, id_bytes
 
 FP32_BYTES = 4

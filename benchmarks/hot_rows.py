@@ -33,8 +33,9 @@ from dlrm_data import DlrmConfig
 import shardlab as sl
 from shardlab import comm
 from shardlab.launch.hot_balance import HotCounts, relieving_rows
-from shardlab.plan import ShardingPlan, build_table_plan, even_splits
+from shardlab.plan import ShardingPlan
 from shardlab.specs import EmbeddingBagConfig, ExchangeKind, ShardingType
+from shardlab.table_plan import build_table_plan, even_splits
 from shardlab.wire_bytes import FP32_BYTES, HOT_MARKS
 
 LOOKED_AT, WARM_UP = 16, 2

@@ -248,7 +248,7 @@ class Ours:
         from slept_layers import SleptDLRM
 
         import shardlab as sl
-        from shardlab.plan import WireDtypes
+        from shardlab.table_plan import WireDtypes
 
         torch.manual_seed(config.seed)
         tables = [sl.EmbeddingBagConfig(rows, config.dim, f"t{i}", (f"f{i}",))

@@ -23,11 +23,11 @@ import torch
 
 from shardlab.ops.rows import StepParameters
 from shardlab.ops.unique import Segments, Uniques, unique_segments
-from shardlab.plan import Shard
 from shardlab.specs import EmbeddingBagConfig
 from shardlab.storage import LocalShard, StorageOptions, TableChunk
 from shardlab.storage.rows import RowsStorage
 from shardlab.storage_text import parse_storage
+from shardlab.table_plan import Shard
 
 SIZES = ((800, 16), (150, 4), (31, 33))
 CHAINS = (

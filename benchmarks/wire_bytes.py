@@ -47,8 +47,9 @@ def real_batch(config: DlrmConfig, path: str, step: int, rank: int):
 # ---------------------------------------------------------------- ShardLab
 def run_shardlab(args: argparse.Namespace, case: tuple[str, str, str], batches: list) -> dict:
     import shardlab as sl
-    from shardlab.plan import ShardingPlan, WireDtypes, build_table_plan
+    from shardlab.plan import ShardingPlan
     from shardlab.specs import EmbeddingBagConfig, ExchangeKind, ShardingType
+    from shardlab.table_plan import WireDtypes, build_table_plan
 
     config, groups = args.config, sl.comm.build_groups()
     tables = [EmbeddingBagConfig(rows, config.dim, f"t{i}", (f"f{i}",))

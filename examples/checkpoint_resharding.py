@@ -16,7 +16,7 @@ import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 import shardlab as sl
-from shardlab.plan import build_table_plan
+from shardlab.table_plan import build_table_plan
 
 ROWS = {"C1": 1_460, "C3": 20_000, "C14": 27}
 TABLES = [sl.EmbeddingBagConfig(name=name, num_embeddings=rows, embedding_dim=16)

@@ -18,8 +18,9 @@ from bisect import bisect_right
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from shardlab.plan import ShardingPlan, TablePlan
+from shardlab.plan import ShardingPlan
 from shardlab.storage_bytes import payload_bytes
+from shardlab.table_plan import TablePlan
 from shardlab.wire_bytes import FP32_BYTES, HOT_MARKS
 
 

@@ -18,7 +18,8 @@ import torch
 from shardlab.comm import Groups, broadcast_text, gather_objects_json
 from shardlab.config.models import TablesPreset
 from shardlab.launch.hot_balance import HotCounts, relieving_rows
-from shardlab.plan import ShardingPlan, hot_row_obstacle
+from shardlab.plan import ShardingPlan
+from shardlab.plan_problems import hot_row_obstacle
 from shardlab.planner.statistics import read_statistics
 from shardlab.specs import EmbeddingBagConfig
 

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 
 from shardlab.errors import LaunchError, PlanError, ShardLabError
 from shardlab.launch.dense_model import dense_model
-from shardlab.plan import ShardingPlan, WireDtypes
+from shardlab.plan import ShardingPlan
 from shardlab.planner import PlanSettings, Topology, group_of, local_cpu, plan, read_topology
 from shardlab.storage_specs import Tier
+from shardlab.table_plan import WireDtypes
 
 if TYPE_CHECKING:
     from shardlab.comm import Groups

@@ -17,10 +17,11 @@ import torch
 from torch.nn import functional
 
 from shardlab.comm import Groups, gather_objects_json
-from shardlab.plan import ShardingPlan, WireDtypes
+from shardlab.plan import ShardingPlan
 from shardlab.sharded.wire_watch import BACKWARD, FORWARD, WireWatch
 from shardlab.storage_bytes import payload_bytes
 from shardlab.storage_specs import DTYPES
+from shardlab.table_plan import WireDtypes
 
 if TYPE_CHECKING:
     from shardlab.config import JobConfig

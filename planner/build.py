@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardlab.errors import ConfigError, nearest_name
-from shardlab.plan import Shard, ShardingPlan, TablePlan, build_table_plan
+from shardlab.plan import ShardingPlan
 from shardlab.planner.costs import Priced
 from shardlab.planner.estimate import PREFETCH, Pricer
 from shardlab.planner.placement import Placement, Problem
@@ -22,6 +22,7 @@ from shardlab.planner.why import why
 from shardlab.specs import ExchangeKind
 from shardlab.storage_bytes import TierBytes
 from shardlab.storage_specs import Tier
+from shardlab.table_plan import Shard, TablePlan, build_table_plan
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]

@@ -12,9 +12,10 @@ from dataclasses import astuple, dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from shardlab.plan import Shard, ShardingPlan, TablePlan
+from shardlab.plan import ShardingPlan
 from shardlab.specs import ExchangeKind
 from shardlab.storage_bytes import payload_bytes
+from shardlab.table_plan import Shard, TablePlan
 from shardlab.wire_bytes import (
     FP32_BYTES,
     HEAD_NUMBER_BYTES,

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from shardlab.plan import ShardingPlan, TablePlan
+from shardlab.plan import ShardingPlan
 from shardlab.planner.request import Request
 from shardlab.planner.speeds import Speeds
 from shardlab.planner.topology import Link
@@ -27,6 +27,7 @@ from shardlab.planner.units import format_bytes
 from shardlab.planner.workload import Workload, build_workload
 from shardlab.specs import ExchangeKind
 from shardlab.storage_bytes import payload_bytes
+from shardlab.table_plan import TablePlan
 from shardlab.wire_bytes import HEAD_NUMBER_BYTES, id_bytes
 
 _FP32_BYTES = 4

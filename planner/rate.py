@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from shardlab.plan import Shard, ShardingPlan, TablePlan
+from shardlab.plan import ShardingPlan
 from shardlab.planner.costs import Priced
 from shardlab.planner.enumerate import SHARDING_TYPES, Options
 from shardlab.planner.estimate import PREFETCH, Pricer
@@ -26,6 +26,7 @@ from shardlab.planner.variants import Variant, storage_options
 from shardlab.specs import ExchangeKind
 from shardlab.storage_bytes import TierBytes
 from shardlab.storage_specs import Tier
+from shardlab.table_plan import Shard, TablePlan
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]

@@ -6,10 +6,10 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from shardlab.phases import PHASES
-from shardlab.plan import TablePlan
 from shardlab.planner.units import format_bytes
 from shardlab.specs import ShardingType
 from shardlab.storage_specs import PrunedSpec, StorageSpec, TensorTrainSpec, describe_storage
+from shardlab.table_plan import TablePlan
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from shardlab.plan import WireDtypes
+from shardlab.table_plan import WireDtypes
 
 if TYPE_CHECKING:
     from shardlab.planner.statistics import Statistics

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from shardlab.errors import ConfigError, PlanError, nearest_name
-from shardlab.plan import Shard, ShardingPlan, TablePlan, build_table_plan
+from shardlab.plan import ShardingPlan
 from shardlab.specs import EmbeddingBagConfig, ShardingType
 from shardlab.storage_specs import (
     Choice,
@@ -39,6 +39,7 @@ from shardlab.storage_specs import (
     Tier,
     place_home,
 )
+from shardlab.table_plan import Shard, TablePlan, build_table_plan
 
 #: Compute kernel -> tier of the rows, and whether a cache on hbm stands before them.
 KERNELS: dict[str, tuple[Tier, bool]] = {

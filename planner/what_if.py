@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any
 
 from shardlab.errors import ConfigError, PlanError, nearest_name
 from shardlab.phases import PHASES
-from shardlab.plan import WireDtypes
 from shardlab.planner import plan
 from shardlab.planner.report_text import grid, number, rate_text, signed
 from shardlab.planner.request import Request
@@ -29,6 +28,7 @@ from shardlab.planner.result import PlanResult
 from shardlab.planner.topology import Link, Topology, read_topology
 from shardlab.planner.topology_file import change_fields, parse_quantity
 from shardlab.planner.units import format_bytes, format_ms
+from shardlab.table_plan import WireDtypes
 
 if TYPE_CHECKING:
     from rich.console import Console

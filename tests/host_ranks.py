@@ -13,8 +13,9 @@ from shardlab.errors import ExchangeError
 def train(groups: comm.Groups) -> None:
     """Trains a table flat and in two stages; prints how far apart rows are, and bytes."""
     import shardlab as sl
-    from shardlab.plan import ShardingPlan, build_table_plan
+    from shardlab.plan import ShardingPlan
     from shardlab.specs import EmbeddingBagConfig, ShardingType
+    from shardlab.table_plan import build_table_plan
 
     table = EmbeddingBagConfig(300, 8, "t")
     world = groups.world_size

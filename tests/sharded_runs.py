@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 import shardlab as sl
-from shardlab.plan import ShardingPlan, TablePlan, build_table_plan
+from shardlab.plan import ShardingPlan
 from shardlab.specs import EmbeddingBagConfig, ExchangeKind, PoolingType, ShardingType
 from shardlab.storage import TableChunk
+from shardlab.table_plan import TablePlan, build_table_plan
 from tests.oracle import Bags, Batch, Oracle, PlainOptimizer, empty_state, flat, join, split
 from tests.tolerances import ADAPTIVE, LOOKUP, STATE, TRAINED, assert_within
 

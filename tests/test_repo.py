@@ -22,7 +22,8 @@ HELP_LIMIT_S = 0.3
 #: Each may import those before it, and itself. Parts of a layer follow it by name.
 DATA = ("errors", "words", "cache_layout", "chunk_layout", "pages", "log_layout",
         "tensor_train_shapes", "storage_specs", "storage_bytes", "wire_bytes", "storage_text",
-        "row_sets", "replication", "specs", "presets", "plan", "phases", "config")
+        "row_sets", "replication", "specs", "presets", "table_plan", "plan_problems", "plan",
+        "phases", "config")
 ORDER = (*DATA, "_jagged", "jagged", "codecs", "ops", "optim",
          "tiers", "storage", "comm", "sharded", "models", "data", "train", "inference",
          "interop", "inspection", "launch", "cli")

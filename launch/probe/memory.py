@@ -13,11 +13,11 @@ from torch import Tensor
 from shardlab.launch.probe.timing import median_seconds
 from shardlab.ops.rows import StepParameters
 from shardlab.ops.unique import Segments, Uniques, unique_segments
-from shardlab.plan import build_table_plan
 from shardlab.specs import EmbeddingBagConfig, ShardingType
 from shardlab.storage import LocalShard, StorageOptions, build_storage
 from shardlab.storage_bytes import record_layout
 from shardlab.storage_specs import RowsSpec
+from shardlab.table_plan import build_table_plan
 
 ROW_BYTES = (64, 128, 256, 512)
 OPTIMIZER = "row_wise_adagrad"

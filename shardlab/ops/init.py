@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from shardlab.ops.registry import address, face_of, native
-from shardlab.plan import Shard
 from shardlab.specs import EmbeddingBagConfig
+from shardlab.table_plan import Shard
 
 _WORD = 1 << 64
 

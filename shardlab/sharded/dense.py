@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from shardlab.comm import Groups, Work, broadcast_, gather_objects_json, start_all_reduce
 from shardlab.comm.coded_sum import Draw, SpanSum, open_span_sum
 from shardlab.errors import ShardLabError
-from shardlab.plan import DenseWire
 from shardlab.sharded.dense_buckets import build_buckets
+from shardlab.table_plan import DenseWire
 from shardlab.wire_bytes import ring_bytes
 
 

@@ -23,10 +23,11 @@ import torch
 from torch import Tensor
 
 from shardlab.errors import PlanError
-from shardlab.plan import Shard, ShardingPlan, TablePlan, WireDtypes
+from shardlab.plan import ShardingPlan
 from shardlab.specs import EmbeddingBagConfig, ExchangeKind
 from shardlab.storage import LocalShard
 from shardlab.storage_specs import Choice, StorageSpec, resolve_storage
+from shardlab.table_plan import Shard, TablePlan, WireDtypes
 from shardlab.wire_bytes import id_bytes
 
 

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from shardlab.comm import Groups, WireBytes, all_to_all
 from shardlab.ops.unique import Uniques
-from shardlab.plan import Shard
 from shardlab.sharded.layout import Layout
 from shardlab.storage_specs import TensorTrainSpec
+from shardlab.table_plan import Shard
 
 _FP32_BYTES = 4
 

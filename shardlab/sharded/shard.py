@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from shardlab.comm import Groups, build_groups, split_replicas
 from shardlab.errors import PlanError, ShardLabError
 from shardlab.optim import RowOptimizer, RowWiseAdagrad
-from shardlab.plan import DenseWire, ShardingPlan, build_table_plan
+from shardlab.plan import ShardingPlan
 from shardlab.replication import ranks_of_a_group
 from shardlab.sharded.clock import PhaseClock
 from shardlab.sharded.collection import EmbeddingBagCollection, ShardedEmbeddingBagCollection
@@ -20,6 +20,7 @@ from shardlab.sharded.optimizer import ShardedOptimizer
 from shardlab.sharded.replicas import Replication
 from shardlab.specs import EmbeddingBagConfig, ShardingType
 from shardlab.storage_specs import PrunedSpec
+from shardlab.table_plan import DenseWire, build_table_plan
 
 DenseOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from shardlab.comm import Groups, all_reduce_
 from shardlab.ops.rows import StepParameters
-from shardlab.plan import TablePlan
 from shardlab.sharded.layout import Layout
 from shardlab.storage_specs import PrunedSpec, TensorTrainSpec
+from shardlab.table_plan import TablePlan
 
 
 @runtime_checkable

@@ -14,11 +14,11 @@ from shardlab.ops.moves import MoveEnd, move_rows
 from shardlab.ops.rows import StepParameters
 from shardlab.ops.tensor_train import materialise, train_of
 from shardlab.ops.unique import Uniques, fill_affine
-from shardlab.plan import Shard
 from shardlab.specs import EmbeddingBagConfig
 from shardlab.storage.kept_room import KeptRoom
 from shardlab.storage_bytes import TierBytes
 from shardlab.storage_specs import RowsSpec, StorageSpec
+from shardlab.table_plan import Shard
 
 _FP32_BYTES = 4
 

@@ -11,9 +11,9 @@ from shardlab.ops.chunk_rows import ChunkPools
 from shardlab.ops.chunks import ChunkRows
 from shardlab.ops.codecs import Rounding, encode_rows
 from shardlab.ops.init import init_uniform
-from shardlab.plan import Shard
 from shardlab.storage.base import LocalShard
 from shardlab.storage.chunk_stores import StorePlan
+from shardlab.table_plan import Shard
 
 _INIT_BYTES = 8 << 20
 _FP32_BYTES = 4

@@ -29,12 +29,12 @@ from shardlab.ops.rows import (
 )
 from shardlab.ops.scatter import scatter_rows
 from shardlab.ops.unique import Uniques
-from shardlab.plan import Shard
 from shardlab.storage.base import LocalShard, PlacedJobs, StorageOptions, TableChunk
 from shardlab.storage.cache_level import CacheLevel
 from shardlab.storage.chains import build_chains
 from shardlab.storage.levels import Clock
 from shardlab.storage_bytes import OPTIMIZER_STATE, TierBytes, tier_bytes
+from shardlab.table_plan import Shard
 
 _FP32_BYTES = 4
 _INIT_BYTES = 1 << 20

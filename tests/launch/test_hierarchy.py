@@ -10,8 +10,9 @@ from shardlab.comm import build_groups
 from shardlab.config import load_job
 from shardlab.errors import ConfigError, LaunchError
 from shardlab.launch.hierarchy import choose_hierarchy
-from shardlab.plan import ShardingPlan, build_table_plan
+from shardlab.plan import ShardingPlan
 from shardlab.specs import ShardingType
+from shardlab.table_plan import build_table_plan
 from tests.harness import run_ranks
 
 TABLES = "tables={preset: criteo_kaggle, embedding_dim: 16, max_rows: 20000}"

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from shardlab.launch.hot_balance import HotCounts, relieving_rows
-from shardlab.plan import ShardingPlan, WireDtypes, build_table_plan
+from shardlab.plan import ShardingPlan
 from shardlab.specs import EmbeddingBagConfig, ExchangeKind, ShardingType
+from shardlab.table_plan import WireDtypes, build_table_plan
 
 ROWS = 800
 

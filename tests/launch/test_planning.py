@@ -12,9 +12,10 @@ from shardlab.config import JobConfig, load_job
 from shardlab.errors import ConfigError, LaunchError, PlanError, ShardLabError
 from shardlab.launch.dense_model import dense_model
 from shardlab.launch.planning import choose_plan, job_request, job_topology
-from shardlab.plan import ShardingPlan, WireDtypes, build_table_plan
+from shardlab.plan import ShardingPlan
 from shardlab.planner import read_topology
 from shardlab.specs import ShardingType
+from shardlab.table_plan import WireDtypes, build_table_plan
 from tests.harness import run_ranks
 
 SMALL = ["tables={preset: criteo_kaggle, embedding_dim: 4, max_rows: 50}"]

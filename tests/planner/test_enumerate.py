@@ -7,11 +7,11 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 
-from shardlab.plan import build_table_plan
 from shardlab.planner.enumerate import enumerate_options
 from shardlab.planner.topology import read_topology
 from shardlab.specs import EmbeddingBagConfig, ExchangeKind, ShardingType
 from shardlab.storage_specs import PrunedSpec, Tier, describe_storage
+from shardlab.table_plan import build_table_plan
 from tests.planner.fleets import problem_for
 
 KINDS = [None, *ShardingType]

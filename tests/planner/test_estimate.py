@@ -7,7 +7,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from shardlab.plan import WireDtypes
 from shardlab.planner.costs import Priced
 from shardlab.planner.enumerate import Options, enumerate_options
 from shardlab.planner.estimate import PHASES, Pricer
@@ -15,6 +14,7 @@ from shardlab.planner.settings import DenseModel, PlanSettings
 from shardlab.planner.topology import Link, Topology, read_topology
 from shardlab.planner.workload import Workload, build_workload
 from shardlab.specs import EmbeddingBagConfig, ExchangeKind, ShardingType
+from shardlab.table_plan import WireDtypes
 from tests.planner.fleets import request_for
 
 BATCH = 100

@@ -7,9 +7,11 @@ import dataclasses
 import numpy as np
 import pytest
 
-from shardlab.plan import ShardingPlan, WireDtypes, hot_row_obstacle
+from shardlab.plan import ShardingPlan
+from shardlab.plan_problems import hot_row_obstacle
 from shardlab.planner.exchange_bytes import ExchangeBytes, RankBatch, head_bytes, table_bytes
 from shardlab.specs import EmbeddingBagConfig, ExchangeKind, ShardingType
+from shardlab.table_plan import WireDtypes
 from tests.harness import run_ranks
 from tests.oracle import PlainOptimizer
 from tests.sharded_runs import (

@@ -8,13 +8,14 @@ import pytest
 import torch
 
 import shardlab as sl
-from shardlab.plan import ShardingPlan, WireDtypes, build_table_plan
+from shardlab.plan import ShardingPlan
 from shardlab.planner import PlanSettings, read_topology
 from shardlab.planner.hierarchy import compare_hierarchies
 from shardlab.planner.request import build_request
 from shardlab.planner.topology import Link
 from shardlab.planner.zipf import ZIPF_EXPONENT
 from shardlab.specs import EmbeddingBagConfig, ExchangeKind, ShardingType
+from shardlab.table_plan import WireDtypes, build_table_plan
 from tests.harness import run_ranks
 from tests.sharded_runs import Bare, in_stages
 

@@ -12,7 +12,6 @@ import hypothesis.strategies as st
 import pytest
 
 from shardlab.errors import ConfigError, PlanError
-from shardlab.plan import TablePlan
 from shardlab.planner import plan
 from shardlab.planner.estimate import PHASES
 from shardlab.planner.plan_file import plan_to_json
@@ -22,6 +21,7 @@ from shardlab.planner.topology import read_topology
 from shardlab.specs import EmbeddingBagConfig, ExchangeKind, ShardingType
 from shardlab.storage_bytes import OPTIMIZER_STATE, TierBytes, tier_bytes
 from shardlab.storage_specs import RowsSpec
+from shardlab.table_plan import TablePlan
 from tests.planner.fleets import generated_fleet, machine, tiered
 
 STORAGES = ["fp32", "fp32", "int8", {"dtype": "fp32", "tier": "ddr"}, {"choose": ["fp32", "bf16"]},

@@ -9,13 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardlab.errors import PlanError
-from shardlab.plan import Shard, ShardingPlan, TablePlan, WireDtypes, build_table_plan
+from shardlab.plan import ShardingPlan
 from shardlab.planner import PlanSettings, plan
 from shardlab.planner.rate import choose_exchanges, overfull, rate
 from shardlab.planner.request import Request, build_request
 from shardlab.planner.topology import Topology
 from shardlab.specs import EmbeddingBagConfig, ExchangeKind, ShardingType
 from shardlab.storage_bytes import TierBytes, tier_bytes
+from shardlab.table_plan import Shard, TablePlan, WireDtypes, build_table_plan
 from tests.planner.fleets import GIB, generated_fleet, machine, tiered
 
 

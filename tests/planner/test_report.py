@@ -9,7 +9,6 @@ import pytest
 
 from shardlab.log_layout import CLEANING
 from shardlab.phases import PHASES
-from shardlab.plan import WireDtypes
 from shardlab.planner import DenseModel, PlanSettings, plan
 from shardlab.planner.html import plan_to_html
 from shardlab.planner.rate import rate
@@ -28,6 +27,7 @@ from shardlab.planner.request import build_request
 from shardlab.planner.result import PlanResult
 from shardlab.specs import EmbeddingBagConfig, ShardingType
 from shardlab.storage_specs import TensorTrainSpec, Tier
+from shardlab.table_plan import WireDtypes
 from tests.planner.fleets import GIB, generated_fleet, machine, tiered
 
 

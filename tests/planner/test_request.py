@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 
 from shardlab.errors import ConfigError, PlanError
-from shardlab.plan import WireDtypes
 from shardlab.planner import plan
 from shardlab.planner.request import build_request
 from shardlab.planner.settings import DenseModel, PlanSettings
 from shardlab.specs import UNBOUNDED, EmbeddingBagConfig
 from shardlab.storage_specs import LevelSpec, RowsSpec, Tier, describe_storage
+from shardlab.table_plan import WireDtypes
 from tests.planner.fleets import GIB, machine, request_for
 
 

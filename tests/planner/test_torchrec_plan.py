@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from shardlab.errors import PlanError
-from shardlab.plan import Shard
 from shardlab.planner.torchrec_plan import import_plan, read_torchrec_plan
 from shardlab.specs import EmbeddingBagConfig, ExchangeKind, ShardingType
 from shardlab.storage_specs import Choice, LevelSpec, RowsSpec, Tier
+from shardlab.table_plan import Shard
 
 USER = EmbeddingBagConfig(1000, 8, "user", storage="int8")
 

@@ -11,15 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shardlab.errors import PlanError
-from shardlab.plan import (
-    Shard,
-    ShardingPlan,
-    TablePlan,
-    build_table_plan,
-    even_splits,
-)
+from shardlab.plan import ShardingPlan
 from shardlab.specs import EmbeddingBagConfig, ExchangeKind, ShardingType
 from shardlab.storage_specs import LevelSpec, RowsSpec, Tier
+from shardlab.table_plan import Shard, TablePlan, build_table_plan, even_splits
 
 KINDS = list(ShardingType)
 

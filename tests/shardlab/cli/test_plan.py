@@ -12,8 +12,9 @@ from shardlab.cli.main import main
 from shardlab.cli.plan import plan as command
 from shardlab.config import load_job
 from shardlab.phases import MEASURED_PHASES
-from shardlab.plan import ShardingPlan, build_table_plan
+from shardlab.plan import ShardingPlan
 from shardlab.specs import ShardingType
+from shardlab.table_plan import build_table_plan
 
 SMALL = ("--set", "tables.max_rows=1000")
 

@@ -15,8 +15,9 @@ import shardlab as sl
 from shardlab.comm import Groups
 from shardlab.errors import CheckpointError, InputError
 from shardlab.interop import FORMATS, export
-from shardlab.plan import ShardingPlan, build_table_plan
+from shardlab.plan import ShardingPlan
 from shardlab.specs import PoolingType, ShardingType
+from shardlab.table_plan import build_table_plan
 from shardlab.train import CheckpointWriter, SaveOptions
 from tests.harness import run_ranks
 

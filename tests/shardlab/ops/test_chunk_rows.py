@@ -9,9 +9,9 @@ from shardlab.ops.chunk_rows import step_admitted
 from shardlab.ops.chunks import ChunkRows
 from shardlab.ops.rows import RULES, StepParameters, job_spans
 from shardlab.ops.unique import Uniques
-from shardlab.plan import Shard
 from shardlab.specs import EmbeddingBagConfig
 from shardlab.storage import LocalShard, StorageOptions, build_storage
+from shardlab.table_plan import Shard
 from tests.shardlab.ops.cases import TOLERANCE
 
 ROWS, COLUMNS, CHUNKS = (9, 300), 24, 3

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from shardlab.ops.init import init_uniform, table_seed
-from shardlab.plan import Shard
 from shardlab.specs import EmbeddingBagConfig
+from shardlab.table_plan import Shard
 from tests.shardlab.ops.cases import DIMS, INDEX_PLACES, Place, face
 
 WORD = 1 << 64

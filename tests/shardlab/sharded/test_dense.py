@@ -9,8 +9,9 @@ from torch import nn
 import shardlab as sl
 from shardlab import comm
 from shardlab.errors import PlanError
-from shardlab.plan import DenseWire, ShardingPlan
+from shardlab.plan import ShardingPlan
 from shardlab.sharded.dense import DenseReducer
+from shardlab.table_plan import DenseWire
 from tests.harness import run_ranks
 from tests.sharded_runs import in_stages
 

@@ -9,8 +9,9 @@ import torch
 
 import shardlab as sl
 from shardlab.ops.init import init_uniform_reference
-from shardlab.plan import Shard, ShardingPlan
+from shardlab.plan import ShardingPlan
 from shardlab.specs import EmbeddingBagConfig, ExchangeKind, ShardingType
+from shardlab.table_plan import Shard
 from tests.harness import run_ranks
 from tests.oracle import PlainOptimizer
 from tests.sharded_runs import (

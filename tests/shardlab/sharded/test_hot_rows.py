@@ -9,8 +9,9 @@ import torch
 
 import shardlab as sl
 from shardlab.errors import PlanError
-from shardlab.plan import ShardingPlan, WireDtypes
+from shardlab.plan import ShardingPlan
 from shardlab.specs import BoundsMode, EmbeddingBagConfig, ExchangeKind, ShardingType
+from shardlab.table_plan import WireDtypes
 from shardlab.train import load, save
 from shardlab.train.checkpoint_writer import CheckpointWriter, SaveOptions
 from tests.harness import RankError, run_ranks

@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardlab.errors import PlanError
-from shardlab.plan import Shard, ShardingPlan, TablePlan
+from shardlab.plan import ShardingPlan
 from shardlab.sharded.layout import compile_layout
 from shardlab.specs import EmbeddingBagConfig, ExchangeKind, ShardingType
+from shardlab.table_plan import Shard, TablePlan
 from tests.sharded_runs import table_plan
 
 KINDS = [ExchangeKind.ROWS, ExchangeKind.POOLED]

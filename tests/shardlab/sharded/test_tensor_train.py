@@ -9,8 +9,9 @@ import torch
 
 import shardlab as sl
 from shardlab.errors import PlanError
-from shardlab.plan import Shard, ShardingPlan, TablePlan, build_table_plan
+from shardlab.plan import ShardingPlan
 from shardlab.specs import EmbeddingBagConfig, ExchangeKind, ShardingType
+from shardlab.table_plan import Shard, TablePlan, build_table_plan
 from tests.harness import run_ranks
 from tests.oracle import PlainOptimizer
 from tests.sharded_runs import Bare, build_features, loss_of, make_optimizer, random_steps, shuffled

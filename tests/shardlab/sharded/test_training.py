@@ -11,10 +11,11 @@ from torch import nn
 
 import shardlab as sl
 from shardlab.errors import PlanError, ShardLabError
-from shardlab.plan import ShardingPlan, build_table_plan
+from shardlab.plan import ShardingPlan
 from shardlab.specs import EmbeddingBagConfig, ExchangeKind, ShardingType
 from shardlab.storage import TableChunk
 from shardlab.storage_bytes import TierBytes, record_layout
+from shardlab.table_plan import build_table_plan
 from tests.harness import run_ranks
 from tests.oracle import Bags, Oracle, PlainOptimizer, join
 from tests.sharded_runs import (

@@ -10,8 +10,9 @@ import torch
 
 import shardlab as sl
 from shardlab import comm
-from shardlab.plan import ShardingPlan, WireDtypes
+from shardlab.plan import ShardingPlan
 from shardlab.specs import EmbeddingBagConfig, ExchangeKind, ShardingType
+from shardlab.table_plan import WireDtypes
 from tests.fault_ranks import FaultyWorld
 from tests.harness import run_ranks
 from tests.oracle import PlainOptimizer

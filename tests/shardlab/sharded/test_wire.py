@@ -9,8 +9,9 @@ import torch
 
 import shardlab as sl
 from shardlab.errors import PlanError
-from shardlab.plan import ShardingPlan, WireDtypes
+from shardlab.plan import ShardingPlan
 from shardlab.specs import EmbeddingBagConfig, ExchangeKind, ShardingType
+from shardlab.table_plan import WireDtypes
 from tests.harness import run_ranks
 from tests.oracle import PlainOptimizer
 from tests.sharded_runs import (

@@ -10,12 +10,12 @@ import torch
 from shardlab.errors import StorageError
 from shardlab.ops.rows import StepParameters
 from shardlab.ops.unique import Segments, Uniques, unique_segments
-from shardlab.plan import Shard
 from shardlab.specs import EmbeddingBagConfig
 from shardlab.storage import LocalShard, StorageOptions
 from shardlab.storage.levels import MemoryHome
 from shardlab.storage.rows import RowsStorage
 from shardlab.storage_text import parse_storage
+from shardlab.table_plan import Shard
 
 CPU = torch.device("cpu")
 SIZES = ((97, 6), (40, 16), (9, 4))

@@ -9,9 +9,10 @@ from torch import nn
 import shardlab as sl
 from shardlab.comm import build_groups
 from shardlab.errors import CheckpointError
-from shardlab.plan import ShardingPlan, build_table_plan
+from shardlab.plan import ShardingPlan
 from shardlab.specs import EmbeddingBagConfig, ExchangeKind, ShardingType
 from shardlab.storage.base import TableChunk
+from shardlab.table_plan import build_table_plan
 from tests.harness import run_ranks
 
 ROWS, DIM, SAMPLES = 3000, 16, 64

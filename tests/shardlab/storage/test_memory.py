@@ -9,12 +9,12 @@ import sys
 import pytest
 import torch
 
-from shardlab.plan import Shard
 from shardlab.specs import EmbeddingBagConfig
 from shardlab.storage import LocalShard, StorageOptions
 from shardlab.storage.levels import MemoryHome
 from shardlab.storage.rows import RowsStorage
 from shardlab.storage_text import parse_storage
+from shardlab.table_plan import Shard
 
 ROWS = 300_000
 PAGE = mmap.PAGESIZE

@@ -12,10 +12,11 @@ import shardlab as sl
 from shardlab.comm import build_groups
 from shardlab.errors import CheckpointError, ConfigError
 from shardlab.ops.chunks import Offers
-from shardlab.plan import Shard, ShardingPlan, build_table_plan
+from shardlab.plan import ShardingPlan
 from shardlab.specs import EmbeddingBagConfig, ExchangeKind, ShardingType
 from shardlab.storage import LocalShard, StorageOptions, build_storage
 from shardlab.storage.pruned import PrunedStorage
+from shardlab.table_plan import Shard, build_table_plan
 from tests.harness import run_ranks
 
 SIZES = (1000, 50, 20_000)

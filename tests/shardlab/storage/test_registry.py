@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from shardlab.errors import ConfigError
-from shardlab.plan import Shard
 from shardlab.specs import EmbeddingBagConfig
 from shardlab.storage import LocalShard, Storage, StorageOptions, build_storage
 from shardlab.storage.registry import _STORAGES
 from shardlab.storage_specs import RowsSpec
 from shardlab.storage_text import parse_storage
+from shardlab.table_plan import Shard
 
 TABLE = EmbeddingBagConfig(num_embeddings=4, embedding_dim=2, name="t")
 SHARD = LocalShard(TABLE, Shard(0, 0, 4, 0, 2), RowsSpec(), False)

@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from shardlab.errors import CheckpointError
-from shardlab.plan import ShardingPlan, build_table_plan
+from shardlab.plan import ShardingPlan
 from shardlab.specs import EmbeddingBagConfig, ShardingType
 from shardlab.storage import LocalShard, StorageOptions, TableChunk
 from shardlab.storage.rows import STATE_NAMES, RowsStorage
 from shardlab.storage_bytes import OPTIMIZER_STATE, tier_bytes
 from shardlab.storage_specs import RowsSpec
+from shardlab.table_plan import build_table_plan
 from tests.oracle import empty_state
 
 KINDS = list(OPTIMIZER_STATE)

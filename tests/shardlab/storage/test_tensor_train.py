@@ -13,11 +13,11 @@ from shardlab.ops.rows import StepParameters
 from shardlab.ops.tensor_train import materialise
 from shardlab.ops.tensor_train_svd import decompose
 from shardlab.ops.unique import Segments, unique_segments
-from shardlab.plan import Shard, build_table_plan
 from shardlab.specs import EmbeddingBagConfig, ShardingType
 from shardlab.storage import LocalShard, StorageOptions, TableChunk, build_storage
 from shardlab.storage.tensor_train_init import TAIL_VARIANCE, core_scale
 from shardlab.storage_bytes import OPTIMIZER_STATE, tier_bytes
+from shardlab.table_plan import Shard, build_table_plan
 
 CPU = torch.device("cpu")
 STORAGE = {"kind": "tensor_train", "rank": 6}

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from shardlab.ops.unique import Segments, unique_segments
-from shardlab.plan import build_table_plan
 from shardlab.specs import EmbeddingBagConfig, ShardingType
 from shardlab.storage import LocalShard, StorageOptions, build_storage
 from shardlab.storage.tensor_train_init import MIDDLE_PACE, lr_multiples
 from shardlab.storage_bytes import OPTIMIZER_STATE, tier_bytes
+from shardlab.table_plan import build_table_plan
 from tests.shardlab.storage.test_tensor_train import CPU, step_of
 
 #: Ranks, cores, dtypes, starts, learning rates and caches that differ.

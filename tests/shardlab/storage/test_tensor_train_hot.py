@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from shardlab.ops.tensor_train import TensorTrain, materialise
-from shardlab.plan import build_table_plan
 from shardlab.specs import ShardingType
 from shardlab.storage import LocalShard, StorageOptions, build_storage
 from shardlab.storage.tensor_train_hot import fold
 from shardlab.storage.tensor_train_uses import UseCounts
 from shardlab.storage_bytes import OPTIMIZER_STATE, tier_bytes
+from shardlab.table_plan import build_table_plan
 from shardlab.tensor_train_shapes import HotRowsShape, hot_rows_shape
 from tests.shardlab.storage.test_tensor_train import (
     rows_of,

@@ -13,12 +13,13 @@ from shardlab.comm import Groups
 from shardlab.comm.collectives import WireBytes
 from shardlab.data.batch import Batch
 from shardlab.jagged import KeyedJaggedTensor
-from shardlab.plan import Shard, ShardingPlan, build_table_plan
+from shardlab.plan import ShardingPlan
 from shardlab.sharded.clock import PhaseClock
 from shardlab.sharded.row_watch import ChangedRows, Snapshot
 from shardlab.specs import EmbeddingBagConfig, ShardingType
 from shardlab.storage import KeptRoom, TableChunk
 from shardlab.storage_bytes import TierBytes
+from shardlab.table_plan import Shard, build_table_plan
 
 
 def table(name: str, rows: int, columns: int) -> EmbeddingBagConfig:

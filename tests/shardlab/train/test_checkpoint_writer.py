@@ -22,11 +22,12 @@ from torch import Tensor, nn
 import shardlab as sl
 from shardlab.comm import Groups
 from shardlab.errors import CheckpointError
-from shardlab.plan import ShardingPlan, build_table_plan
+from shardlab.plan import ShardingPlan
 from shardlab.sharded import row_watch
 from shardlab.sharded.clock import PhaseClock
 from shardlab.specs import EmbeddingBagConfig, ShardingType
 from shardlab.storage import TableChunk
+from shardlab.table_plan import build_table_plan
 from shardlab.train import (
     CheckpointWriter,
     SaveOptions,

@@ -19,12 +19,13 @@ from torch import Tensor, nn
 import shardlab as sl
 from shardlab.comm import Groups
 from shardlab.inspection.scan import read_rows
-from shardlab.plan import ShardingPlan, build_table_plan
+from shardlab.plan import ShardingPlan
 from shardlab.sharded.pruning import pruned_part
 from shardlab.specs import EmbeddingBagConfig, ShardingType
 from shardlab.storage import chunk_snapshot
 from shardlab.storage.chunk_snapshot import ChunkSnapshot
 from shardlab.storage.pruned import PrunedStorage
+from shardlab.table_plan import build_table_plan
 from shardlab.train import CheckpointWriter, SaveOptions, compact, load, verify
 from shardlab.train import checkpoint_writer as module
 from shardlab.train.checkpoint_reader import CheckpointReader

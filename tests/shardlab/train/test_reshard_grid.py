@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 import shardlab as sl
 from shardlab.comm import Groups
-from shardlab.plan import ShardingPlan, build_table_plan
+from shardlab.plan import ShardingPlan
 from shardlab.specs import EmbeddingBagConfig, ShardingType
+from shardlab.table_plan import build_table_plan
 from shardlab.train import CheckpointReader, load, save
 from tests.harness import run_ranks
 

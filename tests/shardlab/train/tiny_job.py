@@ -25,8 +25,9 @@ from shardlab.comm import Groups
 from shardlab.data.batch import Batch
 from shardlab.data.reader import Reader
 from shardlab.data.rows import Bags, RowBlock
-from shardlab.plan import ShardingPlan, build_table_plan
+from shardlab.plan import ShardingPlan
 from shardlab.specs import EmbeddingBagConfig, ExchangeKind, ShardingType
+from shardlab.table_plan import build_table_plan
 from shardlab.train import Trainer, TrainOptions, build_schedule, open_run_folder
 
 TABLES = (EmbeddingBagConfig(name="user", num_embeddings=200, embedding_dim=8),
