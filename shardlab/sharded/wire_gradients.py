@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -88,6 +89,8 @@ class GradientSender:
         start = elements.cumsum(0) - elements
         sums = torch.empty(int(elements.sum()), device=device)
         gradients.write(start, scale, sums)
+        if not place.slot_heads:
+            _show_infinities(sums)
         self._add(sums, rests, start, scale)
         self._look(sums, start, place)
         key = gradient_key(self._seed, self.step, self._rank, self._backwards)
@@ -147,3 +150,9 @@ class GradientSender:
         parts = elements.view(len(place.cell_heads), -1).sum(1).tolist()
         for part, scale in zip(grads.split(parts), scales, strict=True):
             part *= scale
+
+
+def _show_infinities(sums: Tensor) -> None:
+    """Makes them NaN: bf16 has no scale that could tell, and rounds them to its largest number."""
+    if sums.device.type != "cpu" or not math.isfinite(float(sums.sum())):
+        sums.masked_fill_(sums.isinf(), math.nan)
