@@ -176,6 +176,15 @@ def wait_for(path: Path, lines: int, process: subprocess.Popen[bytes]) -> None:
         time.sleep(0.01)
 
 
+def wait_for_checkpoint(folder: Path, process: subprocess.Popen[bytes]) -> None:
+    """Waits until the run has one; it is written behind training."""
+    deadline = time.monotonic() + KILL_TIMEOUT_S
+    while latest(folder) is None:
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline, f"{folder} did not get a checkpoint"
+        time.sleep(0.01)
+
+
 def wait_for_newer(folder: Path, seen: Path, process: subprocess.Popen[bytes]) -> bool:
     """Waits until the run has begun another checkpoint; False where it ended before."""
     deadline = time.monotonic() + KILL_TIMEOUT_S
@@ -194,6 +203,7 @@ def test_process_killed_by_sigkill_continues_bit_for_bit(tmp_path: Path, start: 
     undisturbed = start(whole, 0.0, kind)
     victim = start(killed, 0.1, kind)
     wait_for(killed / "metrics.jsonl", 6, victim)
+    wait_for_checkpoint(killed / "checkpoints", victim)
     victim.kill()
     assert victim.wait() == -signal.SIGKILL
     assert not (killed / "digest").exists()
