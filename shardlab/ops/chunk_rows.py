@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from shardlab.ops.blocks import Blocks
-from shardlab.ops.chunks import ChunkIndex, NativeChunkIndex
+from shardlab.ops.chunk_index import ChunkIndex
+from shardlab.ops.chunks import NativeChunkIndex
 from shardlab.ops.registry import address, face_of, native
 from shardlab.ops.rows import (
     RULES,
@@ -217,7 +218,7 @@ def update_chunks(pools: ChunkPools, uniques: Uniques, weights: Tensor | None, g
     ids, segments = uniques.ids.cpu(), block_segments(uniques)
     places = pools.index.places(segments, ids)
     accesses = uniques.starts.diff().float().cpu()
-    from shardlab.ops.chunks import Offers
+    from shardlab.ops.chunk_index import Offers
 
     for block, start, count in segments.tolist():
         chunks, part = pools.chunks(block), slice(start, start + count)

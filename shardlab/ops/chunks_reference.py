@@ -1,4 +1,4 @@
-"""Reference face of `shardlab.ops.chunks.ChunkIndex`: dictionaries, one row after the other.
+"""Reference face of `shardlab.ops.chunk_index.ChunkIndex`: dictionaries, one row after the other.
 
 It decides, rounds and counts bytes as the native face does, chunk by chunk, and so judges it.
 """
@@ -22,19 +22,9 @@ from shardlab.chunk_layout import (
     fitting_slots,
 )
 from shardlab.codecs import mix64
+from shardlab.ops.chunk_index import ChunkRows, Offers, StoreNumbers, StoreShape
 from shardlab.ops.chunk_marks import MARK, Losses, Marks, RowRange
-from shardlab.ops.chunks import (
-    _CELL_BIAS,
-    _CELL_SHIFT,
-    _TAG_SHIFT,
-    BINS,
-    DRAWN,
-    ChunkRows,
-    Offers,
-    StoreNumbers,
-    StoreShape,
-    _max_slots,
-)
+from shardlab.ops.chunks import _CELL_BIAS, _CELL_SHIFT, _TAG_SHIFT, BINS, DRAWN, _max_slots
 
 _WORD = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15

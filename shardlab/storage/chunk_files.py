@@ -19,8 +19,8 @@ from torch import Tensor
 
 from shardlab.codecs import rounding_key
 from shardlab.errors import CheckpointError
+from shardlab.ops.chunk_index import ChunkRows
 from shardlab.ops.chunk_marks import MARK
-from shardlab.ops.chunks import ChunkRows
 from shardlab.ops.records import Records
 from shardlab.storage.base import TableChunk
 from shardlab.storage.chunk_replay import fill_absent, mean_of_chunks

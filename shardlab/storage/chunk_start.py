@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 
 from shardlab.codecs import rounding_key, table_key
+from shardlab.ops.chunk_index import ChunkRows
 from shardlab.ops.chunk_rows import ChunkPools
-from shardlab.ops.chunks import ChunkRows
 from shardlab.ops.codecs import Rounding, encode_rows
 from shardlab.ops.init import init_uniform
 from shardlab.storage.base import LocalShard

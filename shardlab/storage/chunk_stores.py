@@ -11,13 +11,9 @@ from shardlab.chunk_layout import in_pages, slab_chunks
 from shardlab.codecs import table_key
 from shardlab.errors import ConfigError
 from shardlab.ops.blocks import Blocks, Encoding
+from shardlab.ops.chunk_index import StoreShape
 from shardlab.ops.chunk_rows import ChunkPools
-from shardlab.ops.chunks import (
-    StoreShape,
-    build_chunk_index,
-    index_span_bytes,
-    index_used_spans,
-)
+from shardlab.ops.chunks import build_chunk_index, index_span_bytes, index_used_spans
 from shardlab.specs import UNBOUNDED
 from shardlab.storage.base import LocalShard, StorageOptions
 from shardlab.storage_bytes import OPTIMIZER_STATE, chunk_layout

@@ -25,6 +25,7 @@ from torch import Tensor
 from shardlab.chunk_layout import PAGE_BYTES, in_pages
 from shardlab.codecs import rounding_key
 from shardlab.ops.cache import COUNTERS
+from shardlab.ops.chunk_index import Offers
 from shardlab.ops.chunk_rows import (
     UtilityStep,
     block_segments,
@@ -38,7 +39,6 @@ from shardlab.ops.chunk_rows import (
     summed_gradients,
     update_chunks,
 )
-from shardlab.ops.chunks import Offers
 from shardlab.ops.rows import StepParameters
 from shardlab.ops.unique import Uniques
 from shardlab.storage.base import LocalShard, PlacedJobs, StorageOptions, TableChunk

@@ -8,12 +8,8 @@ import torch
 from shardlab.chunk_layout import ChunkLayout
 from shardlab.codecs import rounding_key, table_key
 from shardlab.ops.chunk_decay import ChunkGrid, Decisions, redecay, redecide
-from shardlab.ops.chunks import (
-    ChunkRows,
-    NativeChunkIndex,
-    StoreShape,
-    index_span_bytes,
-)
+from shardlab.ops.chunk_index import ChunkRows, StoreShape
+from shardlab.ops.chunks import NativeChunkIndex, index_span_bytes
 from shardlab.ops.chunks_reference import ReferenceChunkIndex
 from shardlab.ops.registry import native
 

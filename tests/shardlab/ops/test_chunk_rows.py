@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from shardlab.ops.chunk_index import ChunkRows
 from shardlab.ops.chunk_rows import step_admitted
-from shardlab.ops.chunks import ChunkRows
 from shardlab.ops.rows import RULES, StepParameters, job_spans
 from shardlab.ops.unique import Uniques
 from shardlab.specs import EmbeddingBagConfig

@@ -11,17 +11,9 @@ import pytest
 import torch
 
 from shardlab.chunk_layout import ChunkLayout, fitting_slots
+from shardlab.ops.chunk_index import ChunkRows, Offers, StoreShape
 from shardlab.ops.chunk_marks import Marks, RowRange
-from shardlab.ops.chunks import (
-    BINS,
-    ChunkRows,
-    NativeChunkIndex,
-    Offers,
-    StoreShape,
-    bin_edges,
-    index_span_bytes,
-    mixed,
-)
+from shardlab.ops.chunks import BINS, NativeChunkIndex, bin_edges, index_span_bytes, mixed
 from shardlab.ops.chunks_reference import ReferenceChunkIndex, cell_value
 from shardlab.ops.registry import native
 

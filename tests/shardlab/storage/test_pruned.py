@@ -11,7 +11,7 @@ from torch import nn
 import shardlab as sl
 from shardlab.comm import build_groups
 from shardlab.errors import CheckpointError, ConfigError
-from shardlab.ops.chunks import Offers
+from shardlab.ops.chunk_index import Offers
 from shardlab.plan import ShardingPlan
 from shardlab.specs import EmbeddingBagConfig, ExchangeKind, ShardingType
 from shardlab.storage import LocalShard, StorageOptions, build_storage
