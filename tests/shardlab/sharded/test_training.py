@@ -200,6 +200,25 @@ def test_schedule_moves_tables_and_dense_layers():
     assert [group["lr"] for group in optimizer.param_groups] == [0.0, 0.0]
 
 
+def test_hooks_of_a_step_and_the_profiler_see_it():
+    model, optimizer = sl.shard(Bare(TABLES), _plan(1), optimizer=sl.optim.SGD(lr=1.0))
+    seen = []
+    hooks = [optimizer.register_step_pre_hook(lambda *_: seen.append("before")),
+             optimizer.register_step_post_hook(lambda *_: seen.append("after"))]
+    before = _snapshot(model)
+    model(build_features(_bags_of([1]), FEATURES)).values().sum().backward()
+    optimizer.step()
+    assert seen == ["before", "after"]
+    assert not all(map(torch.equal, before, _snapshot(model)))
+    for hook in hooks:
+        hook.remove()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        optimizer.step()
+    assert seen == ["before", "after"]
+    assert any(event.key == "Optimizer.step#ShardedOptimizer.step"
+               for event in profile.key_averages())
+
+
 def _snapshot(model):
     return [chunk.weights for chunk in model.collections()["ebc"].chunks()] + [
         value.clone() for value in model.state_dict().values()]
