@@ -2,6 +2,7 @@
 // shardlab/ops check dtype, shape, device and contiguity once, and a DLPack capsule per tensor
 // would cost more than small kernels do (about 3 us each, 10 tensors a call). No torch header.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
@@ -31,7 +32,8 @@ void bind_ids(nb::module_& m) {
   using namespace shardlab;
   m.def("unique_segments", [](Address ids, int64_t id_bytes, Address chunks, int64_t num_chunks,
                               int64_t num_segments, Address limits, Address bounds, Address bags,
-                              const std::vector<Address>& out, int threads) -> int64_t {
+                              const std::vector<Address>& out,
+                              int threads) -> std::pair<int64_t, int64_t> {
     nb::gil_scoped_release release;
     const UniqueResult result{at<int64_t>(out.at(0)), at<int64_t>(out.at(1)),
                               at<int64_t>(out.at(2)), at<int64_t>(out.at(3)),
@@ -41,7 +43,8 @@ void bind_ids(nb::module_& m) {
                              at<int64_t>(limits), at<int64_t>(bounds), at<int64_t>(bags), result,
                              threads);
     };
-    return id_bytes == 4 ? run(at<int32_t>(ids)) : run(at<int64_t>(ids));
+    const int64_t uniques = id_bytes == 4 ? run(at<int32_t>(ids)) : run(at<int64_t>(ids));
+    return {uniques, uniques < 0 ? 0 : result.starts[uniques]};
   });
   m.def("route_bags", [](Address ids, Address offsets, int64_t length, int64_t batch,
                          Address tables, int64_t num_tables, Address block_ends, Address out_ids,

@@ -108,13 +108,12 @@ def _native(ids: Tensor, chunks: Tensor, segments: Segments, bags: Tensor | None
     if back is not None and n < back.numel():
         back.fill_(-1)  # the kernel writes the positions of the chunks only
     outputs = [address(t) for t in (unique, splits, starts, sources, where, back)]
-    count = native().unique_segments(  # type: ignore[union-attr]
+    count, kept = native().unique_segments(  # type: ignore[union-attr]
         address(ids), ids.element_size(), address(chunks), chunks.shape[0], len(segments),
         address(segments.limits), address(segments.bounds), address(bags), outputs,
         torch.get_num_threads())
     if count < 0:
         raise OutOfBoundsError(-count - 1)
-    kept = int(starts[count])
     return Uniques(unique[:count], splits, starts[:count + 1], sources[:kept],
                    None if where is None else where[:kept], back)
 
