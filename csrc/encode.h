@@ -198,7 +198,7 @@ inline void choose_scales(const int32_t* amax_bits, float largest, const uint64_
       word_low[i] = (uint32_t)words[i];
       word_high[i] = (uint32_t)(words[i] >> 32);
     }
-    const Bits random = mix_lanes(word_low, word_high, Bits{} + kScaleCounter);
+    const Bits random = mixed_lanes(word_low + kScaleCounter * kGolden32, word_high);
     up = __builtin_convertvector((Int)(random >> 8), Vec) * 0x1p-24f < odds;
   } else {
     up = odds >= 0.5f;

@@ -3,7 +3,7 @@
 // n + 16: the second gets the word's halves in the other order, the high one stirred into the low.
 //
 // Sources: mix64 is the finaliser of splitmix64 (Steele et al. 2014); shifts and multipliers of
-// random_lanes are those of lowbias32 (C. Wellons, hash-prospector). The last xorshift is left
+// mixed_lanes are those of lowbias32 (C. Wellons, hash-prospector). The last xorshift is left
 // out: users take the high bits, which it does not change.
 #pragma once
 #include <type_traits>
@@ -28,9 +28,10 @@ inline uint64_t row_word(uint64_t key, int64_t row) {
   return mix64(key + (uint64_t)row * kGolden64);
 }
 
-// 32 bits per lane; low and high are the halves of the lane's row word.
-inline Bits mix_lanes(Bits low, Bits high, Bits counter) {
-  Bits x = low + counter * kGolden32;
+// 32 bits per lane, of x = low + counter * kGolden32; low and high are the halves of the lane's row
+// word, and high is one number where the lanes are of one row.
+template <class High>
+SHARDLAB_INLINE inline Bits mixed_lanes(Bits x, High high) {
   x = (x ^ (x >> 16)) * 0x21f0aaadu;
   x ^= high;
   return (x ^ (x >> 15)) * 0xd35a2d97u;
@@ -57,11 +58,9 @@ class RandomColumns<true> {
 
   SHARDLAB_INLINE Bits at(int64_t c) {
     if (c % kPair) return second_bits(shared_);
-    Bits x = next_;
+    const Bits x = next_;
     next_ += kPair * kGolden32;
-    x = (x ^ (x >> 16)) * 0x21f0aaadu;
-    x ^= high_;
-    return shared_ = (x ^ (x >> 15)) * 0xd35a2d97u;
+    return shared_ = mixed_lanes(x, high_);
   }
 
  private:
@@ -77,8 +76,8 @@ class RandomColumns<false> {
   SHARDLAB_INLINE Bits at(int64_t c) {
     constexpr uint32_t kSecond = kPair / 2;
     const Bits counter = kLaneNumbers + (first_ + (uint32_t)c);
-    const Bits x = mix_lanes(Bits{} + (uint32_t)word_, Bits{} + (uint32_t)(word_ >> 32),
-                             counter & ~kSecond);
+    const Bits x = mixed_lanes((uint32_t)word_ + (counter & ~kSecond) * kGolden32,
+                               (uint32_t)(word_ >> 32));
     return (counter & kSecond) != 0 ? second_bits(x) : x;
   }
 
