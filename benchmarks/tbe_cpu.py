@@ -26,6 +26,7 @@ from benchlib import (
     CRITEO_KAGGLE_ROWS,
     Noise,
     available_mib,
+    distribution,
     emit,
     machine,
     peak_rss_mib,
@@ -225,10 +226,11 @@ def make_batches(case: Case, dist: str, seed: int, total_ids: int) -> np.ndarray
 
 
 class Limits:
-    """Rows per second of random gather and read-modify-write, out of results/limits.jsonl."""
+    """Rows and bytes per second of random and of streamed memory, out of results/limits.jsonl."""
 
     def __init__(self, path: str | None):
         self.rates: dict[tuple[str, int, int], float] = {}
+        self.streams: dict[tuple[str, int], float] = {}
         if not path or not os.path.exists(path):
             return
         for line in Path(path).read_text().splitlines():
@@ -236,6 +238,13 @@ class Limits:
             if entry.get("section") == "rows" and entry["case"] in ("gather_random", "rmw_random"):
                 key = (entry["case"].split("_")[0], entry["row_bytes"], entry["threads"])
                 self.rates[key] = max(self.rates.get(key, 0.0), entry["mrows_s"] * 1e6)
+            if entry.get("section") == "mem":
+                stream = (entry["case"], entry["threads"])
+                self.streams[stream] = max(self.streams.get(stream, 0.0), entry["gbps"] * 1e9)
+
+    def stream_seconds(self, case: str, size: float, threads: int) -> float:
+        rate = self.streams.get((case, threads))
+        return size / rate if rate else float("nan")
 
     def seconds(self, kind: str, rows: float, row_bytes: int, threads: int) -> float:
         size = min(512, max(64, 1 << (row_bytes - 1).bit_length()))
@@ -325,6 +334,11 @@ def derive(case: Case, spec: dict, unique: float, threads: int, limits: Limits,
     floor_backward = limits.seconds("rmw", unique, traffic["row"], threads)
     if traffic["state"]:
         floor_backward += limits.seconds("rmw", unique, traffic["state"], threads)
+    # A step also writes the pooled output, and reads its gradient.
+    output = len(case.rows) * case.batch * case.dim * 4
+    floor_streams = (limits.stream_seconds("write_nontemporal", output, threads)
+                     + limits.stream_seconds("read", output, threads))
+    floor_step = floor_forward + floor_backward
     return {
         "forward_ms": forward_s * 1e3, "backward_update_ms": backward_s * 1e3,
         "step_ms": step_s * 1e3, "step_ms_min": result["step"]["min"] * 1e3,
@@ -332,10 +346,11 @@ def derive(case: Case, spec: dict, unique: float, threads: int, limits: Limits,
         "lookups": case.lookups,
         "forward_gbps": traffic["forward"] / forward_s / 1e9,
         "step_gbps": (traffic["forward"] + traffic["update"]) / step_s / 1e9,
-        "floor_forward_ms": floor_forward * 1e3, "floor_step_ms": (
-            floor_forward + floor_backward) * 1e3,
+        "floor_forward_ms": floor_forward * 1e3, "floor_step_ms": floor_step * 1e3,
+        "floor_streams_ms": floor_streams * 1e3,
         "fraction_of_limit_forward": floor_forward / forward_s,
-        "fraction_of_limit_step": (floor_forward + floor_backward) / step_s,
+        "fraction_of_limit_step": floor_step / step_s,
+        "fraction_of_limit_with_output": (floor_step + floor_streams) / step_s,
         "steps": result["step"]["n"], "others": result["others"],
     }
 
@@ -404,7 +419,7 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", default=list(ELEMENT_BYTES))
     parser.add_argument("--optimizers", nargs="+",
                         default=["sgd", "rowwise_adagrad", "adagrad", "adam"])
-    parser.add_argument("--dists", nargs="+", default=["zipf:1.05", "uniform"])
+    parser.add_argument("--dists", nargs="+", type=distribution, default=["zipf:1.05", "uniform"])
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--hugepages", type=int, nargs="+", default=[0], choices=[0, 1],
                         help="1: torch allocates with THP_MEM_ALLOC_ENABLE=1")
