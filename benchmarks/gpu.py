@@ -21,14 +21,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from shardlab.ops.rows import (
-    Blocks,
-    StepParameters,
-    gather_rows,
-    pool_rows,
-    sum_rows,
-    update_rows,
-)
+from shardlab.ops.blocks import Blocks
+from shardlab.ops.rows import gather_rows, pool_rows, sum_rows, update_rows
+from shardlab.ops.step_parameters import StepParameters
 from shardlab.ops.unique import Segments, Uniques, unique_segments
 
 #: Bytes of the copy that sets the limit: far beyond any L2.

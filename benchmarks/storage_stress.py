@@ -21,7 +21,7 @@ import time
 import numpy as np
 import torch
 
-from shardlab.ops.rows import StepParameters
+from shardlab.ops.step_parameters import StepParameters
 from shardlab.ops.unique import Segments, Uniques, unique_segments
 from shardlab.specs import EmbeddingBagConfig
 from shardlab.storage import LocalShard, StorageOptions, TableChunk

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from shardlab.launch.probe.timing import median_seconds
-from shardlab.ops.rows import StepParameters
+from shardlab.ops.step_parameters import StepParameters
 from shardlab.ops.unique import Segments, Uniques, unique_segments
 from shardlab.specs import EmbeddingBagConfig, ShardingType
 from shardlab.storage import LocalShard, StorageOptions, build_storage

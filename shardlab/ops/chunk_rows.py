@@ -20,14 +20,8 @@ from shardlab.ops.blocks import Blocks
 from shardlab.ops.chunk_index import ChunkIndex
 from shardlab.ops.chunks import NativeChunkIndex
 from shardlab.ops.registry import address, face_of, native
-from shardlab.ops.rows import (
-    RULES,
-    StepParameters,
-    job_spans,
-    pool_blocks,
-    sum_rows,
-    update_rows,
-)
+from shardlab.ops.rows import job_spans, pool_blocks, sum_rows, update_rows
+from shardlab.ops.step_parameters import RULES, StepParameters
 from shardlab.ops.unique import Uniques
 
 _LANES = 16

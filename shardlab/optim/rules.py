@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 from shardlab.errors import ConfigError
-from shardlab.ops.rows import StepParameters
+from shardlab.ops.step_parameters import StepParameters
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from shardlab.comm import Groups, WireBytes
 from shardlab.errors import ShardLabError
 from shardlab.jagged import KeyedTensor
 from shardlab.ops.cache import COUNTERS
-from shardlab.ops.rows import StepParameters
+from shardlab.ops.step_parameters import StepParameters
 from shardlab.phases import WAIT
 from shardlab.plan import ShardingPlan
 from shardlab.sharded.announce import Announcements

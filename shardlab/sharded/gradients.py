@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from shardlab.comm import Groups, WireBytes, Work, all_reduce_
-from shardlab.ops.rows import ROW_WISE, StepParameters, sum_rows
+from shardlab.ops.rows import sum_rows
+from shardlab.ops.step_parameters import ROW_WISE, StepParameters
 from shardlab.ops.unique import BOUNDS_CODE, Segments, Uniques, unique_segments
 from shardlab.sharded.cells import CellIndex
 from shardlab.sharded.layout import Layout, column

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from shardlab.comm import Groups, all_reduce_
-from shardlab.ops.rows import StepParameters
+from shardlab.ops.step_parameters import StepParameters
 from shardlab.sharded.layout import Layout
 from shardlab.storage_specs import PrunedSpec, TensorTrainSpec
 from shardlab.table_plan import TablePlan

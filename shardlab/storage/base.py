@@ -11,7 +11,7 @@ from torch import Tensor
 
 from shardlab.ops.blocks import Blocks, Encoding
 from shardlab.ops.moves import MoveEnd, move_rows
-from shardlab.ops.rows import StepParameters
+from shardlab.ops.step_parameters import StepParameters
 from shardlab.ops.tensor_train import materialise, train_of
 from shardlab.ops.unique import Uniques, fill_affine
 from shardlab.specs import EmbeddingBagConfig

@@ -21,7 +21,8 @@ from torch import Tensor
 from shardlab.codecs import rounding_key
 from shardlab.ops.chunk_rows import ChunkPools
 from shardlab.ops.records import Records
-from shardlab.ops.rows import StepParameters, update_rows
+from shardlab.ops.rows import update_rows
+from shardlab.ops.step_parameters import StepParameters
 from shardlab.ops.unique import Uniques
 from shardlab.storage.base import LocalShard
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from shardlab.ops.moves import MoveEnd
-from shardlab.ops.rows import StepParameters
+from shardlab.ops.step_parameters import StepParameters
 from shardlab.ops.unique import Uniques
 from shardlab.storage.base import LocalShard, PlacedJobs, Storage, TableChunk, read_codes
 from shardlab.storage.pruned import PrunedStorage

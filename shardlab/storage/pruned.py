@@ -39,7 +39,7 @@ from shardlab.ops.chunk_rows import (
     summed_gradients,
     update_chunks,
 )
-from shardlab.ops.rows import StepParameters
+from shardlab.ops.step_parameters import StepParameters
 from shardlab.ops.unique import Uniques
 from shardlab.storage.base import LocalShard, PlacedJobs, StorageOptions, TableChunk
 from shardlab.storage.chunk_absent import SharedChunks

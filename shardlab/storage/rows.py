@@ -19,15 +19,9 @@ from shardlab.ops.cache import COUNTERS
 from shardlab.ops.init import init_uniform
 from shardlab.ops.moves import MoveEnd, move_rows
 from shardlab.ops.records import Records
-from shardlab.ops.rows import (
-    StepParameters,
-    gather_rows,
-    job_spans,
-    pool_blocks,
-    pool_rows,
-    update_rows,
-)
+from shardlab.ops.rows import gather_rows, job_spans, pool_blocks, pool_rows, update_rows
 from shardlab.ops.scatter import scatter_rows
+from shardlab.ops.step_parameters import StepParameters
 from shardlab.ops.unique import Uniques
 from shardlab.storage.base import LocalShard, PlacedJobs, StorageOptions, TableChunk
 from shardlab.storage.cache_level import CacheLevel

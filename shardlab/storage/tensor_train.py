@@ -22,8 +22,9 @@ from torch import Tensor
 
 from shardlab.ops.blocks import Blocks
 from shardlab.ops.cache import COUNTERS
-from shardlab.ops.rows import ROW_WISE, StepParameters, pool_rows, sum_rows
+from shardlab.ops.rows import pool_rows, sum_rows
 from shardlab.ops.scatter import scatter_rows
+from shardlab.ops.step_parameters import ROW_WISE, StepParameters
 from shardlab.ops.tensor_train import CoreGradients
 from shardlab.ops.tensor_train_batch import all_slices
 from shardlab.ops.unique import (

@@ -12,7 +12,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from shardlab.ops.rows import StepParameters
+from shardlab.ops.step_parameters import StepParameters
 from shardlab.ops.tensor_train import SliceGradients, TensorTrain, Workspace
 from shardlab.ops.tensor_train_batch import batch_gradients, batch_rows
 from shardlab.storage.tensor_train_memory import CoreMemory

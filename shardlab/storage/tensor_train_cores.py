@@ -16,7 +16,7 @@ from shardlab.codecs import table_key
 from shardlab.ops.blocks import Encoding
 from shardlab.ops.codecs import Rounding, decode_rows, encode_rows
 from shardlab.ops.records import Records
-from shardlab.ops.rows import StepParameters
+from shardlab.ops.step_parameters import StepParameters
 from shardlab.ops.tensor_train import CoreGradients, TensorTrain, Workspace
 from shardlab.ops.tensor_train_batch import join_gradients
 from shardlab.storage.base import LocalShard, StorageOptions

@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 
 from shardlab.ops.blocks import Blocks
-from shardlab.ops.rows import StepParameters, update_rows
+from shardlab.ops.rows import update_rows
+from shardlab.ops.step_parameters import StepParameters
 from shardlab.ops.tensor_train import TensorTrain, logical_cores
 from shardlab.ops.unique import Uniques
 from shardlab.storage.tensor_train_uses import UseCounts

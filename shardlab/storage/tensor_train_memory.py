@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from shardlab.ops.blocks import Blocks, Encoding
-from shardlab.ops.rows import StepParameters, update_rows
+from shardlab.ops.rows import update_rows
+from shardlab.ops.step_parameters import StepParameters
 from shardlab.ops.tensor_train import SliceGradients
 from shardlab.ops.unique import Uniques
 from shardlab.storage.levels import Clock

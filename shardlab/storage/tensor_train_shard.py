@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from shardlab.ops.rows import StepParameters
+from shardlab.ops.step_parameters import StepParameters
 from shardlab.ops.tensor_train import CoreGradients, Workspace, tensor_train_rows
 from shardlab.storage.base import LocalShard, StorageOptions
 from shardlab.storage.tensor_train_cores import CoreArena, is_shared

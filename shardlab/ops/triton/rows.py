@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from shardlab.ops.blocks import Blocks
-from shardlab.ops.rows import RULES, StepParameters
+from shardlab.ops.step_parameters import RULES, StepParameters
 from shardlab.ops.triton.sums import (
     CHUNK,
     COLUMNS,

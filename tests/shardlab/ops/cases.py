@@ -11,15 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from shardlab.ops.blocks import Blocks
 from shardlab.ops.registry import has_triton, native
-from shardlab.ops.rows import (
-    Blocks,
-    StepParameters,
-    gather_rows,
-    pool_rows,
-    sum_rows,
-    update_rows,
-)
+from shardlab.ops.rows import gather_rows, pool_rows, sum_rows, update_rows
+from shardlab.ops.step_parameters import StepParameters
 from shardlab.ops.unique import BOUNDS_CODE, Segments, Uniques, unique_segments_reference
 from shardlab.specs import BoundsMode
 from shardlab.storage_bytes import OPTIMIZER_STATE

@@ -20,7 +20,8 @@ from shardlab.ops.blocks import Blocks, Encoding
 from shardlab.ops.codecs import Rounding, decode_rows, encode_rows
 from shardlab.ops.moves import MoveEnd, move_rows
 from shardlab.ops.registry import native
-from shardlab.ops.rows import StepParameters, gather_rows, pool_blocks, update_rows
+from shardlab.ops.rows import gather_rows, pool_blocks, update_rows
+from shardlab.ops.step_parameters import StepParameters
 from shardlab.ops.unique import unique_segments_reference
 from shardlab.specs import BoundsMode
 from shardlab.storage_bytes import OPTIMIZER_STATE, payload_bytes

@@ -7,7 +7,8 @@ import torch
 
 from shardlab.ops.chunk_index import ChunkRows
 from shardlab.ops.chunk_rows import step_admitted
-from shardlab.ops.rows import RULES, StepParameters, job_spans
+from shardlab.ops.rows import job_spans
+from shardlab.ops.step_parameters import RULES, StepParameters
 from shardlab.ops.unique import Uniques
 from shardlab.specs import EmbeddingBagConfig
 from shardlab.storage import LocalShard, StorageOptions, build_storage

@@ -12,7 +12,8 @@ from shardlab.codecs import CODECS, decode, encode, rounding_key, row_words
 from shardlab.ops.blocks import Blocks, Encoding
 from shardlab.ops.moves import MoveEnd, move_rows, move_rows_reference
 from shardlab.ops.registry import native
-from shardlab.ops.rows import StepParameters, gather_rows, pool_blocks, update_rows
+from shardlab.ops.rows import gather_rows, pool_blocks, update_rows
+from shardlab.ops.step_parameters import StepParameters
 from shardlab.ops.unique import Uniques
 from shardlab.storage_bytes import payload_bytes
 from tests.shardlab.ops.cases import (

@@ -12,15 +12,10 @@ import numpy as np
 import pytest
 import torch
 
+from shardlab.ops.blocks import Blocks
 from shardlab.ops.registry import native
-from shardlab.ops.rows import (
-    Blocks,
-    StepParameters,
-    gather_rows,
-    pool_rows,
-    sum_rows,
-    update_rows,
-)
+from shardlab.ops.rows import gather_rows, pool_rows, sum_rows, update_rows
+from shardlab.ops.step_parameters import StepParameters
 from shardlab.ops.unique import Uniques
 from tests.shardlab.ops.all_outputs import all_outputs
 from tests.shardlab.ops.cases import (

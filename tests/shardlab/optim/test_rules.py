@@ -8,7 +8,7 @@ import pytest
 
 from shardlab import optim
 from shardlab.errors import ConfigError
-from shardlab.ops.rows import RULES
+from shardlab.ops.step_parameters import RULES
 from shardlab.optim.rules import step_parameters
 from shardlab.storage_bytes import OPTIMIZER_STATE
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from shardlab.errors import StorageError
-from shardlab.ops.rows import StepParameters
+from shardlab.ops.step_parameters import StepParameters
 from shardlab.ops.unique import Segments, Uniques, unique_segments
 from shardlab.specs import EmbeddingBagConfig
 from shardlab.storage import LocalShard, StorageOptions

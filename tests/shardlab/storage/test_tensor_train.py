@@ -9,7 +9,7 @@ import torch
 
 import shardlab as sl
 from shardlab.errors import CheckpointError, ConfigError
-from shardlab.ops.rows import StepParameters
+from shardlab.ops.step_parameters import StepParameters
 from shardlab.ops.tensor_train import materialise
 from shardlab.ops.tensor_train_svd import decompose
 from shardlab.ops.unique import Segments, unique_segments
