@@ -14,6 +14,7 @@ from typing import Any
 
 from shardlab.comm import Groups
 from shardlab.sharded.clock import PhaseClock
+from shardlab.sharded.early import Asked
 from shardlab.sharded.exchange import Exchange, Lookup
 from shardlab.sharded.inputs import Batch, InputReader
 
@@ -28,6 +29,8 @@ class Announced:
         knows: numbers of the batches whose updates it allows for.
         found: the batch and its lookup, once the ranks have exchanged them.
         job: number of the job that finds them, for its right of way.
+        in_front: number of the batch in front, whose urgent ids that job marks; None: of none.
+        urgent: the ids of that batch, once they are marked.
         stale: its rows may lack the last update.
         outdated: an update came that it does not allow for; its rows are read anew.
     """
@@ -37,6 +40,8 @@ class Announced:
     knows: frozenset[int]
     found: Future[tuple[Batch, Lookup | None]]
     job: int
+    in_front: int | None
+    urgent: Future[Asked | None]
     stale: bool = False
     outdated: bool = False
 
@@ -50,18 +55,21 @@ class Announcements:
         reader: of its features.
         groups: the ranks.
         clock: is told what the other thread did.
+        parts: gradients travel in two parts where the next batch is announced (`urgent`).
     """
 
     exchange: Exchange
     reader: InputReader
     groups: Groups
     clock: PhaseClock
+    parts: bool = False
     _coming: list[Announced] = field(default_factory=list)
     _open: dict[int, Lookup] = field(default_factory=dict)
     _due: set[int] = field(default_factory=set)
     _serial: int = 0
     _stale: bool = False
     _update: Future[None] | None = None
+    _spared: int | None = None
 
     @property
     def behind(self) -> bool:
@@ -72,19 +80,25 @@ class Announcements:
         """
         return self._stale and self.groups.worker is not None
 
-    def update_behind(self, update: Callable[[], None]) -> None:
-        """Changes rows in the other thread, behind what was announced and sent before."""
-        self._wait_for_update()  # at most one is under way, and its error is seen
+    def update_behind(self, update: Callable[[], None], spared: int | None = None) -> None:
+        """Changes rows in the other thread, behind what was announced and sent before.
+
+        Args:
+            update: changes them.
+            spared: number of the batch that may be looked up meanwhile; None: any announced one.
+        """
+        self.finish_update()  # at most one is under way, and its error is seen
 
         def run() -> None:
             lap = self.clock.other_thread().lap
             update()
             lap("update")
 
-        self._update = self._run(run)
+        self._update, self._spared = self._run(run), spared
 
-    def _wait_for_update(self) -> None:
-        update, self._update = self._update, None
+    def finish_update(self) -> None:
+        """Waits until the other thread has changed its rows."""
+        update, self._update, self._spared = self._update, None, None
         if update is not None:
             self._give_way()
             update.result()
@@ -105,20 +119,68 @@ class Announcements:
         if not earlier or stale:  # no batch in front is still to be looked up, or has late rows
             self._give_way()
 
-        def before_rows() -> None:
+        in_front = self._in_front(stale)
+        urgent: Future[Asked | None] = Future()
+
+        def before_rows(asked: Asked | None) -> None:
+            urgent.set_result(asked)
             if way is not None:
                 way.wait(job)
 
         def look() -> tuple[Batch, Lookup | None]:
             ahead = self.clock.other_thread()
             batch = self.reader.read(features)
-            lookups = [*opened.values(), *(lookup for _, lookup in
-                                           (one.found.result() for one in earlier) if lookup)]
-            return batch, self.exchange.look_ahead(batch, None if stale else lookups, ahead.lap,
-                                                   before_rows)
+            lookups = opened | {one.serial: lookup for one in earlier
+                                if (lookup := one.found.result()[1])}
+            return batch, self.exchange.look_ahead(
+                batch, None if stale else [*lookups.values()], ahead.lap, before_rows,
+                None if in_front is None else lookups[in_front])
+
+        def run() -> tuple[Batch, Lookup | None]:
+            try:
+                return look()
+            except BaseException as error:
+                if not urgent.done():
+                    urgent.set_exception(error)  # whoever waits for it sees it
+                raise
 
         self._serial += 1
-        self._coming.append(Announced(features, self._serial, knows, self._run(look), job, stale))
+        self._coming.append(Announced(features, self._serial, knows, self._run(run), job,
+                                      in_front, urgent, stale))
+
+    def _in_front(self, stale: bool) -> int | None:
+        """Number of the batch that is looked up before the one that is announced now.
+
+        None where its gradients do not travel in parts.
+        """
+        if stale or not self.parts or self.groups.worker is None:
+            return None
+        return next((one.serial for one in self._coming[-1:]), next(reversed(self._open), None))
+
+    def _next(self, serial: int) -> Announced | None:
+        """The batch that is looked up next, if it marks this one's urgent ids."""
+        coming = self._coming[0] if self._coming else None
+        return coming if coming is not None and coming.in_front == serial else None
+
+    def urgent(self, serial: int) -> Asked | None:
+        """The ids of a batch whose gradients are here, the urgent ones marked; waits for that.
+
+        None: all are. Every rank calls it.
+
+        Raises:
+            BoundsError: the batch behind it has an id outside its table.
+        """
+        coming = self._next(serial)
+        if coming is None:
+            return None
+        self._give_way(coming.job)
+        with self.clock.waiting():
+            return coming.urgent.result()
+
+    def sparing(self) -> int | None:
+        """Number of the next batch, if all that is due is one batch whose urgent ids it marks."""
+        coming = self._next(next(iter(self._due))) if len(self._due) == 1 else None
+        return None if coming is None else coming.serial
 
     def _run(self, job: Callable[[], Any]) -> Future[Any]:
         if self.groups.worker is not None:
@@ -135,6 +197,8 @@ class Announcements:
             self._serial += 1
             return self._serial, self.reader.read(features), None
         self._coming.remove(known)
+        if self._spared not in (None, known.serial):
+            self.finish_update()
         self._give_way(known.job)
         with self.clock.waiting():
             batch, lookup = known.found.result()
@@ -180,7 +244,7 @@ class Announcements:
         self._give_way()
         for one in self._coming:
             one.found.exception()
-        self._wait_for_update()
+        self.finish_update()
 
     def forget(self) -> None:
         """Drops announced batches that will not be looked up."""

@@ -21,7 +21,7 @@ from shardlab.phases import WAIT
 from shardlab.sharded.cells import Buffer, CellIndex
 from shardlab.sharded.clock import PhaseClock
 from shardlab.sharded.direct import DirectExchange, DirectLookup
-from shardlab.sharded.early import EarlyRows, Splitter
+from shardlab.sharded.early import Asked, EarlyRows, Splitter
 from shardlab.sharded.gradients import (
     PendingGradients,
     entry_bags,
@@ -38,6 +38,7 @@ from shardlab.sharded.routes import Outgoing, Router
 from shardlab.sharded.source_sums import SourceSlots, SourceSums
 from shardlab.sharded.transfer import Transfers
 from shardlab.sharded.two_stage import HostRelay, Inside
+from shardlab.sharded.urgent import PartedSender
 from shardlab.sharded.wire_gradients import GradientSender, SlotSums
 from shardlab.sharded.wire_watch import WireWatch
 from shardlab.storage import Storage
@@ -103,6 +104,8 @@ class Exchange:
         sender = groups.job_rank if groups.stages is None else self._network.rank
         self.sender = GradientSender(self._network, self._cells, groups.device, (seed, sender),
                                      self.watch)
+        self._parted = PartedSender(self._cells, self.sender,
+                                    (self._send_gradients, self._send_in_turn), clock.lap)
         pooled = any(slot.feature >= 0 for slot in layout.slots)
         rows = any(slot.feature < 0 for slot in layout.slots)
         # Everything at home and pooled: bags go from the rows to the output, nothing between.
@@ -167,7 +170,8 @@ class Exchange:
 
     def look_ahead(self, batch: Batch, in_flight: Sequence[Lookup] | None,
                    lap: Callable[[str], None],
-                   before_rows: Callable[[], None] = lambda: None) -> Lookup:
+                   before_rows: Callable[[Asked | None], None] = lambda _: None,
+                   in_front: Lookup | None = None) -> Lookup:
         """Exchanges a batch's ids, and its early rows, while other batches train.
 
         Every rank calls it, in the same order; the thread is not the one that trains.
@@ -177,7 +181,8 @@ class Exchange:
             in_flight: batches whose updates may come before this batch's turn; None: their rows
                 may be stale, and all rows are early.
             lap: is told when a phase ends.
-            before_rows: is called before early rows are sent.
+            before_rows: is called before early rows are sent, with the ids of ``in_front``.
+            in_front: the batch in front, whose urgent ids are to be marked; None: nobody asks.
 
         Returns:
             What `forward` takes.
@@ -194,11 +199,12 @@ class Exchange:
             self._reads.prefetch(incoming)
         lap("prefetch")
         if in_flight is None:
-            halves, late = None, None
+            halves, late, marked = None, None, None
             asked, asking = outgoing, incoming
         else:
-            halves = self.splitter.split(outgoing, incoming,
-                                          [other.incoming for other in in_flight], sent)
+            halves, marked = self.splitter.split(
+                outgoing, incoming, [other.incoming for other in in_flight], sent,
+                None if in_front is None else (in_front.outgoing, in_front.incoming))
             asked, asking = halves.early_out, halves.early_in
             late = self._cells.forward(halves.late_out, halves.late_in)
             lap("ids")
@@ -210,7 +216,7 @@ class Exchange:
             self._reads.read(asking, place, rows[:place.total], self._watch_ahead,
                        pooled=halves is None)
         lap("read")
-        before_rows()
+        before_rows(marked)
         lap(WAIT)
         self._send(rows, place, owner_sends=True, ahead=sent).wait()
         lap("rows")
@@ -315,13 +321,15 @@ class Exchange:
 
     # ------------------------------------------------------------------ backward
     def backward(self, lookup: Lookup | DirectLookup, grad: Tensor, *,
-                 behind: bool = False) -> PendingGradients:
+                 behind: bool = False, asked: Asked | None = None) -> PendingGradients:
         """Step 6: sums this rank's gradients per slot and starts sending them.
 
         Args:
             lookup: of the forward.
             grad: fp32 [size, total columns], gradient of the output.
             behind: the thread that looks ahead sends them, in its turn.
+            asked: the lookup's ids, the urgent ones marked: the others' gradients are sent by that
+                thread; None: all leave at once.
         """
         self._clock.lap("dense")
         batch = lookup.batch
@@ -338,8 +346,12 @@ class Exchange:
             base = column([self.layout.first_column(slot) for slot in self._cells.mine])
             chunks = owner_chunks(self._cells, incoming, base, self.layout.total_columns)
             return PendingGradients(incoming.ids, chunks, bags, weights, grad.view(-1), Work())
-        place = self._cells.backward(outgoing, incoming)
         sums: SlotSums = SourceSums(self._sources, lookup.own, grad)
+        if asked is not None:
+            pending = self._parted.send(asked, sums, grad.device)
+            self._clock.lap("grads")
+            return pending
+        place = self._cells.backward(outgoing, incoming)
         buffer = torch.empty(place.total, dtype=torch.uint8, device=grad.device)
         if lookup.inside is not None:
             work = self._send_staged(lookup.inside, sums, (buffer, place), behind=behind)
@@ -347,7 +359,7 @@ class Exchange:
             self.sender.encode(sums, place, buffer)
             self._clock.lap("pool")
             work = self._send_behind(buffer, place) if behind else \
-                self._send(buffer, place, owner_sends=False)
+                self._send_gradients(buffer, place)
         grads, start, work = self.sender.receive(buffer, place, work)
         chunks = owner_chunks(self._cells, incoming, start, None)
         self._clock.lap("grads")
@@ -375,13 +387,31 @@ class Exchange:
             return pass_on()
         return Work(stages.worker.submit(lambda: pass_on().wait()).result)
 
-    def _send_behind(self, buffer: Tensor, place: Buffer) -> Work:
+    def _send_gradients(self, buffer: Tensor, place: Buffer) -> Work:
+        return self._send(buffer, place, owner_sends=False)
+
+    def _send_behind(self, buffer: Tensor, place: Buffer, number: int = 0) -> Work:
+        """In the thread that looks ahead; a job with a number waits for its right of way."""
         self._transfers.count(self.wire, place, self._lane, owner_sends=False)
+        worker = self.groups.worker
+        assert worker is not None
 
         def send() -> None:
             lap = self._clock.other_thread().lap
+            worker.right_of_way.wait(number)
+            lap(WAIT)
             self._send(buffer, place, owner_sends=False, ahead=WireBytes()).wait()
             lap("grads")
 
+        sent = worker.submit(send)
+
+        def finish() -> None:
+            worker.right_of_way.give(number)
+            sent.result()
+
+        return Work(finish)
+
+    def _send_in_turn(self, buffer: Tensor, place: Buffer) -> Work:
+        """As `_send_behind`, once the next batch has its rows."""
         assert self.groups.worker is not None
-        return Work(self.groups.worker.submit(send).result)
+        return self._send_behind(buffer, place, self.groups.worker.right_of_way.number())

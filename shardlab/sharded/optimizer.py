@@ -73,10 +73,12 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._begin_dense_step()
         group, scale = self.param_groups[0], 1.0 / self._collections[0].summed_ranks
         step = step_parameters(group, self.steps_taken, scale)
-        for collection in self._collections:
-            collection.announcements.before_update()
         # A norm needs all gradients, on the thread that also reduces the dense ones.
-        if group["clip_norm"] is None and all(c.updates_behind for c in self._collections):
+        behind = group["clip_norm"] is None and all(c.updates_behind for c in self._collections)
+        for collection in self._collections:
+            collection.set_apart(allowed=group["clip_norm"] is None and not behind)
+            collection.announcements.before_update()
+        if behind:
             self._clock.lap("dense")
             for collection in self._collections:
                 collection.update_behind(self.steps_taken, step)
@@ -97,6 +99,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         for collection in self._collections:
             collection.after_step(self.steps_taken)
             collection.sync_replicas(self.steps_taken)
+            collection.update_rest(self.steps_taken, step)
         self._clock.lap("update")
         return loss
 
