@@ -14,9 +14,9 @@ from typing import Any
 
 from shardlab.comm import Groups
 from shardlab.sharded.clock import PhaseClock
-from shardlab.sharded.early import Asked
 from shardlab.sharded.exchange import Exchange, Lookup
 from shardlab.sharded.inputs import Batch, InputReader
+from shardlab.sharded.urgent import Parting
 
 
 @dataclass(eq=False)
@@ -29,8 +29,8 @@ class Announced:
         knows: numbers of the batches whose updates it allows for.
         found: the batch and its lookup, once the ranks have exchanged them.
         job: number of the job that finds them, for its right of way.
-        in_front: number of the batch in front, whose urgent ids that job marks; None: of none.
-        urgent: the ids of that batch, once they are marked.
+        in_front: number of the batch in front, if that job tells its urgent gradients.
+        urgent: how the gradients of that batch part.
         stale: its rows may lack the last update.
         outdated: an update came that it does not allow for; its rows are read anew.
     """
@@ -41,7 +41,7 @@ class Announced:
     found: Future[tuple[Batch, Lookup | None]]
     job: int
     in_front: int | None
-    urgent: Future[Asked | None]
+    urgent: Future[Parting | None]
     stale: bool = False
     outdated: bool = False
 
@@ -68,7 +68,7 @@ class Announcements:
     _due: set[int] = field(default_factory=set)
     _serial: int = 0
     _stale: bool = False
-    _update: Future[None] | None = None
+    _update: tuple[int, Future[None]] | None = None
     _spared: int | None = None
 
     @property
@@ -94,14 +94,15 @@ class Announcements:
             update()
             lap("update")
 
-        self._update, self._spared = self._run(run), spared
+        job = 0 if self.groups.worker is None else self.groups.worker.right_of_way.number()
+        self._update, self._spared = (job, self._run(run)), spared
 
     def finish_update(self) -> None:
         """Waits until the other thread has changed its rows."""
         update, self._update, self._spared = self._update, None, None
         if update is not None:
-            self._give_way()
-            update.result()
+            self._give_way(update[0])  # and not what a later backward sends
+            update[1].result()
 
     def _give_way(self, job: int | None = None) -> None:
         """Before waiting for the other thread: lets its jobs up to this one pass; None: all."""
@@ -120,10 +121,10 @@ class Announcements:
             self._give_way()
 
         in_front = self._in_front(stale)
-        urgent: Future[Asked | None] = Future()
+        urgent: Future[Parting | None] = Future()
 
-        def before_rows(asked: Asked | None) -> None:
-            urgent.set_result(asked)
+        def before_rows(parting: Parting | None) -> None:
+            urgent.set_result(parting)
             if way is not None:
                 way.wait(job)
 
@@ -158,14 +159,14 @@ class Announcements:
         return next((one.serial for one in self._coming[-1:]), next(reversed(self._open), None))
 
     def _next(self, serial: int) -> Announced | None:
-        """The batch that is looked up next, if it marks this one's urgent ids."""
+        """The batch that is looked up next, if it tells this one's urgent gradients."""
         coming = self._coming[0] if self._coming else None
         return coming if coming is not None and coming.in_front == serial else None
 
-    def urgent(self, serial: int) -> Asked | None:
-        """The ids of a batch whose gradients are here, the urgent ones marked; waits for that.
+    def parting(self, serial: int) -> Parting | None:
+        """How the gradients of a batch part that are here now; waits until that is known.
 
-        None: all are. Every rank calls it.
+        None: all are urgent. Every rank calls it.
 
         Raises:
             BoundsError: the batch behind it has an id outside its table.
@@ -178,7 +179,7 @@ class Announcements:
             return coming.urgent.result()
 
     def sparing(self) -> int | None:
-        """Number of the next batch, if all that is due is one batch whose urgent ids it marks."""
+        """Number of the next batch, if one batch is due and the next one tells what is urgent."""
         coming = self._next(next(iter(self._due))) if len(self._due) == 1 else None
         return None if coming is None else coming.serial
 

@@ -462,12 +462,12 @@ class _Lookup(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None]:  # type: ignore[override]
         collection: ShardedEmbeddingBagCollection = ctx.collection
-        announcements, asked = collection.announcements, None
+        announcements, parting = collection.announcements, None
         behind = announcements.behind and isinstance(ctx.lookup, Lookup)
         if not behind:
             collection.clock.lap("dense")
-            asked = announcements.urgent(ctx.serial)
+            parting = announcements.parting(ctx.serial)
         collection.pending.append(collection._exchange.backward(ctx.lookup, grad, behind=behind,
-                                                                asked=asked))
+                                                                parting=parting))
         collection.announcements.due(ctx.serial)
         return None, None, None

@@ -21,7 +21,7 @@ from shardlab.phases import WAIT
 from shardlab.sharded.cells import Buffer, CellIndex
 from shardlab.sharded.clock import PhaseClock
 from shardlab.sharded.direct import DirectExchange, DirectLookup
-from shardlab.sharded.early import Asked, EarlyRows, Splitter
+from shardlab.sharded.early import EarlyRows, Splitter
 from shardlab.sharded.gradients import (
     PendingGradients,
     entry_bags,
@@ -38,7 +38,7 @@ from shardlab.sharded.routes import Outgoing, Router
 from shardlab.sharded.source_sums import SourceSlots, SourceSums
 from shardlab.sharded.transfer import Transfers
 from shardlab.sharded.two_stage import HostRelay, Inside
-from shardlab.sharded.urgent import PartedSender
+from shardlab.sharded.urgent import PartedSender, Parting
 from shardlab.sharded.wire_gradients import GradientSender, SlotSums
 from shardlab.sharded.wire_watch import WireWatch
 from shardlab.storage import Storage
@@ -170,7 +170,7 @@ class Exchange:
 
     def look_ahead(self, batch: Batch, in_flight: Sequence[Lookup] | None,
                    lap: Callable[[str], None],
-                   before_rows: Callable[[Asked | None], None] = lambda _: None,
+                   before_rows: Callable[[Parting | None], None] = lambda _: None,
                    in_front: Lookup | None = None) -> Lookup:
         """Exchanges a batch's ids, and its early rows, while other batches train.
 
@@ -181,8 +181,9 @@ class Exchange:
             in_flight: batches whose updates may come before this batch's turn; None: their rows
                 may be stale, and all rows are early.
             lap: is told when a phase ends.
-            before_rows: is called before early rows are sent, with the ids of ``in_front``.
-            in_front: the batch in front, whose urgent ids are to be marked; None: nobody asks.
+            before_rows: is called before early rows are sent, with how gradients of ``in_front``
+                part.
+            in_front: the batch in front, whose urgent gradients go first; None: of none.
 
         Returns:
             What `forward` takes.
@@ -216,7 +217,7 @@ class Exchange:
             self._reads.read(asking, place, rows[:place.total], self._watch_ahead,
                        pooled=halves is None)
         lap("read")
-        before_rows(marked)
+        before_rows(None if marked is None else self._parted.plan(marked))
         lap(WAIT)
         self._send(rows, place, owner_sends=True, ahead=sent).wait()
         lap("rows")
@@ -321,15 +322,15 @@ class Exchange:
 
     # ------------------------------------------------------------------ backward
     def backward(self, lookup: Lookup | DirectLookup, grad: Tensor, *,
-                 behind: bool = False, asked: Asked | None = None) -> PendingGradients:
+                 behind: bool = False, parting: Parting | None = None) -> PendingGradients:
         """Step 6: sums this rank's gradients per slot and starts sending them.
 
         Args:
             lookup: of the forward.
             grad: fp32 [size, total columns], gradient of the output.
             behind: the thread that looks ahead sends them, in its turn.
-            asked: the lookup's ids, the urgent ones marked: the others' gradients are sent by that
-                thread; None: all leave at once.
+            parting: all but the urgent ones are sent by that thread, once the next batch has its
+                rows; None: all are urgent.
         """
         self._clock.lap("dense")
         batch = lookup.batch
@@ -347,8 +348,8 @@ class Exchange:
             chunks = owner_chunks(self._cells, incoming, base, self.layout.total_columns)
             return PendingGradients(incoming.ids, chunks, bags, weights, grad.view(-1), Work())
         sums: SlotSums = SourceSums(self._sources, lookup.own, grad)
-        if asked is not None:
-            pending = self._parted.send(asked, sums, grad.device)
+        if parting is not None:
+            pending = self._parted.send(parting, sums, grad.device)
             self._clock.lap("grads")
             return pending
         place = self._cells.backward(outgoing, incoming)

@@ -17,7 +17,7 @@ Source: own.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -57,6 +57,20 @@ def can_part(layout: Layout, optimizer: str) -> bool:
             and not (cut and optimizer in ROW_WISE))
 
 
+@dataclass(frozen=True)
+class Parting:
+    """How a batch's gradients part, at both ends.
+
+    Attributes:
+        whole: place of all of them.
+        parts: the urgent ones, and the rest: place; number of every row among all of its slot's;
+            and what this rank was asked for.
+    """
+
+    whole: Buffer
+    parts: tuple[tuple[Buffer, Tensor, Incoming], ...]
+
+
 class PartedSender:
     """Sends a backward's gradients in two parts.
 
@@ -71,28 +85,32 @@ class PartedSender:
                  lap: Callable[[str], None]) -> None:
         self._cells, self._sender, self._ways, self._lap = cells, sender, ways, lap
 
-    def send(self, asked: Asked, sums: SlotSums, device: torch.device) -> PendingGradients:
+    def plan(self, asked: Asked) -> Parting:
+        """How the gradients of a batch part whose urgent ids are marked; from any thread."""
+        parts = []
+        for urgent in (True, False):
+            outgoing, incoming, numbers = asked.marked(urgent)
+            parts.append((self._cells.backward(outgoing, incoming), numbers, incoming))
+        return Parting(self._cells.backward(asked.outgoing, asked.incoming), tuple(parts))
+
+    def send(self, parting: Parting, sums: SlotSums, device: torch.device) -> PendingGradients:
         """Starts to send them.
 
         Args:
-            asked: the batch's ids, the urgent ones marked.
+            parting: of the batch.
             sums: of this rank.
             device: where gradients are.
 
         Returns:
             The urgent ones; the others are their ``rest``.
         """
-        whole = self._cells.backward(asked.outgoing, asked.incoming)
-        parts: list[tuple[Part, Incoming]] = []
-        for urgent in (True, False):
-            outgoing, incoming, numbers = asked.marked(urgent)
-            place = self._cells.backward(outgoing, incoming)
-            buffer = torch.empty(place.total, dtype=torch.uint8, device=device)
-            parts.append((Part(buffer, place, numbers), incoming))
-        self._sender.encode_parts(sums, whole, [part for part, _ in parts])
+        parts = [Part(torch.empty(place.total, dtype=torch.uint8, device=device), place, numbers)
+                 for place, numbers, _ in parting.parts]
+        self._sender.encode_parts(sums, parting.whole, parts)
         self._lap("pool")
         urgent, rest = (self._pending(part, incoming, way(part.buffer, part.place))
-                        for (part, incoming), way in zip(parts, self._ways, strict=True))
+                        for part, (_, _, incoming), way in zip(parts, parting.parts, self._ways,
+                                                               strict=True))
         return replace(urgent, rest=rest)
 
     def _pending(self, part: Part, incoming: Incoming, work: Work) -> PendingGradients:
