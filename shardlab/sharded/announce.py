@@ -12,7 +12,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from shardlab.comm import Groups
+from shardlab.comm import Groups, Work
 from shardlab.sharded.clock import PhaseClock
 from shardlab.sharded.exchange import Exchange, Lookup
 from shardlab.sharded.inputs import Batch, InputReader
@@ -30,9 +30,11 @@ class Announced:
         found: the batch and its lookup, once the ranks have exchanged them.
         job: number of the job that finds them, for its right of way.
         in_front: number of the batch in front, if that job tells its urgent gradients.
-        urgent: how the gradients of that batch part.
+        told: how the gradients of that batch part, and what is known of this one's lookup before
+            its early rows are here.
         stale: its rows may lack the last update.
         outdated: an update came that it does not allow for; its rows are read anew.
+        late: its late rows, once they are on their way.
     """
 
     features: Any
@@ -41,9 +43,10 @@ class Announced:
     found: Future[tuple[Batch, Lookup | None]]
     job: int
     in_front: int | None
-    urgent: Future[Parting | None]
+    told: Future[tuple[Parting | None, Lookup]]
     stale: bool = False
     outdated: bool = False
+    late: Work | None = None
 
 
 @dataclass
@@ -121,10 +124,10 @@ class Announcements:
             self._give_way()
 
         in_front = self._in_front(stale)
-        urgent: Future[Parting | None] = Future()
+        told: Future[tuple[Parting | None, Lookup]] = Future()
 
-        def before_rows(parting: Parting | None) -> None:
-            urgent.set_result(parting)
+        def before_rows(parting: Parting | None, lookup: Lookup) -> None:
+            told.set_result((parting, lookup))
             if way is not None:
                 way.wait(job)
 
@@ -141,13 +144,13 @@ class Announcements:
             try:
                 return look()
             except BaseException as error:
-                if not urgent.done():
-                    urgent.set_exception(error)  # whoever waits for it sees it
+                if not told.done():
+                    told.set_exception(error)  # whoever waits for it sees it
                 raise
 
         self._serial += 1
         self._coming.append(Announced(features, self._serial, knows, self._run(run), job,
-                                      in_front, urgent, stale))
+                                      in_front, told, stale))
 
     def _in_front(self, stale: bool) -> int | None:
         """Number of the batch that is looked up before the one that is announced now.
@@ -176,12 +179,28 @@ class Announcements:
             return None
         self._give_way(coming.job)
         with self.clock.waiting():
-            return coming.urgent.result()
+            return coming.told.result()[0]
 
     def sparing(self) -> int | None:
         """Number of the next batch, if one batch is due and the next one tells what is urgent."""
         coming = self._next(next(iter(self._due))) if len(self._due) == 1 else None
         return None if coming is None else coming.serial
+
+    def send_late(self) -> None:
+        """After an update: late rows of the next batch leave before its forward asks for them.
+
+        Every rank calls it.
+
+        Raises:
+            BoundsError: the next batch has an id outside its table.
+        """
+        coming = self._coming[0] if self._coming else None
+        if coming is None or coming.in_front is None or coming.outdated:
+            return
+        self._give_way(coming.job)
+        lookup = coming.told.result()[1]
+        if lookup.early is not None:
+            coming.late = self.exchange.start_late(lookup.early)
 
     def _run(self, job: Callable[[], Any]) -> Future[Any]:
         if self.groups.worker is not None:
@@ -206,7 +225,11 @@ class Announcements:
         if lookup is not None and lookup.sent is not None:
             self.exchange.wire += lookup.sent
         if known.outdated and lookup is not None:
+            if known.late is not None:
+                known.late.wait()
             lookup = replace(lookup, early=None, sent=None)
+        elif lookup is not None:
+            lookup = replace(lookup, late=known.late)
         return known.serial, batch, lookup
 
     def opened(self, serial: int, lookup: Lookup) -> None:
@@ -225,7 +248,7 @@ class Announcements:
             if one.stale:
                 self._give_way(one.job)
                 one.found.result()  # its rows are those before this update, on every rank
-            elif not self._due <= one.knows:
+            elif one.late is not None or not self._due <= one.knows:
                 one.outdated = True
         self.forget_gradients()
 
@@ -250,4 +273,7 @@ class Announcements:
     def forget(self) -> None:
         """Drops announced batches that will not be looked up."""
         self.settle()
+        for one in self._coming:
+            if one.late is not None:
+                one.late.wait()
         self._coming.clear()

@@ -274,6 +274,10 @@ class ShardedEmbeddingBagCollection(nn.Module):
             rest, self._rest = self._rest, None
             self._step_behind([rest], (number, step), self._spared)
 
+    def send_late_rows(self) -> None:
+        """After a step: rows that the next batch still lacks leave; every rank calls it."""
+        self.announcements.send_late()
+
     def _step_behind(self, pending: list[PendingGradients], at: tuple[int, StepParameters],
                      spared: int | None) -> None:
         number, step = at

@@ -57,6 +57,7 @@ class Lookup:
     early: EarlyRows | None = None
     sent: WireBytes | None = None
     inside: Inside | None = None  # in two stages: what came before that, on this host
+    late: Work | None = None  # late rows that are on their way already
 
     @property
     def own(self) -> Outgoing:
@@ -170,7 +171,7 @@ class Exchange:
 
     def look_ahead(self, batch: Batch, in_flight: Sequence[Lookup] | None,
                    lap: Callable[[str], None],
-                   before_rows: Callable[[Parting | None], None] = lambda _: None,
+                   before_rows: Callable[[Parting | None, Lookup], None] = lambda *_: None,
                    in_front: Lookup | None = None) -> Lookup:
         """Exchanges a batch's ids, and its early rows, while other batches train.
 
@@ -182,7 +183,7 @@ class Exchange:
                 may be stale, and all rows are early.
             lap: is told when a phase ends.
             before_rows: is called before early rows are sent, with how gradients of ``in_front``
-                part.
+                part, and what this will return.
             in_front: the batch in front, whose urgent gradients go first; None: of none.
 
         Returns:
@@ -217,11 +218,12 @@ class Exchange:
             self._reads.read(asking, place, rows[:place.total], self._watch_ahead,
                        pooled=halves is None)
         lap("read")
-        before_rows(None if marked is None else self._parted.plan(marked))
+        lookup = replace(lookup, early=EarlyRows(halves, place, late, rows, late_from), sent=sent)
+        before_rows(None if marked is None else self._parted.plan(marked), lookup)
         lap(WAIT)
         self._send(rows, place, owner_sends=True, ahead=sent).wait()
         lap("rows")
-        return replace(lookup, early=EarlyRows(halves, place, late, rows, late_from), sent=sent)
+        return lookup
 
     def forward(self, batch: Batch, *, training: bool,
                 ahead: Lookup | None = None) -> tuple[Tensor, Lookup | DirectLookup]:
@@ -251,7 +253,8 @@ class Exchange:
                  ahead: Lookup | None) -> Lookup | DirectLookup:
         if self._same_length is not None and self._same_length.takes(batch):
             return self._same_length.forward(batch, out, training)
-        lookup = self._ask(batch) if ahead is None else replace(ahead, early=None, sent=None)
+        lookup = self._ask(batch) if ahead is None else replace(ahead, early=None, sent=None,
+                                                                late=None)
         outgoing, incoming = lookup.outgoing, lookup.incoming
         self._clock.lap("ids")
         if self._direct:
@@ -259,7 +262,7 @@ class Exchange:
                 self._reads.read_bags(incoming, None, out)
             return lookup
         if ahead is not None and ahead.early is not None:
-            self._finish_early(lookup, ahead.early, out)
+            self._finish_early(ahead, ahead.early, out)
             return lookup
         place = self._cells.forward(outgoing, incoming)
         rows = torch.empty(place.total, dtype=torch.uint8, device=self.groups.device)
@@ -293,15 +296,21 @@ class Exchange:
 
     def _finish_early(self, lookup: Lookup, early: EarlyRows, out: Tensor) -> None:
         """Fetches what had to wait for the last update; then step 5."""
-        if early.halves is not None and early.late is not None:
-            late = early.rows[early.late_from:]
-            with self.storage_lock:
-                self._reads.read(early.halves.late_in, early.late, late, self.watch)
-            self._clock.lap("read")
-            self._send(late, early.late, owner_sends=True).wait()
-            self._clock.lap("rows")
+        late = self.start_late(early) if lookup.late is None else lookup.late
+        late.wait()
+        self._clock.lap("rows")
         self._let_others_pass()
         self._pool(lookup, early, out)
+
+    def start_late(self, early: EarlyRows) -> Work:
+        """Reads late rows and starts to send them; every rank calls it."""
+        if early.halves is None or early.late is None:
+            return Work()
+        late = early.rows[early.late_from:]
+        with self.storage_lock:
+            self._reads.read(early.halves.late_in, early.late, late, self.watch)
+        self._clock.lap("read")
+        return self._send(late, early.late, owner_sends=True)
 
     def _let_others_pass(self) -> None:
         """This step's rows are here: rows of batches that come may have the link."""

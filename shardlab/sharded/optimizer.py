@@ -67,8 +67,6 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 loss = closure()
         if self._reducer is not None:
             self._reducer.settle()
-        if self.dense is not None:
-            self.dense.step()
         self.steps_taken += 1
         self._begin_dense_step()
         group, scale = self.param_groups[0], 1.0 / self._collections[0].summed_ranks
@@ -84,6 +82,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 collection.update_behind(self.steps_taken, step)
                 collection.sync_replicas(self.steps_taken)
             self._clock.lap("update")
+            self._step_dense()
             return loss
         self._wait_for_gradients()
         merged = [(c, c.updater.merge_rows(c.pending)) for c in self._collections if c.pending]
@@ -99,8 +98,10 @@ class ShardedOptimizer(torch.optim.Optimizer):
         for collection in self._collections:
             collection.after_step(self.steps_taken)
             collection.sync_replicas(self.steps_taken)
+            collection.send_late_rows()
             collection.update_rest(self.steps_taken, step)
         self._clock.lap("update")
+        self._step_dense()
         return loss
 
     def skip_step(self) -> None:
@@ -108,6 +109,12 @@ class ShardedOptimizer(torch.optim.Optimizer):
         if self._reducer is not None:
             self._reducer.settle()
         self.zero_grad()
+
+    def _step_dense(self) -> None:
+        """Last: rows that the next batch waits for travel behind it."""
+        if self.dense is not None:
+            self.dense.step()
+            self._clock.lap("dense")
 
     def _begin_dense_step(self) -> None:
         if self._reducer is not None:
