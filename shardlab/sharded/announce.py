@@ -263,6 +263,13 @@ class Announcements:
         for one in self._coming:
             one.outdated = True
 
+    def change_exchange(self, exchange: Exchange, *, parts: bool) -> None:
+        """Codecs change; what is here, and how gradients part, follows from the old ones."""
+        self.rows_changed()
+        self.exchange, self.parts = exchange, parts
+        for one in self._coming:
+            one.in_front = None
+
     def settle(self) -> None:
         """Waits until the other thread has done all that was announced."""
         self._give_way()

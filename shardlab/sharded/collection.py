@@ -333,11 +333,9 @@ class ShardedEmbeddingBagCollection(nn.Module):
         self.plan = ShardingPlan(plan.world_size, tuple(entry for entry in plan.tables
                                                         if entry.table in names))
         layout = compile_layout(self.tables, self.plan, self.groups.rank)
-        self.announcements.rows_changed()  # those that are here travelled in the old codecs
         watches = self.updater.watches
         self._exchange, self.updater = self._executors(layout)
-        self.announcements.exchange = self._exchange
-        self.announcements.parts = self._parts(layout)
+        self.announcements.change_exchange(self._exchange, parts=self._parts(layout))
         if watch is not None:
             self._exchange.watch_by(watch)
         self.updater.watches = watches

@@ -106,7 +106,7 @@ class Exchange:
         self.sender = GradientSender(self._network, self._cells, groups.device, (seed, sender),
                                      self.watch)
         self._parted = PartedSender(self._cells, self.sender,
-                                    (self._send_gradients, self._send_in_turn), clock.lap)
+                                    (self._send_gradients, self._send_behind), clock.lap)
         pooled = any(slot.feature >= 0 for slot in layout.slots)
         rows = any(slot.feature < 0 for slot in layout.slots)
         # Everything at home and pooled: bags go from the rows to the output, nothing between.
@@ -368,8 +368,8 @@ class Exchange:
         else:
             self.sender.encode(sums, place, buffer)
             self._clock.lap("pool")
-            work = self._send_behind(buffer, place) if behind else \
-                self._send_gradients(buffer, place)
+            way = self._send_behind if behind else self._send_gradients
+            work = way(buffer, place)
         grads, start, work = self.sender.receive(buffer, place, work)
         chunks = owner_chunks(self._cells, incoming, start, None)
         self._clock.lap("grads")
@@ -400,11 +400,12 @@ class Exchange:
     def _send_gradients(self, buffer: Tensor, place: Buffer) -> Work:
         return self._send(buffer, place, owner_sends=False)
 
-    def _send_behind(self, buffer: Tensor, place: Buffer, number: int = 0) -> Work:
-        """In the thread that looks ahead; a job with a number waits for its right of way."""
+    def _send_behind(self, buffer: Tensor, place: Buffer) -> Work:
+        """In the thread that looks ahead, once the next batch has its rows."""
         self._transfers.count(self.wire, place, self._lane, owner_sends=False)
         worker = self.groups.worker
         assert worker is not None
+        number = worker.right_of_way.number()
 
         def send() -> None:
             lap = self._clock.other_thread().lap
@@ -420,8 +421,3 @@ class Exchange:
             sent.result()
 
         return Work(finish)
-
-    def _send_in_turn(self, buffer: Tensor, place: Buffer) -> Work:
-        """As `_send_behind`, once the next batch has its rows."""
-        assert self.groups.worker is not None
-        return self._send_behind(buffer, place, self.groups.worker.right_of_way.number())

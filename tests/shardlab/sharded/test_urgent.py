@@ -16,10 +16,11 @@ from shardlab.sharded.announce import Announcements
 from shardlab.sharded.layout import compile_layout
 from shardlab.sharded.urgent import PartedSender, can_part
 from shardlab.specs import EmbeddingBagConfig, ExchangeKind, PoolingType, ShardingType
+from shardlab.storage import TableChunk
 from shardlab.table_plan import WireDtypes
 from tests.fault_ranks import FaultyWorld
 from tests.harness import run_ranks
-from tests.oracle import Bags, PlainOptimizer
+from tests.oracle import Bags, PlainOptimizer, empty_state
 from tests.sharded_runs import (
     Bare,
     Job,
@@ -57,6 +58,7 @@ class Story:
     evaluated: tuple[int, ...] = ()  # then looks one up without training
     between: tuple[int, ...] = ()  # the same between backward and step
     saved: tuple[int, ...] = ()  # then streams all rows
+    loaded: tuple[int, ...] = ()  # then loads the first rows
     skipped: tuple[int, ...] = ()  # leaves the step out
     late: tuple[int, ...] = ()  # announced by hand after the forward of the batch in front
     stale: tuple[int, ...] = ()  # announced so
@@ -105,6 +107,13 @@ class _Program:
         with torch.no_grad():
             self.pooled(build_features(self.job.steps[1].parts[self.rank], self.job.features))
 
+    def load(self):
+        self.collection.begin_load()
+        for table in self.job.tables:
+            whole = self.job.weights[table.name]
+            self.collection.load_chunk(TableChunk(table.name, 0, 0, whole, empty_state(
+                self.job.optimizer.kind, whole), replicated=False))
+
     def rows(self):
         return [(chunk.weights.clone(), {name: part.clone() for name, part in chunk.state.items()})
                 for chunk in self.collection.chunks(1 << 20)]
@@ -129,6 +138,8 @@ class _Program:
                 self.optimizer.step()
             if number in story.evaluated:
                 self.look()
+            if number in story.loaded:
+                self.load()
             if number in story.saved:
                 saved.append(self.rows())
         self.collection.forget_announced()
@@ -202,6 +213,7 @@ _STORIES = {
     "evaluated before a step": (Story(2, between=(1, 4)), 6),
     "saved": (Story(saved=(1, 3, 6)), 6),
     "saved, two ahead": (Story(2, saved=(1, 3, 6)), 6),
+    "loaded": (Story(2, loaded=(2, 4)), 6),
     "accumulated": (Story(every=2), 0),
     "accumulated, two ahead": (Story(2, every=3), 0),
     "left out": (Story(skipped=(0, 3)), 4),
@@ -245,7 +257,7 @@ def _parts(groups, job):
 
     PartedSender.plan = noting
     program = _Program(groups, job, Story())
-    waited, bytes_behind = [], []
+    waited, bytes_behind, late = [], [], []
     collection, announced = program.collection, program.collection.announcements
     for number in range(len(program.batches)):
         program._announce(number, 1)
@@ -260,9 +272,11 @@ def _parts(groups, job):
                 announced._update[1].result(0.1)
             waited.append(True)
             bytes_behind.append(collection.clock.ahead_s["grads"] == before)
+            late.append(announced._coming[0].late is not None)
     PartedSender.plan = plan
     program.collection.forget_announced()
-    return sizes, waited, bytes_behind, dataclasses.asdict(collection.wire)["gradients_bytes"]
+    assert late == [True] * len(waited)  # what the update changed is on its way
+    return sizes, waited, bytes_behind, collection.wire.gradients_bytes
 
 
 def _fixed(job, batch_of):
