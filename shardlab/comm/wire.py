@@ -83,7 +83,8 @@ class WireCodec:
                        places)
 
     def encode(self, values: Tensor, start: Tensor, counts: Tensor, out: tuple[Tensor, Tensor],
-               random: tuple[int, Tensor | None] = (0, None)) -> None:
+               random: tuple[int, Tensor | None] = (0, None),
+               chosen: tuple[Tensor, Tensor] | None = None) -> None:
         """Encodes fp32 rows.
 
         Args:
@@ -92,9 +93,12 @@ class WireCodec:
             counts: int64 [cells] on CPU.
             out: (uint8 buffer, int64 [cells] on CPU: byte where every cell begins).
             random: (key, int64 [sum of counts]: row of the table of every row, cell by cell).
+            chosen: (int64 [sum of counts]: which row of its cell's is encoded, cell by cell;
+                int64 [cells] on CPU: how many rows cells have); None: all of them.
         """
         segments, places = _whole_cells(counts, values.device)
-        move_rows(self._plain_end(values, start, counts, places),
+        source, have = (places, counts) if chosen is None else chosen
+        move_rows(self._plain_end(values, start, have, source),
                   self.coded_end(*out, counts, places), segments, *random)
 
     def decode(self, buffer: Tensor, at: Tensor, counts: Tensor, out: Tensor,

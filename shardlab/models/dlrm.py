@@ -43,6 +43,8 @@ class DLRM(nn.Module):
 
     def forward(self, dense: Tensor, features: Any) -> Tensor:
         """Logits [B] of dense [B, num_dense] and the sparse features."""
+        # First, so that its backward comes last: gradients of the tables then travel behind it.
+        below = self.bottom(dense)
         pooled = self.ebc(features).values()
-        crossed = dot_interaction(self.bottom(dense), pooled, self.num_features)
+        crossed = dot_interaction(below, pooled, self.num_features)
         return self.top(crossed).squeeze(1)

@@ -12,10 +12,11 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from shardlab.comm import Groups
+from shardlab.comm import Groups, Work
 from shardlab.sharded.clock import PhaseClock
 from shardlab.sharded.exchange import Exchange, Lookup
 from shardlab.sharded.inputs import Batch, InputReader
+from shardlab.sharded.urgent import Parting
 
 
 @dataclass(eq=False)
@@ -28,8 +29,12 @@ class Announced:
         knows: numbers of the batches whose updates it allows for.
         found: the batch and its lookup, once the ranks have exchanged them.
         job: number of the job that finds them, for its right of way.
+        in_front: number of the batch in front, if that job tells its urgent gradients.
+        told: how the gradients of that batch part, and what is known of this one's lookup before
+            its early rows are here.
         stale: its rows may lack the last update.
         outdated: an update came that it does not allow for; its rows are read anew.
+        late: its late rows, once they are on their way.
     """
 
     features: Any
@@ -37,8 +42,11 @@ class Announced:
     knows: frozenset[int]
     found: Future[tuple[Batch, Lookup | None]]
     job: int
+    in_front: int | None
+    told: Future[tuple[Parting | None, Lookup]]
     stale: bool = False
     outdated: bool = False
+    late: Work | None = None
 
 
 @dataclass
@@ -50,18 +58,21 @@ class Announcements:
         reader: of its features.
         groups: the ranks.
         clock: is told what the other thread did.
+        parts: gradients travel in two parts where the next batch is announced (`urgent`).
     """
 
     exchange: Exchange
     reader: InputReader
     groups: Groups
     clock: PhaseClock
+    parts: bool = False
     _coming: list[Announced] = field(default_factory=list)
     _open: dict[int, Lookup] = field(default_factory=dict)
     _due: set[int] = field(default_factory=set)
     _serial: int = 0
     _stale: bool = False
-    _update: Future[None] | None = None
+    _update: tuple[int, Future[None]] | None = None
+    _spared: int | None = None
 
     @property
     def behind(self) -> bool:
@@ -72,22 +83,29 @@ class Announcements:
         """
         return self._stale and self.groups.worker is not None
 
-    def update_behind(self, update: Callable[[], None]) -> None:
-        """Changes rows in the other thread, behind what was announced and sent before."""
-        self._wait_for_update()  # at most one is under way, and its error is seen
+    def update_behind(self, update: Callable[[], None], spared: int | None = None) -> None:
+        """Changes rows in the other thread, behind what was announced and sent before.
+
+        Args:
+            update: changes them.
+            spared: number of the batch that may be looked up meanwhile; None: any announced one.
+        """
+        self.finish_update()  # at most one is under way, and its error is seen
 
         def run() -> None:
             lap = self.clock.other_thread().lap
             update()
             lap("update")
 
-        self._update = self._run(run)
+        job = 0 if self.groups.worker is None else self.groups.worker.right_of_way.number()
+        self._update, self._spared = (job, self._run(run)), spared
 
-    def _wait_for_update(self) -> None:
-        update, self._update = self._update, None
+    def finish_update(self) -> None:
+        """Waits until the other thread has changed its rows."""
+        update, self._update, self._spared = self._update, None, None
         if update is not None:
-            self._give_way()
-            update.result()
+            self._give_way(update[0])  # and not what a later backward sends
+            update[1].result()
 
     def _give_way(self, job: int | None = None) -> None:
         """Before waiting for the other thread: lets its jobs up to this one pass; None: all."""
@@ -105,20 +123,84 @@ class Announcements:
         if not earlier or stale:  # no batch in front is still to be looked up, or has late rows
             self._give_way()
 
-        def before_rows() -> None:
+        in_front = self._in_front(stale)
+        told: Future[tuple[Parting | None, Lookup]] = Future()
+
+        def before_rows(parting: Parting | None, lookup: Lookup) -> None:
+            told.set_result((parting, lookup))
             if way is not None:
                 way.wait(job)
 
         def look() -> tuple[Batch, Lookup | None]:
             ahead = self.clock.other_thread()
             batch = self.reader.read(features)
-            lookups = [*opened.values(), *(lookup for _, lookup in
-                                           (one.found.result() for one in earlier) if lookup)]
-            return batch, self.exchange.look_ahead(batch, None if stale else lookups, ahead.lap,
-                                                   before_rows)
+            lookups = opened | {one.serial: lookup for one in earlier
+                                if (lookup := one.found.result()[1])}
+            return batch, self.exchange.look_ahead(
+                batch, None if stale else [*lookups.values()], ahead.lap, before_rows,
+                None if in_front is None else lookups[in_front])
+
+        def run() -> tuple[Batch, Lookup | None]:
+            try:
+                return look()
+            except BaseException as error:
+                if not told.done():
+                    told.set_exception(error)  # whoever waits for it sees it
+                raise
 
         self._serial += 1
-        self._coming.append(Announced(features, self._serial, knows, self._run(look), job, stale))
+        self._coming.append(Announced(features, self._serial, knows, self._run(run), job,
+                                      in_front, told, stale))
+
+    def _in_front(self, stale: bool) -> int | None:
+        """Number of the batch that is looked up before the one that is announced now.
+
+        None where its gradients do not travel in parts.
+        """
+        if stale or not self.parts or self.groups.worker is None:
+            return None
+        return next((one.serial for one in self._coming[-1:]), next(reversed(self._open), None))
+
+    def _next(self, serial: int) -> Announced | None:
+        """The batch that is looked up next, if it tells this one's urgent gradients."""
+        coming = self._coming[0] if self._coming else None
+        return coming if coming is not None and coming.in_front == serial else None
+
+    def parting(self, serial: int) -> Parting | None:
+        """How the gradients of a batch part that are here now; waits until that is known.
+
+        None: all are urgent. Every rank calls it.
+
+        Raises:
+            BoundsError: the batch behind it has an id outside its table.
+        """
+        coming = self._next(serial)
+        if coming is None:
+            return None
+        self._give_way(coming.job)
+        with self.clock.waiting():
+            return coming.told.result()[0]
+
+    def sparing(self) -> int | None:
+        """Number of the next batch, if one batch is due and the next one tells what is urgent."""
+        coming = self._next(next(iter(self._due))) if len(self._due) == 1 else None
+        return None if coming is None else coming.serial
+
+    def send_late(self) -> None:
+        """After an update: late rows of the next batch leave before its forward asks for them.
+
+        Every rank calls it.
+
+        Raises:
+            BoundsError: the next batch has an id outside its table.
+        """
+        coming = self._coming[0] if self._coming else None
+        if coming is None or coming.in_front is None or coming.outdated:
+            return
+        self._give_way(coming.job)
+        lookup = coming.told.result()[1]
+        if lookup.early is not None:
+            coming.late = self.exchange.start_late(lookup.early)
 
     def _run(self, job: Callable[[], Any]) -> Future[Any]:
         if self.groups.worker is not None:
@@ -135,13 +217,19 @@ class Announcements:
             self._serial += 1
             return self._serial, self.reader.read(features), None
         self._coming.remove(known)
+        if self._spared not in (None, known.serial):
+            self.finish_update()
         self._give_way(known.job)
         with self.clock.waiting():
             batch, lookup = known.found.result()
         if lookup is not None and lookup.sent is not None:
             self.exchange.wire += lookup.sent
         if known.outdated and lookup is not None:
+            if known.late is not None:
+                known.late.wait()
             lookup = replace(lookup, early=None, sent=None)
+        elif lookup is not None:
+            lookup = replace(lookup, late=known.late)
         return known.serial, batch, lookup
 
     def opened(self, serial: int, lookup: Lookup) -> None:
@@ -160,7 +248,7 @@ class Announcements:
             if one.stale:
                 self._give_way(one.job)
                 one.found.result()  # its rows are those before this update, on every rank
-            elif not self._due <= one.knows:
+            elif one.late is not None or not self._due <= one.knows:
                 one.outdated = True
         self.forget_gradients()
 
@@ -175,14 +263,24 @@ class Announcements:
         for one in self._coming:
             one.outdated = True
 
+    def change_exchange(self, exchange: Exchange, *, parts: bool) -> None:
+        """Codecs change; what is here, and how gradients part, follows from the old ones."""
+        self.rows_changed()
+        self.exchange, self.parts = exchange, parts
+        for one in self._coming:
+            one.in_front = None
+
     def settle(self) -> None:
         """Waits until the other thread has done all that was announced."""
         self._give_way()
         for one in self._coming:
             one.found.exception()
-        self._wait_for_update()
+        self.finish_update()
 
     def forget(self) -> None:
         """Drops announced batches that will not be looked up."""
         self.settle()
+        for one in self._coming:
+            if one.late is not None:
+                one.late.wait()
         self._coming.clear()

@@ -28,6 +28,7 @@ from shardlab.sharded.layout import Layout, compile_layout
 from shardlab.sharded.pruning import PruningCouncil
 from shardlab.sharded.replicas import Replicas, Replication
 from shardlab.sharded.row_watch import ChangedRows, Snapshot
+from shardlab.sharded.urgent import can_part
 from shardlab.sharded.wire_watch import BACKWARD, FORWARD, WireWatch
 from shardlab.specs import EmbeddingBagConfig, check_tables
 from shardlab.storage import (
@@ -111,14 +112,17 @@ class ShardedEmbeddingBagCollection(nn.Module):
             if any(layout.hot_rows) else None
         self._reader = InputReader(layout, groups.device, groups.job_rank)
         self.clock = clock or PhaseClock(groups.device)
-        self._seed = seed
+        self._seed, self._optimizer = seed, optimizer
         self._exchange, self.updater = self._executors(layout)
         self.council = PruningCouncil(self.tables, plan, optimizer, self.storage, groups)
         self.pending: list[PendingGradients] = []
         #: Keeps copies of these shards alike; None: there are none.
         self.replicas: Replicas | None = None
         #: Batches of a world of several ranks that were announced or await their update.
-        self.announcements = Announcements(self._exchange, self._reader, groups, self.clock)
+        self.announcements = Announcements(self._exchange, self._reader, groups, self.clock,
+                                           self._parts(layout))
+        self._rest: PendingGradients | None = None
+        self._spared: int | None = None
         #: Announced and not looked up yet: the batch that comes, and the one behind it.
         self._ahead: deque[_Ahead] = deque(maxlen=2)
         self.on_disk = any(home_tier(entry.storage) is Tier.SSD for entry in plan.tables)
@@ -132,6 +136,11 @@ class ShardedEmbeddingBagCollection(nn.Module):
         exchange = Exchange(layout, storage, self.groups, self._reader, self.clock, self._seed)
         return exchange, RowUpdater(layout, storage, self.groups, exchange.wire, self._hot)
 
+    def _parts(self, layout: Layout) -> bool:
+        """Whether gradients travel in parts where the next batch is announced."""
+        return self.groups.stages is None and self.replicas is None and \
+            can_part(layout, self._optimizer)
+
     def _refresh_hot_rows(self) -> None:
         if self._hot is not None:
             self._hot.refresh()
@@ -141,6 +150,7 @@ class ShardedEmbeddingBagCollection(nn.Module):
         """
         self.replicas = Replicas(replication, self.storage)
         self.replicas.link(self._exchange.splitter, self.updater)
+        self.announcements.parts = False  # copies agree on a step's rows, all at once
 
     @property
     def summed_ranks(self) -> int:
@@ -224,6 +234,7 @@ class ShardedEmbeddingBagCollection(nn.Module):
 
     def begin_step(self, step: int) -> None:
         """Tells how many optimiser steps were taken: random bits follow from it."""
+        self.announcements.finish_update()
         with self._exchange.storage_lock:
             self._exchange.storage.begin_step(step)
         self._exchange.sender.begin_step(step)
@@ -240,9 +251,36 @@ class ShardedEmbeddingBagCollection(nn.Module):
 
     def update_behind(self, number: int, step: StepParameters) -> None:
         """As `update`, on the rows of all pending gradients, in the thread that looks ahead."""
-        pending = [*self.pending]
+        pending = [part for one in self.pending for part in one.parts()]
         self.pending.clear()
         self._exchange.sender.begin_step(number)
+        self._step_behind(pending, (number, step), None)
+
+    def set_apart(self, *, allowed: bool) -> None:
+        """Before a step: what the next batch does not need waits for `update_rest`, if it may.
+
+        Else it joins the pending gradients. Call it before announced batches hear of the update.
+        """
+        self._spared = self.announcements.sparing() if allowed and len(self.pending) == 1 else None
+        parts = [one.parts() for one in self.pending]
+        if self._spared is not None and parts[0][1:]:
+            self.pending, self._rest = parts[0][:1], parts[0][1]
+        else:
+            self.pending, self._rest = [part for one in parts for part in one], None
+
+    def update_rest(self, number: int, step: StepParameters) -> None:
+        """As `update`, on what was set apart, in the thread that looks ahead."""
+        if self._rest is not None:
+            rest, self._rest = self._rest, None
+            self._step_behind([rest], (number, step), self._spared)
+
+    def send_late_rows(self) -> None:
+        """After a step: rows that the next batch still lacks leave; every rank calls it."""
+        self.announcements.send_late()
+
+    def _step_behind(self, pending: list[PendingGradients], at: tuple[int, StepParameters],
+                     spared: int | None) -> None:
+        number, step = at
 
         def update() -> None:
             for one in pending:
@@ -253,7 +291,7 @@ class ShardedEmbeddingBagCollection(nn.Module):
                 self.updater.update(merged, step)
 
         if pending:
-            self.announcements.update_behind(update)
+            self.announcements.update_behind(update, spared)
 
     def update(self, rows: MergedRows, step: StepParameters) -> None:
         """One optimiser step on rows with gradients."""
@@ -268,7 +306,8 @@ class ShardedEmbeddingBagCollection(nn.Module):
     def forget_gradients(self) -> None:
         """Drops all gradients, of this rank and on their way."""
         for pending in self.pending:
-            pending.work.wait()
+            for part in pending.parts():
+                part.work.wait()
         self.pending.clear()
         self.announcements.forget_gradients()
 
@@ -294,10 +333,9 @@ class ShardedEmbeddingBagCollection(nn.Module):
         self.plan = ShardingPlan(plan.world_size, tuple(entry for entry in plan.tables
                                                         if entry.table in names))
         layout = compile_layout(self.tables, self.plan, self.groups.rank)
-        self.announcements.rows_changed()  # those that are here travelled in the old codecs
         watches = self.updater.watches
         self._exchange, self.updater = self._executors(layout)
-        self.announcements.exchange = self._exchange
+        self.announcements.change_exchange(self._exchange, parts=self._parts(layout))
         if watch is not None:
             self._exchange.watch_by(watch)
         self.updater.watches = watches
@@ -426,7 +464,12 @@ class _Lookup(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None]:  # type: ignore[override]
         collection: ShardedEmbeddingBagCollection = ctx.collection
-        behind = collection.announcements.behind and isinstance(ctx.lookup, Lookup)
-        collection.pending.append(collection._exchange.backward(ctx.lookup, grad, behind=behind))
+        announcements, parting = collection.announcements, None
+        behind = announcements.behind and isinstance(ctx.lookup, Lookup)
+        if not behind:
+            collection.clock.lap("dense")
+            parting = announcements.parting(ctx.serial)
+        collection.pending.append(collection._exchange.backward(ctx.lookup, grad, behind=behind,
+                                                                parting=parting))
         collection.announcements.due(ctx.serial)
         return None, None, None

@@ -2,7 +2,9 @@
 
 While batch i trains, an owner knows which rows batch i will change: those that anybody asked for.
 Rows of batch i + 1 that are not among them travel at once (*early*); the others travel after the
-update (*late*). Every row still travels once; one bit per row tells the asking rank which.
+update (*late*). Every row still travels once; one bit per row tells the asking rank which. Of the
+ids of batch i, those that batch i + 1 asks for, too, are *urgent*: only their gradients must arrive
+before batch i + 1 is looked up (`urgent`).
 """
 
 from __future__ import annotations
@@ -60,6 +62,39 @@ class EarlyRows:
     late_from: int = 0
 
 
+@dataclass(frozen=True)
+class Asked:
+    """A batch's ids at both ends, with a mark for each that the owners know and the askers need.
+
+    Attributes:
+        outgoing: what this rank asked for.
+        incoming: what this rank was asked for.
+        here: bool, for every id of ``incoming``.
+        there: bool, for every id of ``outgoing``, slot by slot; None: not known yet.
+    """
+
+    outgoing: Outgoing
+    incoming: Incoming
+    here: Tensor
+    there: Tensor | None = None
+
+    def marked(self, wanted: bool) -> tuple[Outgoing, Incoming, Tensor]:
+        """The ids with, or without a mark, of a batch without pooled bags.
+
+        Returns:
+            What was asked for, and of whom this rank was asked, with the counts of these ids; and
+            for every id of the first its number among its slot's.
+        """
+        assert self.there is not None
+        here, there = self.here == wanted, self.there == wanted
+        counts, incoming = self.outgoing.counts, self.incoming
+        starts = counts.cumsum(0) - counts
+        number = _affine(counts, torch.zeros_like(starts), torch.ones_like(starts), there.device)
+        came = _sums(here, incoming.counts.view(-1)).view_as(incoming.counts)
+        return (replace(self.outgoing, counts=_sums(there, counts)),
+                replace(incoming, ids=incoming.ids[here], counts=came), number[there])
+
+
 class Splitter:
     """Tells early rows from late ones.
 
@@ -94,8 +129,9 @@ class Splitter:
         first = torch.repeat_interleave(self._first_key, incoming.counts.view(-1))
         return incoming.ids + first.to(device)
 
-    def split(self, outgoing: Outgoing, incoming: Incoming,
-              in_flight: Sequence[Incoming], wire: WireBytes) -> Halves:
+    def split(self, outgoing: Outgoing, incoming: Incoming, in_flight: Sequence[Incoming],
+              wire: WireBytes, in_front: tuple[Outgoing, Incoming] | None = None,
+              ) -> tuple[Halves, Asked | None]:
         """Tells early rows from late ones; every rank calls it.
 
         Args:
@@ -103,6 +139,10 @@ class Splitter:
             incoming: what this rank is asked for.
             in_flight: of batches whose updates may come between now and this batch's turn.
             wire: counts the bytes.
+            in_front: ids of the batch in front, where urgent ones are to be told.
+
+        Returns:
+            The two parts; and the ids of the batch in front, the urgent ones marked.
         """
         counts = incoming.counts.view(-1)
         late_here = torch.repeat_interleave(self._always, counts).to(incoming.ids.device)
@@ -111,33 +151,40 @@ class Splitter:
             if self.of_all_replicas is not None:
                 members = self.of_all_replicas(members, wire)
             late_here |= mark_members(self.keys(incoming), members)
-        late_there = self._exchange_marks(outgoing, incoming, late_here, wire)
+        marked = [Asked(outgoing, incoming, late_here)]
+        if in_front is not None:
+            marked.append(Asked(*in_front, mark_members(self.keys(in_front[1]),
+                                                        self.keys(incoming))))
+        late_there, *urgent_there = self._exchange_marks(marked, wire)
         late_in = _sums(late_here, counts).view_as(incoming.counts)
         late_out = _sums(late_there, outgoing.counts)
         ranks = len(self._layout.peers)
         nobody = replace(outgoing.batch, size=0)
-        return Halves(
+        halves = Halves(
             replace(outgoing, batch=nobody, counts=outgoing.counts - late_out),
             replace(outgoing, counts=late_out),
             Incoming(incoming.ids[~late_here], incoming.counts - late_in, [0] * ranks, [0] * ranks,
                      [None] * ranks),
             replace(incoming, ids=incoming.ids[late_here], counts=late_in), late_there)
+        return halves, replace(marked[1], there=urgent_there[0]) if urgent_there else None
 
-    def _exchange_marks(self, outgoing: Outgoing, incoming: Incoming, late: Tensor,
-                        wire: WireBytes) -> Tensor:
-        """bool: ``late`` of the owners, for every id that this rank asked for."""
-        asked = [int(part.sum()) for part in outgoing.counts.split(self._slots_of)]
-        sizes = incoming.counts.sum(1).tolist()
-        parts = late.split(sizes)
-        sent = [_pack(part) for part in parts[:-1]]
+    def _exchange_marks(self, marked: Sequence[Asked], wire: WireBytes) -> list[Tensor]:
+        """bool, for each: marks of the owners, for every id that this rank asked for."""
+        asked = [[int(part.sum()) for part in one.outgoing.counts.split(self._slots_of)]
+                 for one in marked]
+        parts = [one.here.split(one.incoming.counts.sum(1).tolist()) for one in marked]
+        sent = [_pack(torch.cat(of_rank)) for of_rank in [*zip(*parts, strict=True)][:-1]]
         sent_bytes = self._by_rank([part.numel() for part in sent])
-        due = [-(-n // _BITS) for n in asked[:-1]]
-        received = torch.empty(sum(due), dtype=torch.uint8, device=late.device)
+        sizes = [*zip(*asked, strict=True)][:-1]
+        due = [-(-sum(of_rank) // _BITS) for of_rank in sizes]
+        received = torch.empty(sum(due), dtype=torch.uint8, device=marked[0].here.device)
         source = torch.cat(sent) if sent else received
         all_to_all(received, source, self._by_rank(due), sent_bytes, self._groups, "ids").wait()
         wire.count(0, sent_bytes, self._groups)
-        marks = [_unpack(part, n) for part, n in zip(received.split(due), asked[:-1], strict=True)]
-        return torch.cat([*marks, parts[-1]])
+        found = [_unpack(part, sum(of_rank)).split(list(of_rank))
+                 for part, of_rank in zip(received.split(due), sizes, strict=True)]
+        return [torch.cat([*(of_rank[i] for of_rank in found), own[-1]])
+                for i, own in enumerate(parts)]
 
     def _by_rank(self, per_peer: list[int]) -> list[int]:
         sizes = [0] * self._layout.world_size

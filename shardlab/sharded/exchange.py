@@ -38,6 +38,7 @@ from shardlab.sharded.routes import Outgoing, Router
 from shardlab.sharded.source_sums import SourceSlots, SourceSums
 from shardlab.sharded.transfer import Transfers
 from shardlab.sharded.two_stage import HostRelay, Inside
+from shardlab.sharded.urgent import PartedSender, Parting
 from shardlab.sharded.wire_gradients import GradientSender, SlotSums
 from shardlab.sharded.wire_watch import WireWatch
 from shardlab.storage import Storage
@@ -56,6 +57,7 @@ class Lookup:
     early: EarlyRows | None = None
     sent: WireBytes | None = None
     inside: Inside | None = None  # in two stages: what came before that, on this host
+    late: Work | None = None  # late rows that are on their way already
 
     @property
     def own(self) -> Outgoing:
@@ -103,6 +105,8 @@ class Exchange:
         sender = groups.job_rank if groups.stages is None else self._network.rank
         self.sender = GradientSender(self._network, self._cells, groups.device, (seed, sender),
                                      self.watch)
+        self._parted = PartedSender(self._cells, self.sender,
+                                    (self._send_gradients, self._send_behind), clock.lap)
         pooled = any(slot.feature >= 0 for slot in layout.slots)
         rows = any(slot.feature < 0 for slot in layout.slots)
         # Everything at home and pooled: bags go from the rows to the output, nothing between.
@@ -167,7 +171,8 @@ class Exchange:
 
     def look_ahead(self, batch: Batch, in_flight: Sequence[Lookup] | None,
                    lap: Callable[[str], None],
-                   before_rows: Callable[[], None] = lambda: None) -> Lookup:
+                   before_rows: Callable[[Parting | None, Lookup], None] = lambda *_: None,
+                   in_front: Lookup | None = None) -> Lookup:
         """Exchanges a batch's ids, and its early rows, while other batches train.
 
         Every rank calls it, in the same order; the thread is not the one that trains.
@@ -177,7 +182,9 @@ class Exchange:
             in_flight: batches whose updates may come before this batch's turn; None: their rows
                 may be stale, and all rows are early.
             lap: is told when a phase ends.
-            before_rows: is called before early rows are sent.
+            before_rows: is called before early rows are sent, with how gradients of ``in_front``
+                part, and what this will return.
+            in_front: the batch in front, whose urgent gradients go first; None: of none.
 
         Returns:
             What `forward` takes.
@@ -194,11 +201,12 @@ class Exchange:
             self._reads.prefetch(incoming)
         lap("prefetch")
         if in_flight is None:
-            halves, late = None, None
+            halves, late, marked = None, None, None
             asked, asking = outgoing, incoming
         else:
-            halves = self.splitter.split(outgoing, incoming,
-                                          [other.incoming for other in in_flight], sent)
+            halves, marked = self.splitter.split(
+                outgoing, incoming, [other.incoming for other in in_flight], sent,
+                None if in_front is None else (in_front.outgoing, in_front.incoming))
             asked, asking = halves.early_out, halves.early_in
             late = self._cells.forward(halves.late_out, halves.late_in)
             lap("ids")
@@ -210,11 +218,12 @@ class Exchange:
             self._reads.read(asking, place, rows[:place.total], self._watch_ahead,
                        pooled=halves is None)
         lap("read")
-        before_rows()
+        lookup = replace(lookup, early=EarlyRows(halves, place, late, rows, late_from), sent=sent)
+        before_rows(None if marked is None else self._parted.plan(marked), lookup)
         lap(WAIT)
         self._send(rows, place, owner_sends=True, ahead=sent).wait()
         lap("rows")
-        return replace(lookup, early=EarlyRows(halves, place, late, rows, late_from), sent=sent)
+        return lookup
 
     def forward(self, batch: Batch, *, training: bool,
                 ahead: Lookup | None = None) -> tuple[Tensor, Lookup | DirectLookup]:
@@ -244,7 +253,8 @@ class Exchange:
                  ahead: Lookup | None) -> Lookup | DirectLookup:
         if self._same_length is not None and self._same_length.takes(batch):
             return self._same_length.forward(batch, out, training)
-        lookup = self._ask(batch) if ahead is None else replace(ahead, early=None, sent=None)
+        lookup = self._ask(batch) if ahead is None else replace(ahead, early=None, sent=None,
+                                                                late=None)
         outgoing, incoming = lookup.outgoing, lookup.incoming
         self._clock.lap("ids")
         if self._direct:
@@ -252,7 +262,7 @@ class Exchange:
                 self._reads.read_bags(incoming, None, out)
             return lookup
         if ahead is not None and ahead.early is not None:
-            self._finish_early(lookup, ahead.early, out)
+            self._finish_early(ahead, ahead.early, out)
             return lookup
         place = self._cells.forward(outgoing, incoming)
         rows = torch.empty(place.total, dtype=torch.uint8, device=self.groups.device)
@@ -286,15 +296,21 @@ class Exchange:
 
     def _finish_early(self, lookup: Lookup, early: EarlyRows, out: Tensor) -> None:
         """Fetches what had to wait for the last update; then step 5."""
-        if early.halves is not None and early.late is not None:
-            late = early.rows[early.late_from:]
-            with self.storage_lock:
-                self._reads.read(early.halves.late_in, early.late, late, self.watch)
-            self._clock.lap("read")
-            self._send(late, early.late, owner_sends=True).wait()
-            self._clock.lap("rows")
+        late = self.start_late(early) if lookup.late is None else lookup.late
+        late.wait()
+        self._clock.lap("rows")
         self._let_others_pass()
         self._pool(lookup, early, out)
+
+    def start_late(self, early: EarlyRows) -> Work:
+        """Reads late rows and starts to send them; every rank calls it."""
+        if early.halves is None or early.late is None:
+            return Work()
+        late = early.rows[early.late_from:]
+        with self.storage_lock:
+            self._reads.read(early.halves.late_in, early.late, late, self.watch)
+        self._clock.lap("read")
+        return self._send(late, early.late, owner_sends=True)
 
     def _let_others_pass(self) -> None:
         """This step's rows are here: rows of batches that come may have the link."""
@@ -315,13 +331,15 @@ class Exchange:
 
     # ------------------------------------------------------------------ backward
     def backward(self, lookup: Lookup | DirectLookup, grad: Tensor, *,
-                 behind: bool = False) -> PendingGradients:
+                 behind: bool = False, parting: Parting | None = None) -> PendingGradients:
         """Step 6: sums this rank's gradients per slot and starts sending them.
 
         Args:
             lookup: of the forward.
             grad: fp32 [size, total columns], gradient of the output.
             behind: the thread that looks ahead sends them, in its turn.
+            parting: all but the urgent ones are sent by that thread, once the next batch has its
+                rows; None: all are urgent.
         """
         self._clock.lap("dense")
         batch = lookup.batch
@@ -338,16 +356,20 @@ class Exchange:
             base = column([self.layout.first_column(slot) for slot in self._cells.mine])
             chunks = owner_chunks(self._cells, incoming, base, self.layout.total_columns)
             return PendingGradients(incoming.ids, chunks, bags, weights, grad.view(-1), Work())
-        place = self._cells.backward(outgoing, incoming)
         sums: SlotSums = SourceSums(self._sources, lookup.own, grad)
+        if parting is not None:
+            pending = self._parted.send(parting, sums, grad.device)
+            self._clock.lap("grads")
+            return pending
+        place = self._cells.backward(outgoing, incoming)
         buffer = torch.empty(place.total, dtype=torch.uint8, device=grad.device)
         if lookup.inside is not None:
             work = self._send_staged(lookup.inside, sums, (buffer, place), behind=behind)
         else:
             self.sender.encode(sums, place, buffer)
             self._clock.lap("pool")
-            work = self._send_behind(buffer, place) if behind else \
-                self._send(buffer, place, owner_sends=False)
+            way = self._send_behind if behind else self._send_gradients
+            work = way(buffer, place)
         grads, start, work = self.sender.receive(buffer, place, work)
         chunks = owner_chunks(self._cells, incoming, start, None)
         self._clock.lap("grads")
@@ -375,13 +397,27 @@ class Exchange:
             return pass_on()
         return Work(stages.worker.submit(lambda: pass_on().wait()).result)
 
+    def _send_gradients(self, buffer: Tensor, place: Buffer) -> Work:
+        return self._send(buffer, place, owner_sends=False)
+
     def _send_behind(self, buffer: Tensor, place: Buffer) -> Work:
+        """In the thread that looks ahead, once the next batch has its rows."""
         self._transfers.count(self.wire, place, self._lane, owner_sends=False)
+        worker = self.groups.worker
+        assert worker is not None
+        number = worker.right_of_way.number()
 
         def send() -> None:
             lap = self._clock.other_thread().lap
+            worker.right_of_way.wait(number)
+            lap(WAIT)
             self._send(buffer, place, owner_sends=False, ahead=WireBytes()).wait()
             lap("grads")
 
-        assert self.groups.worker is not None
-        return Work(self.groups.worker.submit(send).result)
+        sent = worker.submit(send)
+
+        def finish() -> None:
+            worker.right_of_way.give(number)
+            sent.result()
+
+        return Work(finish)

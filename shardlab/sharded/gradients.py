@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -38,6 +38,8 @@ class PendingGradients:
         grads: fp32, flat: what the chunks' source offsets point into, once ``work`` is done.
         work: the collective that fills ``grads``.
         rows: the entries by row, where the forward has found them already; or None.
+        rest: gradients of the same backward's other rows, which may arrive later (`urgent`); None:
+            these are all.
     """
 
     ids: Tensor
@@ -47,6 +49,11 @@ class PendingGradients:
     grads: Tensor
     work: Work
     rows: Uniques | None = None
+    rest: PendingGradients | None = None
+
+    def parts(self) -> list[PendingGradients]:
+        """These, and the rest."""
+        return [replace(self, rest=None), *(() if self.rest is None else (self.rest,))]
 
 
 def owner_chunks(cells: CellIndex, incoming: Incoming, base: Tensor, step: int | None) -> Tensor:
@@ -228,7 +235,7 @@ class RowUpdater:
                     summed.clamp_(-step.clip_value, step.clip_value)
                 partial[block] = summed.square().sum(1)
             squares = self._squares.complete(rows.uniques, partial)
-        for watch in self.watches:
+        for watch in tuple(self.watches):  # the thread that trains may end one meanwhile
             watch.before_update(rows.uniques)
         self.storage.update(rows.uniques, rows.weights, rows.grads, step, squares)
         if self._shared.needed:

@@ -80,21 +80,22 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 loss = closure()
         if self._reducer is not None:
             self._reducer.settle()
-        if self.dense is not None:
-            self.dense.step()
         self.steps_taken += 1
         self._begin_dense_step()
         group, scale = self.param_groups[0], 1.0 / self._collections[0].summed_ranks
         step = step_parameters(group, self.steps_taken, scale)
-        for collection in self._collections:
-            collection.announcements.before_update()
         # A norm needs all gradients, on the thread that also reduces the dense ones.
-        if group["clip_norm"] is None and all(c.updates_behind for c in self._collections):
+        behind = group["clip_norm"] is None and all(c.updates_behind for c in self._collections)
+        for collection in self._collections:
+            collection.set_apart(allowed=group["clip_norm"] is None and not behind)
+            collection.announcements.before_update()
+        if behind:
             self._clock.lap("dense")
             for collection in self._collections:
                 collection.update_behind(self.steps_taken, step)
                 collection.sync_replicas(self.steps_taken)
             self._clock.lap("update")
+            self._step_dense()
             return loss
         self._wait_for_gradients()
         merged = [(c, c.updater.merge_rows(c.pending)) for c in self._collections if c.pending]
@@ -110,7 +111,10 @@ class ShardedOptimizer(torch.optim.Optimizer):
         for collection in self._collections:
             collection.after_step(self.steps_taken)
             collection.sync_replicas(self.steps_taken)
+            collection.send_late_rows()
+            collection.update_rest(self.steps_taken, step)
         self._clock.lap("update")
+        self._step_dense()
         return loss
 
     _watched_step = torch.optim.Optimizer.profile_hook_step(_step)
@@ -120,6 +124,12 @@ class ShardedOptimizer(torch.optim.Optimizer):
         if self._reducer is not None:
             self._reducer.settle()
         self.zero_grad()
+
+    def _step_dense(self) -> None:
+        """Last: rows that the next batch waits for travel behind it."""
+        if self.dense is not None:
+            self.dense.step()
+            self._clock.lap("dense")
 
     def _begin_dense_step(self) -> None:
         if self._reducer is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -36,6 +37,21 @@ class SlotSums(Protocol):
 
     def largest(self, rests: Sequence[Tensor] = ()) -> float:
         """Bound of the magnitude of any sum, with these added to some."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some of the rows of every slot, in a message of their own.
+
+    Attributes:
+        buffer: uint8 [place.total].
+        place: of the message.
+        numbers: int64, slot by slot: number of every row among all of its slot's.
+    """
+
+    buffer: Tensor
+    place: Buffer
+    numbers: Tensor
 
 
 class GradientSender:
@@ -79,24 +95,10 @@ class GradientSender:
             return
         rows = gradients.rows(place)
         rests = self.feedback.take(rows, place.slot_vectors) if self.feedback.wanted else {}
-        scale = 1.0
-        if place.slot_heads:
-            assert self._cells.scale_limit is not None
-            scale = scale_for(gradients.largest([*rests.values()]), self._cells.scale_limit)
-            heads = column(place.slot_heads) // _FP32_BYTES
-            buffer.view(torch.float32)[heads.to(device)] = 1.0 / scale
-        elements = place.slot_vectors * codec.columns
-        start = elements.cumsum(0) - elements
-        sums = torch.empty(int(elements.sum()), device=device)
-        gradients.write(start, scale, sums)
-        if not place.slot_heads:
-            _show_infinities(sums)
-        self._add(sums, rests, start, scale)
-        self._look(sums, start, place)
-        key = gradient_key(self._seed, self.step, self._rank, self._backwards)
-        self._backwards += 1
+        sums, start, scale = self._sums(gradients, place, rests, device)
+        self._write_scale(buffer, place, scale)
         codec.encode(sums, start, place.slot_vectors, (buffer, place.slot_offsets),
-                     (key, rows))
+                     (self._next_key(), rows))
         if rests:
             sent = torch.empty_like(sums)
             codec.decode(buffer, place.slot_offsets, place.slot_vectors, sent, start)
@@ -104,6 +106,59 @@ class GradientSender:
             self.feedback.keep(rows, place.slot_vectors, {
                 i: left[first:first + rest.numel()].view_as(rest)
                 for (i, rest), first in zip(rests.items(), start[[*rests]].tolist(), strict=True)})
+
+    def encode_parts(self, gradients: SlotSums, whole: Buffer, parts: Sequence[Part]) -> None:
+        """Writes this rank's gradients as several messages, with the bits that one would have.
+
+        Args:
+            gradients: the sums; nothing is fed back, and no bags are pooled at their owners.
+            whole: place of all of them.
+            parts: of the messages.
+        """
+        codec = self._cells.backward_slots
+        device = parts[0].buffer.device
+        sums, start, scale = self._sums(gradients, whole, {}, device)
+        key, rows = (0, None) if codec.is_plain else (self._next_key(), gradients.rows(whole))
+        first = whole.slot_vectors.cumsum(0) - whole.slot_vectors
+        for part in parts:
+            self._write_scale(part.buffer, part.place, scale)
+            counts = part.place.slot_vectors
+            if rows is not None:
+                which = part.numbers + torch.repeat_interleave(first, counts).to(device)
+                random = (key, rows[which])
+            codec.encode(sums, start, counts, (part.buffer, part.place.slot_offsets),
+                         (0, None) if rows is None else random,
+                         (part.numbers, whole.slot_vectors))
+
+    def _sums(self, gradients: SlotSums, place: Buffer, rests: dict[int, Tensor],
+              device: torch.device) -> tuple[Tensor, Tensor, float]:
+        """fp32 sums, scaled, slot by slot; the first element of every slot; and the scale."""
+        scale = 1.0
+        if place.slot_heads:
+            assert self._cells.scale_limit is not None
+            scale = scale_for(gradients.largest([*rests.values()]), self._cells.scale_limit)
+        codec = self._cells.backward_slots
+        elements = place.slot_vectors * codec.columns
+        start = elements.cumsum(0) - elements
+        sums = torch.empty(int(elements.sum()), device=device)
+        gradients.write(start, scale, sums)
+        if not place.slot_heads and not codec.is_plain:
+            _show_infinities(sums)
+        self._add(sums, rests, start, scale)
+        self._look(sums, start, place)
+        return sums, start, scale
+
+    @staticmethod
+    def _write_scale(buffer: Tensor, place: Buffer, scale: float) -> None:
+        if place.slot_heads:
+            heads = column(place.slot_heads) // _FP32_BYTES
+            buffer.view(torch.float32)[heads.to(buffer.device)] = 1.0 / scale
+
+    def _next_key(self) -> int:
+        """Of the random bits of one backward."""
+        key = gradient_key(self._seed, self.step, self._rank, self._backwards)
+        self._backwards += 1
+        return key
 
     @staticmethod
     def _add(sums: Tensor, rests: dict[int, Tensor], start: Tensor, scale: float) -> None:
