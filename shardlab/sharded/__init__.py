@@ -1,6 +1,7 @@
 """The sharded lookup: ids out, rows back."""
 
-from shardlab.sharded.collection import EmbeddingBagCollection, ShardedEmbeddingBagCollection
+from shardlab.sharded.collection import ShardedEmbeddingBagCollection
+from shardlab.sharded.embedding_bags import EmbeddingBagCollection
 from shardlab.sharded.optimizer import ShardedOptimizer
 from shardlab.sharded.prefetch import prefetching
 from shardlab.sharded.shard import ShardedModel, shard, simple_plan

@@ -1,4 +1,4 @@
-"""`EmbeddingBagCollection` as the user writes it, and sharded as it runs."""
+"""An `EmbeddingBagCollection` as it runs: sharded over all ranks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from shardlab.comm import Groups, WireBytes
-from shardlab.errors import ShardLabError
 from shardlab.jagged import KeyedTensor
 from shardlab.ops.cache import COUNTERS
 from shardlab.ops.step_parameters import StepParameters
@@ -27,59 +26,15 @@ from shardlab.sharded.inputs import Batch, InputReader
 from shardlab.sharded.layout import Layout, compile_layout
 from shardlab.sharded.pruning import PruningCouncil
 from shardlab.sharded.replicas import Replicas, Replication
-from shardlab.sharded.row_watch import ChangedRows, Snapshot
+from shardlab.sharded.snapshots import Snapshots
 from shardlab.sharded.urgent import can_part
 from shardlab.sharded.wire_watch import BACKWARD, FORWARD, WireWatch
-from shardlab.specs import EmbeddingBagConfig, check_tables
-from shardlab.storage import (
-    KeptRoom,
-    StorageOptions,
-    TableChunk,
-    build_storage,
-    flush_rows,
-    kept_parts,
-    other_chunks,
-    row_blocks,
-)
+from shardlab.specs import EmbeddingBagConfig
+from shardlab.storage import StorageOptions, TableChunk, build_storage
 from shardlab.storage_bytes import TierBytes
 from shardlab.storage_specs import RowsSpec, Tier, has_cache, home_tier
 
 _CHUNK_BYTES = 64 << 20
-
-
-class EmbeddingBagCollection(nn.Module):
-    """Several tables and the features that read them; holds no weights until it is sharded.
-
-    Args:
-        tables: unique names; every feature belongs to one table.
-
-    Raises:
-        ConfigError: duplicate tables or features.
-    """
-
-    def __init__(self, tables: Sequence[EmbeddingBagConfig]) -> None:
-        super().__init__()
-        check_tables(tables)
-        self.tables = tuple(tables)
-
-    def embedding_bag_configs(self) -> list[EmbeddingBagConfig]:
-        """The tables, under TorchRec's name."""
-        return list(self.tables)
-
-    @property
-    def feature_names(self) -> list[str]:
-        """All features, in the order of the output's columns."""
-        return [name for table in self.tables for name in table.feature_names]
-
-    def forward(self, features: Any) -> KeyedTensor:
-        """Refuses to run: tables are only ever built in shards.
-
-        Raises:
-            ShardLabError: always.
-        """
-        raise ShardLabError(
-            "this EmbeddingBagCollection holds no weights yet; call `model, optimizer = "
-            "shardlab.shard(model)` first (it works on one process, too)")
 
 
 class ShardedEmbeddingBagCollection(nn.Module):
@@ -378,40 +333,12 @@ class ShardedEmbeddingBagCollection(nn.Module):
         if self._hot is not None:
             self._hot.write_down(self.updater.watches)
 
-    def snapshot(self, changed: ChangedRows | None, buffer_bytes: int) -> Snapshot:
-        """This rank's rows at this moment, to be written while training goes on.
-
-        It holds the shards that are kept as rows, or that keep themselves. Those of the other kinds
-        come from `other_chunks`, which the caller takes before training goes on.
-
-        Args:
-            changed: hold only these rows, those of `watch_changes`; None: all.
-            buffer_bytes: of rows that steps change before they are written.
-        """
-        self._settle_rows()
-        flush_rows(self.storage)
-        parts, room = kept_parts(self.storage), KeptRoom(buffer_bytes)
-        theirs = [None] * len(parts) if changed is None else changed.others
-        taken = Snapshot(row_blocks(self.storage), changed and changed.marks, room, [
-            part.snapshot(one, room) for part, one in zip(parts, theirs, strict=True)])
-        self.updater.watches.append(taken)
-        return taken
-
-    def other_chunks(self, max_bytes: int = _CHUNK_BYTES) -> Iterator[TableChunk]:
-        """Streams this rank's shards that a snapshot does not hold, right after `snapshot`."""
-        return other_chunks(self.storage, max_bytes)
-
-    def drop_snapshot(self, snapshot: Snapshot) -> None:
-        """Ends a snapshot, whether it was written or not."""
-        self.updater.watches.remove(snapshot)
-        snapshot.close()
-
-    def watch_changes(self) -> ChangedRows:
-        """From now on, which of the shards' rows steps change, where a snapshot holds them."""
-        changed = ChangedRows(row_blocks(self.storage), [
-            part.watch_changes() for part in kept_parts(self.storage)])
-        self.updater.watches.append(changed)
-        return changed
+    @property
+    def snapshots(self) -> Snapshots:
+        """What checkpoints take while training goes on."""
+        # Made anew: one that was kept would keep this collection, and files on disk, from being
+        # freed with their last user.
+        return Snapshots(self.storage, self._settle_rows, self.updater.watches)
 
     def begin_load(self) -> None:
         """Call once before the first `load_chunk` of a checkpoint."""

@@ -14,8 +14,9 @@ from shardlab.optim import RowOptimizer, RowWiseAdagrad
 from shardlab.plan import ShardingPlan
 from shardlab.replication import ranks_of_a_group
 from shardlab.sharded.clock import PhaseClock
-from shardlab.sharded.collection import EmbeddingBagCollection, ShardedEmbeddingBagCollection
+from shardlab.sharded.collection import ShardedEmbeddingBagCollection
 from shardlab.sharded.dense import DenseReducer
+from shardlab.sharded.embedding_bags import EmbeddingBagCollection
 from shardlab.sharded.optimizer import ShardedOptimizer
 from shardlab.sharded.replicas import Replication
 from shardlab.specs import EmbeddingBagConfig, ShardingType

@@ -249,12 +249,12 @@ class CheckpointWriter:
         for name, collection in self._model.collections().items():
             changed = self._changed.get(name)
             room = _buffer_bytes(collection)
-            job.snapshots[name] = snapshot = collection.snapshot(
+            job.snapshots[name] = snapshot = collection.snapshots.take(
                 None if base is None else changed, room)
             snapshot.room.limit -= self._take_others(job, name, collection, room // 2)
             if self._options.incremental and base is None:
                 if changed is None:
-                    self._changed[name] = collection.watch_changes()
+                    self._changed[name] = collection.snapshots.watch_changes()
                 else:
                     changed.clear()
 
@@ -292,7 +292,7 @@ class CheckpointWriter:
     def _drop(self, job: SaveJob | None) -> None:
         collections = self._model.collections()
         for name, snapshot in (job.snapshots if job is not None else {}).items():
-            collections[name].drop_snapshot(snapshot)
+            collections[name].snapshots.drop(snapshot)
 
 
 def together(groups: Groups, what: str, action: Callable[[], Any]) -> list[Any]:

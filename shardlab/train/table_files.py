@@ -134,7 +134,7 @@ def _copy(tensor: Tensor) -> Tensor:
 
 def other_chunks(name: str, collection: ShardedEmbeddingBagCollection) -> Iterator[NamedChunk]:
     """What of this rank's shards of a collection is not kept as rows."""
-    for chunk in collection.other_chunks(file_bytes(collection.tier_bytes().total) // 2):
+    for chunk in collection.snapshots.others(file_bytes(collection.tier_bytes().total) // 2):
         yield NamedChunk(name, chunk, ALL if chunk.present is None else PRESENT)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import gc
+import weakref
 
 import pytest
 import torch
@@ -217,6 +219,20 @@ def test_hooks_of_a_step_and_the_profiler_see_it():
     assert seen == ["before", "after"]
     assert any(event.key == "Optimizer.step#ShardedOptimizer.step"
                for event in profile.key_averages())
+
+
+def test_rows_and_their_files_go_with_their_last_user():
+    """No cycle of references keeps them, so that another model may open the same files at once."""
+    gc.disable()
+    try:
+        model, optimizer = sl.shard(Bare(TABLES), _plan(1), optimizer=sl.optim.SGD(lr=1.0))
+        storage = weakref.ref(model.collections()["ebc"].storage)
+        model(build_features(_bags_of([1]), FEATURES)).values().sum().backward()
+        optimizer.step()
+        del model, optimizer
+        assert storage() is None
+    finally:
+        gc.enable()
 
 
 def _snapshot(model):

@@ -90,14 +90,19 @@ class FakeCollection:
                                      held.weights[top:top + step],
                                      {"sum": held.state[top:top + step]}, held.replicated)
 
-    def snapshot(self, changed: object, buffer_bytes: int) -> Snapshot:
-        """Holds nothing: `other_chunks` are all."""
+    @property
+    def snapshots(self) -> FakeCollection:
+        """Takes them itself."""
+        return self
+
+    def take(self, changed: object, buffer_bytes: int) -> Snapshot:
+        """Holds nothing: `others` are all."""
         return Snapshot({}, None, KeptRoom(buffer_bytes))
 
-    def other_chunks(self, max_bytes: int) -> Iterator[TableChunk]:
+    def others(self, max_bytes: int) -> Iterator[TableChunk]:
         return self.chunks(max_bytes)
 
-    def drop_snapshot(self, snapshot: Snapshot) -> None:
+    def drop(self, snapshot: Snapshot) -> None:
         snapshot.close()
 
     def watch_changes(self) -> ChangedRows:
