@@ -142,6 +142,7 @@ class _Program:
                 self.load()
             if number in story.saved:
                 saved.append(self.rows())
+        self.optimizer.zero_grad()  # what no step took is received, before others use the lanes
         self.collection.forget_announced()
         return self.seen, [*saved, self.rows()]
 
