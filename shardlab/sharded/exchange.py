@@ -105,8 +105,7 @@ class Exchange:
         sender = groups.job_rank if groups.stages is None else self._network.rank
         self.sender = GradientSender(self._network, self._cells, groups.device, (seed, sender),
                                      self.watch)
-        self._parted = PartedSender(self._cells, self.sender,
-                                    (self._send_gradients, self._send_behind), clock.lap)
+        self._parted = PartedSender(self._cells, self.sender, clock.lap)
         pooled = any(slot.feature >= 0 for slot in layout.slots)
         rows = any(slot.feature < 0 for slot in layout.slots)
         # Everything at home and pooled: bags go from the rows to the output, nothing between.
@@ -358,7 +357,8 @@ class Exchange:
             return PendingGradients(incoming.ids, chunks, bags, weights, grad.view(-1), Work())
         sums: SlotSums = SourceSums(self._sources, lookup.own, grad)
         if parting is not None:
-            pending = self._parted.send(parting, sums, grad.device)
+            pending = self._parted.send(parting, sums, grad.device,
+                                        (self._send_gradients, self._send_behind))
             self._clock.lap("grads")
             return pending
         place = self._cells.backward(outgoing, incoming)

@@ -77,13 +77,12 @@ class PartedSender:
     Args:
         cells: where cells lie.
         sender: encodes and decodes.
-        ways: of the urgent part, which starts to send at once, and of the rest.
         lap: is told when a phase ends.
     """
 
-    def __init__(self, cells: CellIndex, sender: GradientSender, ways: tuple[Send, Send],
+    def __init__(self, cells: CellIndex, sender: GradientSender,
                  lap: Callable[[str], None]) -> None:
-        self._cells, self._sender, self._ways, self._lap = cells, sender, ways, lap
+        self._cells, self._sender, self._lap = cells, sender, lap
 
     def plan(self, asked: Asked) -> Parting:
         """How the gradients of a batch part whose urgent ids are marked; from any thread."""
@@ -93,13 +92,15 @@ class PartedSender:
             parts.append((self._cells.backward(outgoing, incoming), numbers, incoming))
         return Parting(self._cells.backward(asked.outgoing, asked.incoming), tuple(parts))
 
-    def send(self, parting: Parting, sums: SlotSums, device: torch.device) -> PendingGradients:
+    def send(self, parting: Parting, sums: SlotSums, device: torch.device,
+             ways: tuple[Send, Send]) -> PendingGradients:
         """Starts to send them.
 
         Args:
             parting: of the batch.
             sums: of this rank.
             device: where gradients are.
+            ways: of the urgent part, and of the rest; they start to send.
 
         Returns:
             The urgent ones; the others are their ``rest``.
@@ -109,7 +110,7 @@ class PartedSender:
         self._sender.encode_parts(sums, parting.whole, parts)
         self._lap("pool")
         urgent, rest = (self._pending(part, incoming, way(part.buffer, part.place))
-                        for part, (_, _, incoming), way in zip(parts, parting.parts, self._ways,
+                        for part, (_, _, incoming), way in zip(parts, parting.parts, ways,
                                                                strict=True))
         return replace(urgent, rest=rest)
 
