@@ -136,6 +136,7 @@ class ShardedEmbeddingBagCollection(nn.Module):
             InputError: a feature is missing, unknown or malformed.
             BoundsError: an id outside its table.
         """
+        self.clock.lap("dense")
         self._refresh_hot_rows()
         serial, batch, ahead = self._taken(features)
         if torch.is_grad_enabled() and self.training:

@@ -96,7 +96,7 @@ class Exchange:
         one_level = all(isinstance(local.storage, RowsSpec) and len(local.storage.levels) == 1
                         for local in layout.local_shards)
         #: Held while rows are read or stepped: two threads do it, and caches are for one. Rows of
-        #: one level need none: early rows and rows that an update changes are never the same.
+        #: one level need none: what one thread reads or steps, the other does not step.
         self.storage_lock: AbstractContextManager[object] = nullcontext() if one_level else Lock()
         self.watch = WireWatch()
         #: Of batches that come: two threads must not count in one.

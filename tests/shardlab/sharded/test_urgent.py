@@ -142,6 +142,7 @@ class _Program:
                 self.load()
             if number in story.saved:
                 saved.append(self.rows())
+        self.optimizer.zero_grad()  # what no step took is received, before others use the lanes
         self.collection.forget_announced()
         return self.seen, [*saved, self.rows()]
 
@@ -426,9 +427,8 @@ def _train_forever(groups, job):
         optimizer.step()
 
 
-@pytest.mark.parametrize("transport", ["shared_memory", "gloo"])
-def test_a_killed_rank_ends_the_others(transport, tmp_path):
-    world = FaultyWorld(3, tmp_path, transport, 60.0, _train_forever, _job(3, ("row",)))
+def test_a_killed_rank_ends_the_others(tmp_path):
+    world = FaultyWorld(3, tmp_path, "gloo", 60.0, _train_forever, _job(3, ("row",)))
     for end in world.hurt(1, signal.SIGKILL).values():
         assert end.code == 3
         assert "rank 1 has ended" in end.error
