@@ -40,8 +40,9 @@ void forward_level(const TensorTrain& train, const TrainIndex& index, const Prod
         std::memcpy(copy + r * padded, right + r * width, width * sizeof(float));
       right = copy;
     }
+    Ahead ahead = next_slice(train, index, k, g);
     multiply({left, inner, 1}, (end - first) * lead, inner, right, padded, width,
-             products.data[k] + first * node_elements(train, k), width);
+             products.data[k] + first * node_elements(train, k), width, ahead);
   }
 }
 

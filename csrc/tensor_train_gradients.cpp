@@ -22,6 +22,9 @@ namespace {
 
 // Rows of the last product that are computed together: each loads a lane of the slice once.
 constexpr int kRowsTogether = 8;
+// Nodes of the last level whose products are asked for ahead: 32 lines at rank 32, about as many as
+// a core can wait for.
+constexpr int64_t kNodesAhead = 4;
 
 // target[i][r] = sum over terms t of weight(t, i) * vector(t)[r], i < count <= kRowsTogether.
 // `walk(visit)` calls visit(vector, weights, weight_step) for every term in order.
@@ -110,6 +113,17 @@ void last_prefixes(const Backward& b) {
   }
 }
 
+// The product that the node at a place of level k multiplies: nobody has read it since the read.
+inline __attribute__((always_inline)) void prefetch_product(const Backward& b, int64_t k,
+                                                            int64_t place) {
+  const Level& level = b.index.levels[k];
+  if (place >= level.size()) return;
+  const float* product =
+      product_of(b.train, b.index, b.products, k - 1, level.parent[level.nodes[place]]);
+  for (int64_t e = 0; e < node_elements(b.train, k - 1); e += kLineElements)
+    __builtin_prefetch(product + e);
+}
+
 // Slices of the last core.
 template <class Sink>
 void last_slices(const Backward& b, const Sink& sink) {
@@ -123,6 +137,7 @@ void last_slices(const Backward& b, const Sink& sink) {
     combine_rows(columns, rank, [&](int64_t j) {
       return [&, j](const auto& visit) __attribute__((always_inline)) {
         for (int64_t place = first; place < end; ++place) {
+          prefetch_product(b, k, place + kNodesAhead);
           const int64_t node = level.nodes[place];
           const float* left = product_of(b.train, b.index, b.products, k - 1, level.parent[node]);
           const float* weights = b.row_grads + node * width + j;
@@ -147,12 +162,13 @@ void middle_level(const Backward& b, int64_t k, const Sink& sink) {
     const float* grad = b.grads.data[k] + first * lead * width;
     const float* left = gather_parents(b.train, b.index, b.products, k, first, end, parents);
     float* target = sink.place(b, k, g);
-    multiply({left, 1, inner}, inner, rows, grad, width, width, target, width);
+    Ahead ahead = next_slice(b.train, b.index, k, g);
+    multiply({left, 1, inner}, inner, rows, grad, width, width, target, width, ahead);
     float* slice = turned.at_least(width * panel);
     transpose(slice_of(b.train, k, b.index.digit_of_group(k, g)), width, inner, width, slice,
               panel);
     multiply({grad, width, 1}, rows, width, slice, panel, inner,
-             b.before[k] + first * lead * inner, inner);
+             b.before[k] + first * lead * inner, inner, ahead);
     sink.finish(b, k, g, target);
   }
 }

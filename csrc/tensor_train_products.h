@@ -8,6 +8,8 @@ namespace shardlab::SHARDLAB_ISA {
 // Rows of a strip at most: with two vectors of sums each they fill 24 of 32 registers, or 12 of 16.
 constexpr int kStripRows = kTileVecs == 1 ? 12 : 6;
 
+constexpr int64_t kLineElements = 64 / sizeof(float);
+
 struct Products {
   float* data[kMaxCores];
 };
@@ -32,15 +34,35 @@ inline const float* slice_of(const TensorTrain& train, int64_t k, int64_t digit)
   return train.data[k] + digit * slice_elements(train, k);
 }
 
+// Memory that is wanted soon: a line is asked for at every step of a product. All at once they
+// would fill the queue of outstanding lines, and the product would wait behind it.
+struct Ahead {
+  const float *next = nullptr, *end = nullptr;
+
+  __attribute__((always_inline)) void operator()() {
+    if (next >= end) return;
+    __builtin_prefetch(next);
+    next += kLineElements;
+  }
+};
+
+// The slice of the group after `group`: cores do not stay in the caches between steps.
+inline Ahead next_slice(const TensorTrain& train, const TrainIndex& index, int64_t k,
+                        int64_t group) {
+  if (group + 1 >= index.levels[k].num_groups()) return {};
+  const float* slice = slice_of(train, k, index.digit_of_group(k, group + 1));
+  return {slice, slice + slice_elements(train, k)};
+}
+
 // A strip of a product: kRows rows, of which the last is dropped where `whole` is false, and up to
 // kVecs vectors of columns.
 template <int kRows, int kVecs>
 inline __attribute__((always_inline)) void strip(TileRows left, int64_t steps, const float* right,
                                                  int64_t right_stride, int64_t columns,
                                                  float* target, int64_t target_stride,
-                                                 bool whole) {
+                                                 bool whole, Ahead& ahead) {
   Wide sum[kRows][kVecs];
-  tile<MultiplyAdd>(steps, left, right, right_stride, sum);
+  tile<MultiplyAdd>(steps, left, right, right_stride, sum, ahead);
   // Sums stay in registers as long as no loop counts which of them to store.
   const int64_t last = columns - (kVecs - 1) * kWidth;
   const auto store = [&](int i) __attribute__((always_inline)) {
@@ -57,14 +79,14 @@ inline __attribute__((always_inline)) void strip(TileRows left, int64_t steps, c
 
 template <int kRows>
 void strips(TileRows left, int64_t steps, const float* right, int64_t right_stride,
-            int64_t columns, float* target, int64_t target_stride, bool whole) {
+            int64_t columns, float* target, int64_t target_stride, bool whole, Ahead& ahead) {
   int64_t c = 0;
   for (; c + kWidth < columns; c += 2 * kWidth)
     strip<kRows, 2>(left, steps, right + c, right_stride, columns - c, target + c, target_stride,
-                    whole);
+                    whole, ahead);
   if (c < columns)
     strip<kRows, 1>(left, steps, right + c, right_stride, columns - c, target + c, target_stride,
-                    whole);
+                    whole, ahead);
 }
 
 // target[rows][columns] = left x right: element (r, s) of left is left.data[r * row_stride +
@@ -72,12 +94,13 @@ void strips(TileRows left, int64_t steps, const float* right, int64_t right_stri
 // as even as they can be, and of an even number of rows. Up to one row and kWidth - 1 columns
 // beyond the end are read, and dropped.
 inline void multiply(TileRows left, int64_t rows, int64_t steps, const float* right,
-                     int64_t right_stride, int64_t columns, float* target, int64_t target_stride) {
+                     int64_t right_stride, int64_t columns, float* target, int64_t target_stride,
+                     Ahead& ahead) {
   for (int64_t count = (rows + kStripRows - 1) / kStripRows; count > 0; --count) {
     const int64_t inside = std::min(rows, round_up((rows + count - 1) / count, 2));
     const auto run = [&](auto run_strips) {
       run_strips(left, steps, right, right_stride, columns, target, target_stride,
-                 inside % 2 == 0);
+                 inside % 2 == 0, ahead);
     };
     switch ((inside + 1) / 2) {
       case 1: run(strips<2>); break;
