@@ -42,7 +42,9 @@ class TrainBatch:
 
     def __init__(self, trains: list[TensorTrainShard], memories: list[CoreMemory]) -> None:
         self.trains, self.workspace = trains, Workspace()
-        self._memories = memories
+        self._own = [memory.slices for memory in memories if not memory.kind.is_shared]
+        self._shared = [(number, core) for number, train in enumerate(trains) if train.is_shared
+                        for core in range(len(train.cores.shape.row_factors))]
         self._read: _Read | None = None
 
     def forget(self) -> None:
@@ -115,9 +117,8 @@ class TrainBatch:
             grads: fp32, flat: of those rows, scaled and clipped.
             step: hyper-parameters; its key is of the random bits of slices.
         """
-        cores = [memory.slices for memory in self._memories if not memory.kind.is_shared]
-        if cores:
-            batch_steps(self._products(ids, edges, grads), ids, edges, grads, cores, step,
+        if self._own:
+            batch_steps(self._products(ids, edges, grads), ids, edges, grads, self._own, step,
                         self.workspace)
 
     def shared_gradients(self, ids: Tensor, edges: list[int],
@@ -127,14 +128,12 @@ class TrainBatch:
         Args:
             ids, edges, grads: as `step` has them.
         """
-        order = [(number, core) for number, train in enumerate(self.trains) if train.is_shared
-                 for core in range(len(train.cores.shape.row_factors))]
-        if not order:
+        if not self._shared:
             return {}
-        found = batch_gradients(self._products(ids, edges, grads), ids, edges, grads, order,
+        found = batch_gradients(self._products(ids, edges, grads), ids, edges, grads, self._shared,
                                 [False] * len(self.trains), self.workspace)
         pairs: dict[int, list[tuple[Tensor, Tensor]]] = {}
-        for place, (number, core) in enumerate(order):
+        for place, (number, core) in enumerate(self._shared):
             pairs.setdefault(number, []).append(
                 found.core(place, self.trains[number].cores.size(core)[1]))
         return {number: CoreGradients(*map(tuple, zip(*parts, strict=True)))
