@@ -41,8 +41,13 @@ void forward_level(const TensorTrain& train, const TrainIndex& index, const Prod
       right = copy;
     }
     Ahead ahead = next_slice(train, index, k, g);
-    multiply({left, inner, 1}, (end - first) * lead, inner, right, padded, width,
-             products.data[k] + first * node_elements(train, k), width, ahead);
+    float* target = products.data[k] + first * node_elements(train, k);
+    if (g + 1 < level.num_groups()) {  // and its products' place
+      ahead.write = products.data[k] + end * node_elements(train, k);
+      ahead.write_end = products.data[k] + level.groups[g + 2] * node_elements(train, k);
+    }
+    multiply({left, inner, 1}, (end - first) * lead, inner, right, padded, width, target, width,
+             ahead);
   }
 }
 

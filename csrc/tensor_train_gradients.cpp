@@ -98,6 +98,10 @@ void last_prefixes(const Backward& b) {
   const Level &level = b.index.levels[k], &above = b.index.levels[k - 1];
 #pragma omp for schedule(dynamic, 32)
   for (int64_t node = 0; node < above.size(); ++node) {
+    if (k > 1 && node + kNodesAhead < above.size()) {
+      float* next = b.grads.data[k - 1] + above.slot[node + kNodesAhead] * lead * rank;
+      for (int64_t e = 0; e < lead * rank; e += kLineElements) __builtin_prefetch(next + e, 1);
+    }
     float* target = k == 1 ? b.first_slice(node)
                            : b.grads.data[k - 1] + above.slot[node] * lead * rank;
     const int64_t first = above.children[node], end = above.children[node + 1];

@@ -34,15 +34,21 @@ inline const float* slice_of(const TensorTrain& train, int64_t k, int64_t digit)
   return train.data[k] + digit * slice_elements(train, k);
 }
 
-// Memory that is wanted soon: a line is asked for at every step of a product. All at once they
+// Memory that is wanted soon: some lines are asked for at every step of a product. All at once they
 // would fill the queue of outstanding lines, and the product would wait behind it.
 struct Ahead {
   const float *next = nullptr, *end = nullptr;
+  float *write = nullptr, *write_end = nullptr;
 
   __attribute__((always_inline)) void operator()() {
-    if (next >= end) return;
-    __builtin_prefetch(next);
-    next += kLineElements;
+    if (next < end) {
+      __builtin_prefetch(next);
+      next += kLineElements;
+    }
+    if (write < write_end) {
+      __builtin_prefetch(write, 1);
+      write += kLineElements;
+    }
   }
 };
 
