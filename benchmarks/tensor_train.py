@@ -9,8 +9,8 @@ meets them alike; medians of CPU time on one thread.
   plain     gather the core slices of every id, two bmm, autograd, SGD on dense core gradients
   dedup     the same over distinct ids, and the first product over distinct (i1, i2) pairs
   shardlab  a sharded collection: input checks, de-duplication, autograd, exact SGD
-  kernels   rows and gradients of distinct ids alone; its GFLOP/s count 3 x the forward's arithmetic
-            after de-duplication and reuse of prefixes
+  kernels   rows of distinct ids, gradients and step alone; its GFLOP/s count 3 x the forward's
+            arithmetic after de-duplication and reuse of prefixes
   bmm       torch.bmm of 2048 products (q x r) (r x q r): what the machine gives small products
 
 Before anything is timed, ShardLab's rows and a step are compared with the plain columns.
@@ -29,12 +29,9 @@ from benchlib import emit, sample_ids
 
 import shardlab as sl
 from shardlab.ops.allocator import keep_freed_memory
-from shardlab.ops.tensor_train import (
-    Workspace,
-    logical_cores,
-    tensor_train_gradients,
-    tensor_train_rows,
-)
+from shardlab.ops.step_parameters import StepParameters
+from shardlab.ops.tensor_train import Workspace, logical_cores
+from shardlab.ops.tensor_train_batch import batch_rows, batch_steps
 from shardlab.presets import CRITEO_KAGGLE_CARDINALITIES, criteo_kaggle_tables
 
 ROWS, COLUMNS = (200, 220, 250), {16: (2, 2, 4), 64: (4, 4, 4)}
@@ -85,7 +82,8 @@ class OurTable:
             "column_factors": list(COLUMNS[dim])})
         self.model, self.optimizer = sl.shard(sl.EmbeddingBagCollection([table]),
                                               optimizer=sl.optim.SGD(lr=LEARNING_RATE))
-        self.train = next(iter(self.model.collections().values())).storage.trains[0]
+        storage = next(iter(self.model.collections().values())).storage
+        self.train, self.slices = storage.trains[0], [one.slices for one in storage.memories]
         self.grad, self.workspace = grad, Workspace()
 
     def cores(self) -> list[torch.nn.Parameter]:
@@ -100,12 +98,13 @@ class OurTable:
         self.optimizer.step()
 
     def kernels(self, ids: torch.Tensor) -> None:
-        """Rows and gradients of distinct ids."""
-        cores = self.train.cores.train(self.workspace)
+        """Rows of distinct ids, gradients and step."""
+        trains, edges = [self.train.cores.train(self.workspace)], [0, ids.numel()]
         rows = self.workspace.take("bench", ids.numel() * self.grad.shape[1], self.grad)
-        rows = rows.view(ids.numel(), -1)
-        tensor_train_rows(cores, ids, rows, self.workspace)
-        tensor_train_gradients(cores, ids, rows, self.workspace, products=True)
+        batch_rows(trains, ids, edges, rows, self.workspace)
+        rows.mul_(LEARNING_RATE)  # gradients of a size that keeps cores finite
+        batch_steps(trains, ids, edges, rows, self.slices, StepParameters("sgd", LEARNING_RATE),
+                    self.workspace)
 
 
 def flops(dim: int, rank: int, ids: torch.Tensor) -> int:

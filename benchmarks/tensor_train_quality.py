@@ -3,6 +3,7 @@
     python tensor_train_quality.py ../examples/criteo_kaggle_dlrm.yaml --data criteo.parquet
     python tensor_train_quality.py ../examples/criteo_kaggle_dlrm.yaml --synthetic 400000
     python tensor_train_quality.py JOB --data FILE --tables 3 --ranks 8 --seeds 0 --out part.jsonl
+    python tensor_train_quality.py JOB --data FILE --tables 7 --ranks 8 --cached 1000 --warmup 50
     python tensor_train_quality.py --from first.jsonl part.jsonl --plot quality.png
 
 The job's model and optimisers train once over the data, with tables of the full Criteo Kaggle
@@ -17,11 +18,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import yaml
+from tensor_train_report import describe, grouped, key_of, plot, read_runs
 
 import shardlab as sl
 from shardlab.comm import Groups
@@ -42,23 +44,55 @@ FACTORS = {10131227: [200, 220, 250], 8351593: [200, 200, 209], 7046547: [200, 2
 LARGEST = sorted(FACTORS, reverse=True)
 
 
-def storage_of(rows: int, rank: int, init: str, lr_scale: float = 1.0) -> dict:
-    """Tensor train of one of the seven tables."""
-    return {"kind": "tensor_train", "rank": rank, "row_factors": FACTORS[rows],
-            "column_factors": [2, 2, 4], "init": init, "lr_scale": lr_scale}
+@dataclass(frozen=True)
+class Variant:
+    """What the cores of a run have beside rank and start.
+
+    Attributes:
+        lr_scale: of the cores.
+        dtype: of the cores.
+        cached: rows that every table caches at most.
+        warmup: optimiser steps before rows are cached.
+    """
+
+    lr_scale: float = 1.0
+    dtype: str = "fp32"
+    cached: int = 0
+    warmup: int = 0
+
+    def name(self, kind: str) -> str:
+        """In tables and keys; hashed tables have the bytes of it, and no rate."""
+        parts = [self.dtype] if self.dtype != "fp32" else []
+        if self.lr_scale != 1.0 and kind == "tensor_train":
+            parts.append(f"lr x {self.lr_scale:g}")
+        if self.cached:
+            parts.append(f"{self.cached} cached" + (f" after {self.warmup}"
+                                                    if kind == "tensor_train" else ""))
+        return ", ".join(parts) if kind != "fp32" else ""
+
+    def storage(self, rows: int, rank: int, init: str) -> dict:
+        """Tensor train of one of the seven tables."""
+        storage = {"kind": "tensor_train", "rank": rank, "row_factors": FACTORS[rows],
+                   "column_factors": [2, 2, 4], "init": init, "lr_scale": self.lr_scale,
+                   "dtype": self.dtype}
+        if self.cached:
+            storage |= {"cache_fraction": min(1.0, self.cached / rows),
+                        "cache_warmup_steps": self.warmup}
+        return storage
 
 
-def tables_of(kind: str, count: int, rank: int, init: str, lr_scale: float) -> list[dict]:
+def tables_of(kind: str, count: int, rank: int, init: str, variant: Variant) -> list[dict]:
     """The 26 tables of a run as entries of a job file."""
     tables = []
     for feature, rows in zip(CRITEO_SPARSE_NAMES, CRITEO_KAGGLE_CARDINALITIES, strict=True):
         entry = {"name": f"t_{feature}", "num_embeddings": rows, "embedding_dim": DIM,
                  "feature_names": [feature]}
         if kind != "fp32" and rows in LARGEST[:count]:
-            storage = storage_of(rows, rank, init, lr_scale)
+            storage = variant.storage(rows, rank, init)
             if kind == "tensor_train":
                 entry["storage"] = storage
             else:
+                storage["init"] = "isometric"  # of no weight: hashed tables have its bytes alone
                 fields = {key: tuple(value) if isinstance(value, list) else value
                           for key, value in storage.items() if key != "kind"}
                 held = tier_bytes(TensorTrainSpec(**fields), rows, DIM, "sgd").total
@@ -76,7 +110,8 @@ def load(args: argparse.Namespace, tables: list[dict], seed: int):
         data["data"] = {"kind": "synthetic_criteo", "train_rows": [0, args.synthetic],
                         "validation_rows": [args.synthetic, args.synthetic + 100_000]}
     else:
-        data["data"]["path"] = args.data
+        given = {"train_rows": args.train_rows, "validation_rows": args.validation_rows}
+        data["data"] |= {"path": args.data} | {key: rows for key, rows in given.items() if rows}
     path = Path(args.out).with_suffix(".job.yaml")
     path.write_text(yaml.safe_dump(data))
     return load_job(str(path))
@@ -84,7 +119,7 @@ def load(args: argparse.Namespace, tables: list[dict], seed: int):
 
 def run(args: argparse.Namespace, case: tuple[str, int, int, str], seed: int) -> dict:
     """Trains one configuration; its metrics on the validation rows."""
-    job = load(args, tables_of(*case, args.lr_scale), seed)
+    job = load(args, tables_of(*case, variant_of(args)), seed)
     torch.manual_seed(seed)
     train, validation = build_readers(job, Groups())
     model, optimizer = sl.shard(build_job_model(job), seed=seed,
@@ -116,121 +151,31 @@ def cases_of(args: argparse.Namespace) -> list[tuple[str, int, int, str]]:
         for rank in args.ranks:
             cases += [("tensor_train", count, rank, init) for init in args.inits]
             cases.append(("hashed", count, rank, "-"))
-    return cases
+    return [case for case in cases if case[0] in args.kinds]
 
 
-Key = tuple[str, str, int, int, str, float]
+def variant_of(args: argparse.Namespace) -> Variant:
+    """What the arguments say of the cores."""
+    return Variant(args.lr_scale, args.dtype, args.cached, args.warmup)
 
 
-def key_of(one: dict) -> Key:
-    """What the runs of all seeds have in common: data, kind, tables, rank, start, lr_scale."""
-    return (one.get("data", "criteo"), *one["case"], one.get("lr_scale", 1.0))
+def data_name(args: argparse.Namespace) -> str:
+    """Of the rows that a run trains and judges on."""
+    if args.synthetic:
+        return "synthetic"
+    return "criteo" + "".join(f" {first}-{end}" for first, end in
+                              filter(None, (args.train_rows, args.validation_rows)))
 
 
-def read_runs(paths: list[str]) -> dict[tuple[Key, int], dict]:
-    """Runs by configuration and seed; a later line of the same run takes its place.
-
-    Raises:
-        SystemExit: a file that is not there.
-    """
-    runs = {}
-    for path in paths:
-        if not Path(path).is_file():
-            raise SystemExit(f"--from {path}: no such file; expected JSON lines that --out wrote")
-        for line in Path(path).read_text().splitlines():
-            one = json.loads(line)
-            runs[key_of(one), one["seed"]] = one
-    return runs
-
-
-def grouped(runs: dict[tuple[Key, int], dict]) -> dict[Key, dict[int, dict]]:
-    """Runs of every configuration by seed, in the order of the table."""
-    found: dict[Key, dict[int, dict]] = {}
-    for key, seed in sorted(runs):
-        found.setdefault(key, {})[seed] = runs[key, seed]
-    return found
-
-
-def describe(found: dict[Key, dict[int, dict]]) -> list[str]:
-    """The table in Markdown; differences are those of the seeds that fp32 ran, too."""
-    lines = ["| data | tables | rank | start | accuracy % | to fp32 | AUC | to fp32 | logloss | MB "
-             "| seeds |", "|---" * 11 + "|"]
-    for (data, kind, count, rank, init, lr_scale), runs in found.items():
-        base = found.get((data, "fp32", 0, 0, "-", 1.0), {})
-        start = init if kind == "tensor_train" else kind
-        start += "" if lr_scale == 1.0 else f", lr x {lr_scale:g}"
-        cells = [data, str(count or "-"), str(rank or "-"), start]
-        for name, digits in (("accuracy", 3), ("auc", 4)):
-            cells.append(f"{statistics.mean(one[name] for one in runs.values()):.{digits}f}")
-            paired = [one[name] - base[seed][name] for seed, one in runs.items() if seed in base]
-            error = statistics.stdev(paired) / len(paired)**0.5 if len(paired) > 1 else 0.0
-            cells.append(f"{statistics.mean(paired):+.{digits}f} ± {error:.{digits}f}"
-                         if paired and kind != "fp32" else "")
-        first = next(iter(runs.values()))
-        cells += [f"{statistics.mean(one['logloss'] for one in runs.values()):.4f}",
-                  f"{first['bytes'] / 1e6:.1f}", str(len(runs))]
-        lines.append("| " + " | ".join(cells) + " |")
-    return lines
-
-
-def plot(found: dict[Key, dict[int, dict]], path: str) -> None:
-    """AUC over bytes, a picture with a panel for every data set and number of tables.
-
-    Bars are standard errors over seeds, where there are several.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    panels = sorted({(key[0], key[2]) for key in found if key[1] != "fp32"})
-    kinds = sorted({line_name(key) for key in found if key[1] != "fp32"})
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(4.2 * len(panels) + 1.5, 4),
-                                   squeeze=False, sharey=True)
-    for (data, count), panel in zip(panels, axes[0], strict=True):
-        for color, name in enumerate(kinds):
-            chosen = sorted((next(iter(runs.values()))["bytes"] / 1e6, *mean_auc(runs))
-                            for key, runs in found.items()
-                            if key[0] == data and key[2] == count and line_name(key) == name)
-            if chosen:
-                x, y, error = zip(*chosen, strict=True)
-                panel.errorbar(x, y, error, marker="o", markersize=4, capsize=2, label=name,
-                               color=f"C{color}", linestyle="--" if name == "hashed" else "-")
-        for key, runs in found.items():
-            if key[0] == data and key[1] == "fp32":
-                panel.axhline(mean_auc(runs)[0], color="grey", linestyle=":", label="fp32")
-        panel.set(title=f"{data}, {count} largest tables", xscale="log",
-                  xlabel="MB of all tables")
-        panel.grid(alpha=0.3)
-    axes[0, 0].set_ylabel("validation AUC")
-    axes[0, -1].legend(fontsize="x-small", loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-
-
-def line_name(key: Key) -> str:
-    """Of a run, in a picture: how its tables start, or that they are hashed."""
-    _, kind, _, _, init, lr_scale = key
-    return (init if kind == "tensor_train" else kind) + \
-        ("" if lr_scale == 1.0 else f", lr x {lr_scale:g}")
-
-
-def mean_auc(runs: dict[int, dict]) -> tuple[float, float]:
-    """Mean over seeds, and its standard error; 0 for one seed."""
-    found = [one["auc"] for one in runs.values()]
-    error = statistics.stdev(found) / len(found) ** 0.5 if len(found) > 1 else 0.0
-    return statistics.mean(found), error
-
-
-def train_missing(args: argparse.Namespace) -> dict[tuple[Key, int], dict]:
+def train_missing(args: argparse.Namespace) -> dict:
     """Trains what --out does not hold yet, and returns all that it holds."""
     path = Path(args.out)
     known = read_runs([args.out]) if path.is_file() else {}
-    data = "synthetic" if args.synthetic else "criteo"
+    data, variant = data_name(args), variant_of(args)
     for seed in args.seeds:
         for case in cases_of(args):
-            lr_scale = args.lr_scale if case[0] == "tensor_train" else 1.0
-            one = {"case": list(case), "seed": seed, "data": data, "lr_scale": lr_scale}
+            one = {"case": list(case), "seed": seed, "data": data,
+                   "variant": variant.name(case[0])}
             if (key_of(one), seed) in known:
                 continue
             one |= run(args, case, seed)
@@ -253,7 +198,13 @@ def main() -> None:
     parser.add_argument("--inits", nargs="+", default=list(TENSOR_TRAIN_INITS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--kinds", nargs="+", default=["fp32", "tensor_train", "hashed"])
     parser.add_argument("--lr-scale", type=float, default=1.0, help="of the cores")
+    parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of the cores")
+    parser.add_argument("--cached", type=int, default=0, help="rows that every table caches")
+    parser.add_argument("--warmup", type=int, default=50, help="steps before rows are cached")
+    parser.add_argument("--train-rows", type=int, nargs=2, help="instead of the job's")
+    parser.add_argument("--validation-rows", type=int, nargs=2, help="instead of the job's")
     parser.add_argument("--out", default="tensor_train_quality.jsonl", help="runs; read first")
     parser.add_argument("--plot", default="")
     parser.add_argument("--from", dest="files", nargs="+", default=[], help="runs; trains nothing")

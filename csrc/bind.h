@@ -3,6 +3,9 @@
 #include <nanobind/nanobind.h>
 
 #include <cstdint>
+#include <vector>
+
+#include "rows.h"
 
 namespace shardlab::binding {
 
@@ -12,6 +15,12 @@ using Address = uintptr_t;
 template <class T>
 T* at(Address address) {
   return reinterpret_cast<T*>(address);
+}
+
+// The numbers of `shardlab.ops.rows.StepParameters`.
+inline Step step_from(const std::vector<float>& v) {
+  if (v.size() != 11) throw nanobind::value_error("step needs 11 numbers");
+  return {v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7], v[8], v[9], v[10]};
 }
 
 }  // namespace shardlab::binding

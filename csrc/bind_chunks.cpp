@@ -10,6 +10,7 @@
 
 namespace nb = nanobind;
 using namespace shardlab;
+using shardlab::binding::step_from;
 using Address = uintptr_t;
 
 namespace {
@@ -176,11 +177,6 @@ using GainTuple = std::tuple<Address, int64_t, Address, int64_t, Address, int64_
 ChunkGains gains_from(const GainTuple& t) {
   return {at<float>(std::get<0>(t)), (uint64_t)std::get<1>(t), at<float>(std::get<2>(t)),
           std::get<3>(t), at<float>(std::get<4>(t)), std::get<5>(t), at<int64_t>(std::get<6>(t))};
-}
-
-Step step_from(const std::vector<float>& n) {
-  if (n.size() != 11) throw nb::value_error("a step needs 11 numbers");
-  return {n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], n[9], n[10]};
 }
 
 }  // namespace

@@ -9,6 +9,7 @@ namespace nb = nanobind;
 using namespace shardlab;
 using shardlab::binding::Address;
 using shardlab::binding::at;
+using shardlab::binding::step_from;
 
 namespace {
 
@@ -16,11 +17,6 @@ namespace {
 RowCodes codes_from(const std::vector<int64_t>& v) {
   if (v.size() != 5) throw nb::value_error("a matrix of codes needs 5 numbers");
   return {(Codec)v[0], v[1], v[2], v[3], v[4]};
-}
-
-Step step_from(const std::vector<float>& v) {
-  if (v.size() != 11) throw nb::value_error("step needs 11 numbers");
-  return {v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7], v[8], v[9], v[10]};
 }
 
 // (ids, splits, starts, sources, weights, grads, row_squares)

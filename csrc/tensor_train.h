@@ -2,6 +2,8 @@
 #pragma once
 #include <cstdint>
 
+#include "rows.h"
+
 namespace shardlab {
 
 constexpr int kMaxCores = 4;
@@ -16,6 +18,15 @@ struct TensorTrain {
 
 struct TrainIndex;
 
+// How the slices of a core are stepped: as rows of a block. Gradients are scaled and clipped already.
+struct CoreStep {
+  Arena arena;
+  int64_t block;
+  Rule rule;
+  Step step;
+  uint64_t key;  // of the random bits
+};
+
 // The index is that of ids which ascend and differ, at least one. `products` keeps the products of
 // the leading cores for every distinct prefix: rows() fills it, gradients() reads it; room as
 // product_elements() says.
@@ -27,6 +38,10 @@ struct TensorTrainKernels {
   // or, where `every` is set, each at its place among all slices of the core.
   void (*gradients)(const TensorTrain& train, const TrainIndex& index, const float* products,
                     const float* row_grads, bool every, float* const* grads, int threads);
+  // The same gradients, each given to the optimiser as soon as it is known: a slice is in the
+  // caches then, and its gradient never leaves them. `every` also steps slices that no id meets.
+  void (*step)(const TensorTrain& train, const TrainIndex& index, const float* products,
+               const float* row_grads, bool every, const CoreStep* cores, int threads);
 };
 
 }  // namespace shardlab

@@ -59,18 +59,27 @@ void TensorTrainBatch::gradients(const float* row_grads, const CoreOrder& order,
     if (every[t]) std::fill_n(touched.grads + elements - count * size, count * size, 0.f);
     touched.splits[at + 1] = slices;
   }
-  for (size_t t = 0; t < entries_.size(); ++t)
-    for (int64_t core = 0; entries_[t].count > 0 && core < entries_[t].train.cores; ++core)
-      if (!targets[t * kMaxCores + core])
+  for_entries(row_grads, [&](size_t t, const Entry& entry, const float* grads) {
+    float** wanted = &targets[t * kMaxCores];
+    const int64_t cores = entry.train.cores;
+    if (std::all_of(wanted, wanted + cores, [](const float* target) { return !target; })) return;
+    for (int64_t core = 0; core < cores; ++core)
+      if (!wanted[core])
         throw std::invalid_argument("order: core " + std::to_string(core) + " of train " +
-                                    std::to_string(t) + " is missing; list every core once");
-  for (size_t t = 0; t < entries_.size(); ++t) {
-    const Entry& entry = entries_[t];
-    if (entry.count == 0) continue;
-    active_kernels().tensor_train->gradients(entry.train, entry.index, entry.products.get(),
-                                             row_grads, every[t], &targets[t * kMaxCores], threads);
-    row_grads += entry.count * leading_columns(entry.train, entry.train.cores - 1);
-  }
+                                    std::to_string(t) + " is missing; list every core of a train");
+    active_kernels().tensor_train->gradients(entry.train, entry.index, entry.products.get(), grads,
+                                             every[t], wanted, threads);
+  });
+}
+
+void TensorTrainBatch::step(const float* row_grads, const std::vector<CoreStep>& cores, bool every,
+                            int threads) {
+  for_entries(row_grads, [&](size_t t, const Entry& entry, const float* grads) {
+    const CoreStep* own = &cores.at(t * kMaxCores);
+    if (own->arena.bytes)
+      active_kernels().tensor_train->step(entry.train, entry.index, entry.products.get(), grads,
+                                          every, own, threads);
+  });
 }
 
 }  // namespace shardlab

@@ -34,9 +34,14 @@ class TensorTrainBatch {
   // for each of its slices, unless it has no id.
   std::pair<int64_t, int64_t> sizes(const CoreOrder& order, const std::vector<bool>& every) const;
 
-  // Gradients of the ids last read; no core may have changed since.
+  // Gradients of the ids last read; no core may have changed since. Trains of which `order` names
+  // no core are left out.
   void gradients(const float* row_grads, const CoreOrder& order, const std::vector<bool>& every,
                  const TouchedSlices& touched, int threads);
+
+  // Steps the cores by those gradients. cores: kMaxCores per train; trains whose first one has no
+  // arena are left out. `every` also steps slices that no id meets, of trains that have an id.
+  void step(const float* row_grads, const std::vector<CoreStep>& cores, bool every, int threads);
 
  private:
   struct Free {
@@ -53,6 +58,17 @@ class TensorTrainBatch {
       return every ? train.rows[core] : index.levels[core].num_groups();
     }
   };
+
+  // visit(t, entry, gradients of its rows) of every train that has ids.
+  template <class Visit>
+  void for_entries(const float* row_grads, const Visit& visit) {
+    for (size_t t = 0; t < entries_.size(); ++t) {
+      const Entry& entry = entries_[t];
+      if (entry.count == 0) continue;
+      visit(t, entry, row_grads);
+      row_grads += entry.count * leading_columns(entry.train, entry.train.cores - 1);
+    }
+  }
 
   std::vector<Entry> entries_;
 };

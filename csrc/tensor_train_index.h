@@ -33,10 +33,14 @@ struct TrainIndex {
   // Of ids that ascend and differ. It has a source of its own: the instruction sets share it.
   void build(const TensorTrain& train, const int64_t* ids, int64_t n);
 
-  // The place of a slice's gradient among those of its core: of all slices, or of those met.
-  int64_t place_of_group(int64_t k, int64_t group, bool every) const {
+  // The slice of core k that a group of nodes multiplies with.
+  int64_t digit_of_group(int64_t k, int64_t group) const {
     const Level& level = levels[k];
-    return every ? level.digit[level.nodes[level.groups[group]]] : group;
+    return level.digit[level.nodes[level.groups[group]]];
+  }
+  // The place of its gradient among those of its core: of all slices, or of those met.
+  int64_t place_of_group(int64_t k, int64_t group, bool every) const {
+    return every ? digit_of_group(k, group) : group;
   }
 
  private:

@@ -118,12 +118,19 @@ struct MultiplyAdd {
   }
 };
 
-// result[r][v] = sum over k of a(r, k) * b[k * b_stride + v * kWidth ..], k ascending.
-template <class Multiply, int R, int V>
+struct NoWork {
+  void operator()() const {}
+};
+
+// result[r][v] = sum over k of a(r, k) * b[k * b_stride + v * kWidth ..], k ascending. Every step
+// calls `beside` once.
+template <class Multiply, int R, int V, class Beside = NoWork>
 inline __attribute__((always_inline)) void tile(int64_t steps, TileRows a, const float* b,
-                                                int64_t b_stride, Wide (&result)[R][V]) {
+                                                int64_t b_stride, Wide (&result)[R][V],
+                                                Beside&& beside = {}) {
   Wide sum[R][V] = {};  // a local that never leaves stays in registers
   for (int64_t k = 0; k < steps; ++k) {
+    beside();
     Wide row[V];
     for (int v = 0; v < V; ++v) row[v] = wide_load(b + k * b_stride + v * kWidth);
     for (int r = 0; r < R; ++r) {

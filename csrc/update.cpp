@@ -38,7 +38,26 @@ void update_with(const Arena& arena, const Updates& updates, const Step& s, int 
   }
 }
 
+template <class Rule>
+void step_row_with(const CoreStep& core, const Updates& one) {
+  with_rows(core.arena, core.block, one, 1, [&](auto rows) {
+    update_block<Rule>(rows, one, 0, 1, core.step, nullptr);  // no sum: the gradient is whole
+  });
+}
+
 }  // namespace
+
+void step_row(const CoreStep& core, int64_t row, const float* grad) {
+  const int64_t starts[2] = {0, 1}, source = 0;
+  const Updates one{&row, nullptr, {starts, &source, nullptr}, grad, nullptr, core.key, nullptr};
+  switch (core.rule) {
+    case Rule::kSgd: return step_row_with<Sgd>(core, one);
+    case Rule::kAdagrad: return step_row_with<Adagrad>(core, one);
+    case Rule::kRowWiseAdagrad: return step_row_with<RowWiseAdagrad>(core, one);
+    case Rule::kAdam: return step_row_with<Adam>(core, one);
+    case Rule::kRowWiseAdam: return step_row_with<RowWiseAdam>(core, one);
+  }
+}
 
 void update(const Arena& arena, const Updates& updates, Rule rule, const Step& s, int threads) {
   switch (rule) {

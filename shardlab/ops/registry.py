@@ -19,8 +19,8 @@ FACES = ("reference", "native", "triton")
 
 #: op -> faces it has beside the reference. Index arithmetic has no Triton face: on CUDA its plain
 #: torch form is already a handful of device-wide sorts and scans. Reads in sorted order
-#: (scatter_rows) are for CPUs. Chunks on CUDA are read and stepped by pool_blocks and update_rows;
-#: spans are scaled by torch there and encoded by encode_rows.
+#: (scatter_rows) are for CPUs. Chunks on CUDA are read and stepped by pool_blocks and update_rows,
+#: and cores are stepped by update_rows; spans are scaled by torch there and encoded by encode_rows.
 OPS: dict[str, tuple[str, ...]] = {
     "unique_segments": ("native",),
     "route_bags": ("native",),
@@ -53,6 +53,7 @@ OPS: dict[str, tuple[str, ...]] = {
     "linear_relu": ("native",),
     "tensor_train_rows": ("native", "triton"),
     "tensor_train_gradients": ("native", "triton"),
+    "tensor_train_steps": ("native",),
 }
 
 #: Ops whose native face pays on one vendor's processors only. torch multiplies with MKL and oneDNN,

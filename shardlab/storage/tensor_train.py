@@ -26,7 +26,7 @@ from shardlab.ops.rows import pool_rows, sum_rows
 from shardlab.ops.scatter import scatter_rows
 from shardlab.ops.step_parameters import ROW_WISE, StepParameters
 from shardlab.ops.tensor_train import CoreGradients
-from shardlab.ops.tensor_train_batch import all_slices
+from shardlab.ops.tensor_train_batch import all_slices, moves_every_slice
 from shardlab.ops.unique import (
     BOUNDS_CODE,
     Segments,
@@ -40,7 +40,7 @@ from shardlab.storage.levels import Clock
 from shardlab.storage.tensor_train_batch import TrainBatch
 from shardlab.storage.tensor_train_cores import build_cores
 from shardlab.storage.tensor_train_files import load_train, save_train
-from shardlab.storage.tensor_train_shard import TensorTrainShard, moves_every_slice
+from shardlab.storage.tensor_train_shard import TensorTrainShard
 from shardlab.storage_bytes import TierBytes, tier_bytes
 
 _FP32_BYTES = 4
@@ -126,22 +126,14 @@ class TensorTrainStorage:
             return
         summed = self._summed(uniques, weights, grads, edges, step)
         ids, cores_edges, summed = self._learn_hot(uniques, summed, edges, step, row_squares)
-        found = self._batch.gradients(ids, cores_edges, summed, step)
-        first = 0
-        for memory in self.memories:
-            if not memory.kind.is_shared:
-                memory.step(found, first, step)
-            first += len(memory.owners)
+        waiting = self._batch.shared_gradients(ids, cores_edges, summed)
+        self._batch.step(ids, cores_edges, summed, replace(step, key=self.clock.key(0)))
         self._batch.forget()
         for number in touched:
-            train = self.trains[number]
-            if train.is_shared:
-                pairs = [self._batch.gradient_of(found, number, core)
-                         for core in range(len(train.cores.shape.row_factors))]
-                train.waiting = CoreGradients(tuple(slices for slices, _ in pairs),
-                                              tuple(values for _, values in pairs))
+            if self.trains[number].is_shared:
+                self.trains[number].waiting = waiting[number]
             else:
-                train.choose_hot_rows(self.clock.step)
+                self.trains[number].choose_hot_rows(self.clock.step)
 
     def _summed(self, uniques: Uniques, weights: Tensor | None, grads: Tensor, edges: list[int],
                 step: StepParameters) -> Tensor:

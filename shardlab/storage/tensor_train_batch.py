@@ -1,7 +1,8 @@
-"""What a step does for all tensor trains of a rank at once: rows, and gradients of cores.
+"""What a step does for all tensor trains of a rank at once: rows, and steps of cores.
 
     rows        of cached rows from the cache, of all others from the cores, in one call
-    gradients   of all cores, in one call, in the order of the memories that step them
+    step        of all cores of this rank alone, in one call
+    gradients   of the cores that other ranks share, in one call
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ import torch
 from torch import Tensor
 
 from shardlab.ops.step_parameters import StepParameters
-from shardlab.ops.tensor_train import SliceGradients, TensorTrain, Workspace
-from shardlab.ops.tensor_train_batch import batch_gradients, batch_rows
+from shardlab.ops.tensor_train import CoreGradients, TensorTrain, Workspace
+from shardlab.ops.tensor_train_batch import batch_gradients, batch_rows, batch_steps
 from shardlab.storage.tensor_train_memory import CoreMemory
-from shardlab.storage.tensor_train_shard import TensorTrainShard, moves_every_slice
+from shardlab.storage.tensor_train_shard import TensorTrainShard
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,9 @@ class TrainBatch:
 
     def __init__(self, trains: list[TensorTrainShard], memories: list[CoreMemory]) -> None:
         self.trains, self.workspace = trains, Workspace()
-        self._order = [owner for memory in memories for owner in memory.owners]
-        self._place = {owner: number for number, owner in enumerate(self._order)}
+        self._own = [memory.slices for memory in memories if not memory.kind.is_shared]
+        self._shared = [(number, core) for number, train in enumerate(trains) if train.is_shared
+                        for core in range(len(train.cores.shape.row_factors))]
         self._read: _Read | None = None
 
     def forget(self) -> None:
@@ -107,24 +109,39 @@ class TrainBatch:
         batch_rows(trains, ids, edges, out, self.workspace)
         self._read = _Read(trains, ids, edges)
 
-    def gradients(self, ids: Tensor, edges: list[int], grads: Tensor,
-                  step: StepParameters) -> SliceGradients:
-        """Gradients of all cores, memory after memory; valid until the next call.
+    def step(self, ids: Tensor, edges: list[int], grads: Tensor, step: StepParameters) -> None:
+        """One optimiser step on all cores that no other rank shares.
 
         Args:
             ids, edges: as in `rows`, of rows that the cores make.
             grads: fp32, flat: of those rows, scaled and clipped.
-            step: tells whether slices without a gradient move, too.
+            step: hyper-parameters; its key is of the random bits of slices.
         """
+        if self._own:
+            batch_steps(self._products(ids, edges, grads), ids, edges, grads, self._own, step,
+                        self.workspace)
+
+    def shared_gradients(self, ids: Tensor, edges: list[int],
+                         grads: Tensor) -> dict[int, CoreGradients]:
+        """Gradients of the cores of every shard that other ranks share; valid until the next call.
+
+        Args:
+            ids, edges, grads: as `step` has them.
+        """
+        if not self._shared:
+            return {}
+        found = batch_gradients(self._products(ids, edges, grads), ids, edges, grads, self._shared,
+                                [False] * len(self.trains), self.workspace)
+        pairs: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        for place, (number, core) in enumerate(self._shared):
+            pairs.setdefault(number, []).append(
+                found.core(place, self.trains[number].cores.size(core)[1]))
+        return {number: CoreGradients(*map(tuple, zip(*parts, strict=True)))
+                for number, parts in pairs.items()}
+
+    def _products(self, ids: Tensor, edges: list[int], grads: Tensor) -> list[TensorTrain]:
+        """The trains whose products of these ids the workspace holds, made anew if it must be."""
         if self._read is None or not self._read.holds(ids, edges):
             self._core_rows(ids, edges, self.workspace.take("made", grads.numel(), grads))
         assert self._read is not None
-        moves = moves_every_slice(step)
-        return batch_gradients(self._read.trains, ids, edges, grads, self._order,
-                               [moves and not train.is_shared for train in self.trains],
-                               self.workspace)
-
-    def gradient_of(self, found: SliceGradients, number: int,
-                    core: int) -> tuple[Tensor, Tensor]:
-        """(touched, gradients [slices, elements]) of one core, out of `gradients`."""
-        return found.core(self._place[number, core], self.trains[number].cores.size(core)[1])
+        return self._read.trains

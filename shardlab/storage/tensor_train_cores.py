@@ -213,5 +213,5 @@ class CoreArena:
                     squares[block] = grads.grads[core].new_full((len(pairs[block][0]),), -1.0)
                     if core == 0 and first_squares is not None:
                         squares[block] = first_squares
-            memory.step(join_gradients(pairs, self.device), 0, step,
+            memory.step(join_gradients(pairs, self.device), step,
                         None if first_squares is None else torch.cat(squares))

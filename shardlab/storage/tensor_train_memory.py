@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from shardlab.ops.blocks import Blocks, Encoding
-from shardlab.ops.rows import update_rows
 from shardlab.ops.step_parameters import StepParameters
 from shardlab.ops.tensor_train import SliceGradients
-from shardlab.ops.unique import Uniques
+from shardlab.ops.tensor_train_batch import CoreSlices, step_slices
 from shardlab.storage.levels import Clock
 from shardlab.storage_bytes import payload_bytes
 from shardlab.tiers import allocate
@@ -63,7 +62,7 @@ class CoreMemory:
 
     def __init__(self, kind: CoreKind, parts: list[CorePart], device: torch.device,
                  clock: Clock) -> None:
-        self.kind, self.owners, self._clock = kind, [part.owner for part in parts], clock
+        self.kind, self._clock = kind, clock
         table, offset = torch.zeros(len(parts), 6, dtype=torch.int64), 0
         for block, part in enumerate(parts):
             size, code = payload_bytes(kind.dtype, part.elements), part.encoding
@@ -73,30 +72,26 @@ class CoreMemory:
         for block in range(len(parts)):  # behind the states, which are aligned that way
             table[block, 0] = offset
             offset += int(table[block, 1] * table[block, 5])
-        self.data = allocate(offset, device)
-        self.blocks = Blocks(table) if kind.dtype == "fp32" else \
+        blocks = Blocks(table) if kind.dtype == "fp32" else \
             Blocks.build(table, [part.encoding for part in parts])
-        self._starts = torch.arange(0)
+        self.slices = CoreSlices(allocate(offset, device), blocks,
+                                 [part.owner for part in parts], kind.lr_multiple)
 
-    def step(self, grads: SliceGradients, first: int, step: StepParameters,
-             row_squares: Tensor | None = None) -> None:
-        """One optimiser step on slices.
+    @property
+    def data(self) -> Tensor:
+        """uint8: states and slices."""
+        return self.slices.arena
 
-        Args:
-            grads: the memory's cores are [first, first + blocks) of them.
-            first: see ``grads``.
-            step: gradients are scaled and clipped already.
-            row_squares: fp32 [slices]: mean square of every slice's gradient, -1 where the memory
-                holds the whole slice; or None.
-        """
-        splits = grads.splits[first:first + len(self.owners) + 1]
-        begin, end = splits[[0, -1]].tolist()
-        if begin == end:
-            return
-        if self._starts.numel() < end - begin + 1 or self._starts.device != grads.ids.device:
-            self._starts = torch.arange(2 * (end - begin) + 1, device=grads.ids.device)
-        uniques = Uniques(grads.ids[begin:end], splits - begin if begin else splits,
-                          self._starts[:end - begin + 1], grads.sources[begin:end])
-        update_rows(self.data, self.blocks, uniques, None, grads.grads, replace(
-            step, lr=step.lr * self.kind.lr_multiple, scale=1.0, clip_value=0.0,
-            key=self._clock.key(0), rows=None), row_squares)
+    @property
+    def blocks(self) -> Blocks:
+        """Where each core lies in ``data``."""
+        return self.slices.blocks
+
+    @property
+    def owners(self) -> list[tuple[int, int]]:
+        """(number of the shard, number of the core) of every block."""
+        return self.slices.owners
+
+    def step(self, grads: SliceGradients, step: StepParameters, row_squares: Tensor | None) -> None:
+        """One optimiser step on slices (`shardlab.ops.tensor_train_batch.step_slices`)."""
+        step_slices(self.slices, grads, 0, replace(step, key=self._clock.key(0)), row_squares)

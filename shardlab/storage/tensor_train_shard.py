@@ -14,8 +14,6 @@ from shardlab.storage.tensor_train_init import init_core
 from shardlab.storage_specs import TensorTrainSpec
 from shardlab.tensor_train_shapes import hot_rows_shape
 
-_ADAMS = ("adam", "row_wise_adam")
-
 
 class TensorTrainShard:
     """One shard: its cores, and what a step needs to remember.
@@ -114,8 +112,3 @@ class TensorTrainShard:
         """Forgets cached rows and counts: a checkpoint brings its own."""
         if self.hot is not None:
             self.hot.size, self.hot.uses.sizes = 0, [0, 0]
-
-
-def moves_every_slice(step: StepParameters) -> bool:
-    """Whether the rule also moves slices that got no gradient."""
-    return step.kind in _ADAMS or step.weight_decay > 0
