@@ -119,7 +119,7 @@ def main() -> None:
     parser.add_argument("--eval", type=int, default=20_000)
     parser.add_argument("--ratio", type=float, default=0.05)
     parser.add_argument("--period", type=int, default=25)
-    parser.add_argument("--gamma", type=float, default=0.999)
+    parser.add_argument("--gamma", type=float, default=0.996)
     parser.add_argument("--storage", default="{}", help="more keys of the pruned storage, JSON")
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     options = parser.parse_args()

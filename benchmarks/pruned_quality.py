@@ -5,7 +5,8 @@
 Tables have a row for every distinct id of the sample. All methods train one epoch of the same DLRM
 on the same batches with row-wise Adagrad, and are validated on the last ninth in time. Budgets are
 shares of the dense fp32 weights and count everything that a method holds: weights, optimiser state,
-and for pruned tables the index, utilities and the sketch.
+and for pruned tables the index, utilities and the sketch. `--dtype` is that of the rows of every
+method but the dense table; `--index` counts what finds the rows of frequency and magnitude, too.
 
     pruned       this project, K chunks
     rows         this project, K = 1: rows are admitted and evicted whole
@@ -35,7 +36,12 @@ import shardlab as sl
 from shardlab.train.metrics import exact_auc
 
 DIM, STATE_BYTES = 16, 4
-ROW_BYTES = 4 * DIM + STATE_BYTES
+ELEMENT_BYTES = {"fp32": 4, "fp16": 2, "int8": 1}
+#: Of a row with its state; int8 rows have a byte of scale.
+ROW_BYTES = {dtype: DIM * each + (dtype == "int8") + STATE_BYTES
+             for dtype, each in ELEMENT_BYTES.items()}
+#: Of a key and a place, in 8 slots for 7 rows.
+INDEX_BYTES = 12 * 8 / 7
 METHODS = ("pruned", "rows", "dimension", "hashing", "qr", "frequency", "magnitude")
 
 
@@ -115,16 +121,16 @@ class Method:
 def build_method(name: str, sample: Sample, ratio: float, options: argparse.Namespace) -> Method:
     """A method at a share of the dense bytes."""
     total = sum(sample.rows)
-    room = int(ratio * total * 4 * DIM / ROW_BYTES)
-    storage: Any = "fp32"
+    storage: Any = "fp32" if name == "dense" else options.dtype
+    room = int(ratio * total * 4 * DIM / (ROW_BYTES[storage] + index_bytes(name, options)))
     if name in ("pruned", "rows"):
-        storage = {"kind": "pruned", "budget": {"ratio": ratio}, "start": options.start,
-                   "chunks": 1 if name == "rows" else options.chunks, "period": options.period,
-                   "gamma": options.gamma, "warmup": options.warmup, "ramp": options.ramp,
-                   **json.loads(options.storage)}
+        storage = {"kind": "pruned", "budget": {"ratio": ratio}, "dtype": storage,
+                   "chunks": 1 if name == "rows" else options.chunks, "start": options.start,
+                   "warmup": options.warmup, "ramp": options.ramp, "period": options.period,
+                   "gamma": options.gamma, **json.loads(options.storage)}
     rows, ids, dim, keep = sample.rows, sample.ids, DIM, 0
     if name == "dimension":
-        dim = int((ratio * 4 * DIM - STATE_BYTES) // 4)
+        dim = columns_of(ratio, storage)
     elif name == "hashing":
         rows = [max(1, int(n * room / total)) for n in sample.rows]
         ids = torch.stack([each * 2_654_435_761 % n for each, n in zip(ids, rows, strict=True)])
@@ -133,7 +139,7 @@ def build_method(name: str, sample: Sample, ratio: float, options: argparse.Name
     elif name == "magnitude":
         keep = room
     elif name == "qr":
-        return quotient_remainder(sample, room / total)
+        return quotient_remainder(sample, room / total, storage)
     return Method(_tables(rows, dim, storage), ids, dim, keep=keep)
 
 
@@ -147,7 +153,9 @@ def most_frequent(sample: Sample, room: int) -> tuple[list[int], Tensor]:
     """Rows for the ``room`` most frequent ids of all features, and one for the rest of each."""
     counts = [torch.bincount(each[:sample.train], minlength=n)
               for each, n in zip(sample.ids, sample.rows, strict=True)]
-    least = torch.cat(counts).sort(descending=True).values[max(0, room - len(counts))]
+    every = torch.cat(counts)
+    rank = max(0, room - len(counts))
+    least = every.sort(descending=True).values[rank] if rank < len(every) else 0
     rows, ids = [], []
     for each, count in zip(sample.ids, counts, strict=True):
         kept = count > least
@@ -157,7 +165,18 @@ def most_frequent(sample: Sample, room: int) -> tuple[list[int], Tensor]:
     return rows, torch.stack(ids)
 
 
-def quotient_remainder(sample: Sample, share: float) -> Method:
+def index_bytes(name: str, options: argparse.Namespace) -> float:
+    """Bytes a row of the index of a method, beside what its storage counts itself."""
+    return INDEX_BYTES if options.index and name in ("frequency", "magnitude") else 0.0
+
+
+def columns_of(ratio: float, dtype: str) -> int:
+    """Columns of every row at a share of the dense bytes; 0 or less: not even one."""
+    fixed = ROW_BYTES[dtype] - DIM * ELEMENT_BYTES[dtype]
+    return int((ratio * 4 * DIM - fixed) // ELEMENT_BYTES[dtype])
+
+
+def quotient_remainder(sample: Sample, share: float, storage: str) -> Method:
     """Two tables a feature whose rows add up to a share of the ids', or to the fewest possible."""
     first, second, quotients, remainders = [], [], [], []
     for each, n in zip(sample.ids, sample.rows, strict=True):
@@ -167,8 +186,8 @@ def quotient_remainder(sample: Sample, share: float) -> Method:
         second.append(-(-n // buckets))
         remainders.append(each % buckets)
         quotients.append(each // buckets)
-    tables = _tables(first, DIM, "fp32") + [
-        sl.EmbeddingBagConfig(num_embeddings=n, embedding_dim=DIM, name=f"q{i}",
+    tables = _tables(first, DIM, storage) + [
+        sl.EmbeddingBagConfig(num_embeddings=n, embedding_dim=DIM, name=f"q{i}", storage=storage,
                               weight_init_min=1.0, weight_init_max=1.0, sharding="table_wise")
         for i, n in enumerate(second)]
     return Method(tables, torch.stack(remainders + quotients), parts=2)
@@ -199,7 +218,9 @@ def run(name: str, sample: Sample, ratio: float, seed: int,
     held = collection.tier_bytes().total
     if method.keep:
         keep_largest(collection, method.keep)
-        held = method.keep * ROW_BYTES
+        held = method.keep * ROW_BYTES[options.dtype]
+    held += int(index_bytes(name, options) * (method.keep or sum(
+        table.num_embeddings for table in method.tables)))
     model.eval()
     with torch.no_grad():
         logits = torch.cat([model(sample.dense[part], features_of(method, part))
@@ -232,11 +253,14 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--lr", type=float, default=0.05)
     parser.add_argument("--chunks", type=int, default=4)
-    parser.add_argument("--period", type=int, default=25)
-    parser.add_argument("--gamma", type=float, default=0.999)
+    parser.add_argument("--period", type=int, default=100)
+    parser.add_argument("--gamma", type=float, default=0.996)
     parser.add_argument("--start", default="empty")
     parser.add_argument("--warmup", type=int, default=0)
     parser.add_argument("--ramp", type=int, default=100)
+    parser.add_argument("--dtype", default="fp32", choices=ROW_BYTES, help="of all but dense rows")
+    parser.add_argument("--index", action="store_true",
+                        help="frequency and magnitude count an index of their rows")
     parser.add_argument("--storage", default="{}", help="more keys of the pruned storage, JSON")
     parser.add_argument("--tune", action="store_true",
                         help="validate on the last ninth of the training part")
@@ -246,7 +270,7 @@ def main() -> None:
     for seed in options.seeds:
         for ratio, name in [(1.0, "dense"), *((ratio, name) for ratio in options.ratios
                                               for name in options.methods)]:
-            if name == "dimension" and ratio * 4 * DIM < 4 + STATE_BYTES:
+            if name == "dimension" and columns_of(ratio, options.dtype) < 1:
                 continue
             result = run(name, sample, ratio, seed, options)
             print(json.dumps(result), flush=True)

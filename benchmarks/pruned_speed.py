@@ -126,7 +126,7 @@ def pruned(options: argparse.Namespace, share: float, chunks: int,
     ratio = share * (layout.likely_bytes + spec.sketch) * chunks / (4 * options.dim)
     more = {"start": "dense", "warmup": 1 << 30} if options.alike else {}
     return {"kind": "pruned", "budget": {"ratio": ratio / (1 - spec.headroom)}, "chunks": chunks,
-            "period": period, **more}
+            "period": period, "gamma": options.gamma, **more}
 
 
 def prune_by_chance(case: Case, share: float) -> None:
@@ -169,6 +169,7 @@ def main() -> None:
     parser.add_argument("--pruned", type=float, nargs="*", default=[0.5, 0.9, 0.99])
     parser.add_argument("--chunks", type=int, nargs="*", default=[4, 1])
     parser.add_argument("--periods", type=int, nargs="*", default=[100])
+    parser.add_argument("--gamma", type=float, default=PrunedSpec().gamma)
     parser.add_argument("--alike", action="store_true", help="the worst case")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

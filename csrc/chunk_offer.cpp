@@ -1,5 +1,6 @@
 // What becomes of absent chunks that were asked for: counted, admitted, in place of others.
 #include <algorithm>
+#include <type_traits>
 #include <vector>
 
 #include "chunk_index.h"
@@ -9,6 +10,8 @@ namespace {
 
 // Rows from which a chunk that goes is chosen: the least of 8 is among the lowest ninth on average.
 constexpr int64_t kDrawn = 8;
+// Slots in which they lie, with the gaps of a full index.
+constexpr int64_t kDrawnSlots = kDrawn * kLoadOf / kLoadNumber + 1;
 
 // Where the rows that are drawn for a row begin.
 uint64_t draw_hash(const ChunkOffers& in, uint64_t key) { return chunk_mix(key ^ in.key); }
@@ -21,8 +24,8 @@ struct Offer {
 };
 
 // The offers of a segment, some of them ahead of the one that is worked on: its line of the sketch
-// is fetched first, then, if it may be worth a place, its home, and in a full store the rows that
-// are drawn for it.
+// is fetched first, then, if it may be worth a place, its home, and in a full store the keys of the
+// rows that are drawn for it, then what these rows hold.
 class OfferQueue {
  public:
   OfferQueue(const ChunkStore& store, const ChunkOffers& in, const ChunkSegment& segment)
@@ -33,17 +36,19 @@ class OfferQueue {
       if (std::any_of(norms, norms + store.chunks, [](float x) { return x > 0; }))
         rows_.push_back(i);
     }
-    for (int64_t n = -2 * kStage; n < 0; ++n) {
-      start(n + 2 * kStage);
-      if (n + kStage >= 0) weigh(n + kStage);
+    for (int64_t n = -3 * kStage; n < 0; ++n) {
+      start(n + 3 * kStage);
+      if (n + 2 * kStage >= 0) weigh(n + 2 * kStage);
+      if (n + kStage >= 0) find(n + kStage);
     }
   }
 
   int64_t size() const { return (int64_t)rows_.size(); }
   // Offer n; they come one after the other.
   Offer next(int64_t n) {
-    start(n + 2 * kStage);
-    weigh(n + kStage);
+    start(n + 3 * kStage);
+    weigh(n + 2 * kStage);
+    find(n + kStage);
     return {rows_[n], keys_[n & kMask], cells_.data() + (n & kMask) * store_.chunks};
   }
 
@@ -59,6 +64,7 @@ class OfferQueue {
   void weigh(int64_t n) {
     if (n >= size()) return;
     const uint64_t key = keys_[n & kMask];
+    draws_[n & kMask] = 0;
     const float* norms = in_.norms + rows_[n] * in_.stride;
     uint8_t* line = store_.sketch_lines ? line_of(store_, key) : nullptr;
     Cells* cells = cells_.data() + (n & kMask) * store_.chunks;
@@ -73,12 +79,17 @@ class OfferQueue {
       most = std::max(most, utility);
     }
     if (most < in_.thresholds[block_] * in_.weights[block_]) return;
-    __builtin_prefetch(keys_of(store_) + scaled(key, store_.slots));
+    prefetch_run(store_, key);
     if (!store_.refused) return;
-    const int64_t drawn = (int64_t)scaled(draw_hash(in_, key), store_.slots);
-    __builtin_prefetch(keys_of(store_) + drawn);
-    for (int64_t at = 0; at < kDrawn * value_bytes(store_); at += kLine)
-      __builtin_prefetch(value_at(store_, drawn) + at);
+    prefetch_run(store_, draws_[n & kMask] = draw_hash(in_, key));
+  }
+
+  // Slots may move until the offer's turn comes, but few do, and not far.
+  void find(int64_t n) {
+    if (n >= size() || !draws_[n & kMask]) return;
+    const char* drawn = value_at(store_, first_slot(store_, draws_[n & kMask]));
+    for (int64_t at = 0; at < kDrawnSlots * value_bytes(store_); at += kLine)
+      __builtin_prefetch(drawn + at);
   }
 
   const ChunkStore& store_;
@@ -86,7 +97,7 @@ class OfferQueue {
   int64_t block_;
   std::vector<int64_t> rows_;
   std::vector<Cells> cells_;
-  uint64_t keys_[kMask + 1];
+  uint64_t keys_[kMask + 1], draws_[kMask + 1];  // hashes; 0: nothing is drawn
 };
 
 // The least useful chunk of kDrawn rows that follow a random hash, or, for the sake of its slot, the
@@ -94,7 +105,7 @@ class OfferQueue {
 struct Victim {
   int64_t slot = -1, chunk = 0;
   float worth = 0;
-  bool whole = false;
+  bool whole = false, drawn = false;
 };
 
 // Chunks of a row that may leave at once: their places go on the stack, which takes whole pages.
@@ -109,56 +120,77 @@ int64_t most_leaving(const ChunkStore& store) {
 constexpr uint32_t kNoWorth = 1 << 16;
 inline uint32_t worth_of(uint16_t utility) { return utility & (kMarked - 1); }
 
+// Calls body with the number of chunks as a constant where it is a usual one, else with 0: rows are
+// then weighed without a loop.
+template <class Body>
+inline auto with_chunks(int64_t chunks, const Body& body) {
+  switch (chunks) {
+    case 1: return body(std::integral_constant<int64_t, 1>{});
+    case 2: return body(std::integral_constant<int64_t, 2>{});
+    case 4: return body(std::integral_constant<int64_t, 4>{});
+    default: return body(std::integral_constant<int64_t, 0>{});
+  }
+}
+
 // Of a row's least useful chunk.
-uint32_t least_of(const ChunkStore& store, int64_t slot) {
-  char* value = value_at(store, slot);
-  const int32_t* places = places_of(value);
-  const uint16_t* utilities = utilities_of(store, value);
+inline uint32_t least_of(const int32_t* places, const uint16_t* utilities, int64_t chunks) {
   uint32_t least = kNoWorth;
-  for (int64_t k = 0; k < store.chunks; ++k)
-    least = std::min(least, places[k] < 0 ? kNoWorth : worth_of(utilities[k]));
+  for (int64_t k = 0; k < chunks; ++k)
+    least = std::min(least, worth_of(utilities[k]) | ((uint32_t)(places[k] >> 31) & kNoWorth));
   return least;
 }
 
-// Of the most useful chunk of a row, if no more than `most` are present.
-uint32_t best_of(const ChunkStore& store, int64_t slot, int64_t most) {
-  char* value = value_at(store, slot);
-  const int32_t* places = places_of(value);
-  const uint16_t* utilities = utilities_of(store, value);
+// Of the most useful chunk of a row, if no more than `most` are present. Absent ones have 0.
+inline uint32_t best_of(const int32_t* places, const uint16_t* utilities, int64_t chunks,
+                        int64_t most) {
   uint32_t best = 0;
+  for (int64_t k = 0; k < chunks; ++k) best = std::max(best, worth_of(utilities[k]));
+  if (most >= chunks) return best;
   int64_t present = 0;
-  for (int64_t k = 0; k < store.chunks; ++k) {
-    best = std::max(best, places[k] < 0 ? 0u : worth_of(utilities[k]));
-    present += places[k] >= 0;
-  }
+  for (int64_t k = 0; k < chunks; ++k) present += places[k] >= 0;
   return present <= most ? best : kNoWorth;
+}
+
+// The row that goes, and what it is worth.
+struct Drawn {
+  int64_t slot = -1;
+  uint32_t worth = kNoWorth;
+};
+
+// Of the kDrawn rows from a hash on; the row of `own` is left alone.
+template <int64_t N>
+Drawn draw_row(const ChunkStore& store, uint64_t own, uint64_t hash, bool whole) {
+  const uint64_t* keys = keys_of(store);
+  const int64_t chunks = N ? N : store.chunks, bytes = value_bytes(store);
+  const int64_t span = span_of(store.slots), most = whole ? most_leaving(store) : chunks;
+  Drawn found;
+  int64_t slot = first_slot(store, hash);
+  for (int64_t seen = 0; seen < std::min(kDrawn, store.rows); ++slot) {
+    while (slot == span || !keys[slot]) slot = slot == span ? 0 : slot + 1;
+    ++seen;
+    const int32_t* places = places_of((char*)store.values + slot * bytes);
+    const uint16_t* utilities = (const uint16_t*)(places + chunks);
+    const uint32_t worth = whole ? best_of(places, utilities, chunks, most)
+                                 : least_of(places, utilities, chunks);
+    if (keys[slot] != own && worth < found.worth) found = {slot, worth};
+  }
+  return found;
 }
 
 // own: is left alone.
 Victim draw(const ChunkStore& store, uint64_t own, uint64_t hash, bool whole) {
-  const uint64_t* keys = keys_of(store);
-  const int64_t span = span_of(store.slots), most = whole ? most_leaving(store) : store.chunks;
-  int64_t slot = (int64_t)scaled(hash, store.slots);
-  while (keys[slot] && keys[slot] < hash) ++slot;
-  int64_t at = -1;
-  uint32_t least = kNoWorth;
-  for (int64_t seen = 0; seen < std::min(kDrawn, store.rows); ++slot) {
-    while (slot == span || !keys[slot]) slot = slot == span ? 0 : slot + 1;
-    ++seen;
-    const uint32_t worth = whole ? best_of(store, slot, most) : least_of(store, slot);
-    if (keys[slot] == own || worth >= least) continue;
-    least = worth;
-    at = slot;
-  }
-  if (at < 0) return {-1, 0, 0, whole};
+  const Drawn drawn = with_chunks(store.chunks, [&](auto n) {
+    return draw_row<decltype(n)::value>(store, own, hash, whole);
+  });
+  if (drawn.slot < 0) return {-1, 0, 0, whole, true};
   int64_t chunk = -1;
   if (!whole) {
-    const int32_t* places = places_of(value_at(store, at));
-    const uint16_t* utilities = utilities_of(store, value_at(store, at));
+    const int32_t* places = places_of(value_at(store, drawn.slot));
+    const uint16_t* utilities = utilities_of(store, value_at(store, drawn.slot));
     do ++chunk;
-    while (places[chunk] < 0 || worth_of(utilities[chunk]) != least);
+    while (places[chunk] < 0 || worth_of(utilities[chunk]) != drawn.worth);
   }
-  return {at, chunk, utility_of((uint16_t)least), whole};
+  return {drawn.slot, chunk, utility_of((uint16_t)drawn.worth), whole, true};
 }
 
 // A victim of a block goes; returns how many chunks.
@@ -183,13 +215,14 @@ int64_t replace(ChunkStore& store, const Victim& victim, int64_t block, int64_t 
 }
 
 // Room for one more chunk, of a row that has a slot or not: free room, or a victim's. Slots may
-// move. `victim` is that of the row's last chunk that found no room, if nothing changed since.
+// move. `victim` is that of the row's last chunk that found no room, or that there was none, if
+// nothing changed since.
 // Returns 0 for no room, 1 for a victim's, 2 for free room.
 int make_room(ChunkStore& store, const ChunkOffers& in, int64_t b, uint64_t key, float utility,
               bool known, Victim& victim) {
   const bool slot = known || has_slot(store);
   if (slot && has_place(store)) return 2;
-  if (victim.slot < 0 || victim.whole == slot) victim = draw(store, key, draw_hash(in, key), !slot);
+  if (!victim.drawn || victim.whole == slot) victim = draw(store, key, draw_hash(in, key), !slot);
   if (victim.slot < 0 || utility < victim.worth * in.margins[b]) return 0;
   const uint64_t at = chunk_unmix(keys_of(store)[victim.slot]) - 1;
   const int64_t owner = store.wide ? b : (int64_t)(at >> kTagShift);

@@ -41,12 +41,26 @@ inline uint16_t* utilities_of(const ChunkStore& store, char* value) {
   return (uint16_t*)(value + 4 * store.chunks);
 }
 
+// The first slot from a hash's home on that holds it, a greater one, or none.
+inline int64_t first_slot(const ChunkStore& store, uint64_t hash) {
+  const uint64_t* keys = keys_of(store);
+  int64_t s = (int64_t)scaled(hash, store.slots);
+  while (keys[s] && keys[s] < hash) ++s;  // the array ends with a gap
+  return s;
+}
+
+// The line of a hash's home and the next one: with 7 of 8 slots taken, every other run crosses over.
+inline void prefetch_run(const ChunkStore& store, uint64_t hash) {
+  constexpr int64_t kLineKeys = 64 / sizeof(uint64_t);
+  const uint64_t* home = keys_of(store) + scaled(hash, store.slots);
+  __builtin_prefetch(home);
+  __builtin_prefetch(home + kLineKeys);
+}
+
 // Slot of a key, or -1.
 inline int64_t find_slot(const ChunkStore& store, uint64_t key) {
-  const uint64_t* keys = keys_of(store);
-  int64_t s = (int64_t)scaled(key, store.slots);
-  while (keys[s] && keys[s] < key) ++s;  // the array ends with a gap
-  return keys[s] == key ? s : -1;
+  const int64_t s = first_slot(store, key);
+  return keys_of(store)[s] == key ? s : -1;
 }
 
 inline float float_of(uint32_t bits) {

@@ -62,7 +62,7 @@ class Lookup {
   SHARDLAB_INLINE void home(int64_t i) {
     if (known_ || i >= end_) return;
     const uint64_t key = keys_[i & kMask] = chunk_key(store_, block_, ids_[i]);
-    __builtin_prefetch(keys_of(store_) + scaled(key, store_.slots));
+    prefetch_run(store_, key);
   }
   SHARDLAB_INLINE void find(int64_t i) {
     if (i >= end_) return;

@@ -35,6 +35,8 @@ ROUNDINGS = ("stochastic", "nearest")
 PRUNED_DTYPES = ("fp32", "fp16", "int8")
 PRUNED_STARTS = ("empty", "dense")
 PRUNED_ABSENT = ("zeros", "shared")
+#: Columns of the narrowest chunk that is taken where nobody says how many.
+_LEAST_COLUMNS = 16
 #: `PrunedSpec.normalize` in one unit for all tables.
 TOGETHER = "together"
 TENSOR_TRAIN_INITS = ("isometric", "sampled_gaussian", "gaussian", "uniform")
@@ -160,8 +162,7 @@ class PrunedSpec:
         ratio: bytes held, everything counted, as a share of the dense fp32 weights; 1: nothing is
             ever pruned. Or None.
         bytes: bytes held by the whole table, everything counted; or None. One of the two is given.
-        chunks: chunks of a row; 1 admits and evicts whole rows; 0: 4, or the most below that divide
-            the columns.
+        chunks: chunks of a row; 1 admits and evicts whole rows; 0: `usual_chunks`.
         dtype: of the chunks, ``fp32``, ``fp16`` or ``int8``.
         tier: where the chunks live; None lets the planner pick.
         width: columns of a chunk; 0: columns / chunks.
@@ -193,12 +194,12 @@ class PrunedSpec:
     warmup: int = 0
     ramp: int = 1000
     period: int = 100
-    gamma: float = 0.999
+    gamma: float = 0.996
     hysteresis: float = 0.25
     headroom: float = 0.01
     sketch: float = 4.0
     slack: float = 0.1
-    normalize: bool | str = True
+    normalize: bool | str = TOGETHER
     absent: str = "zeros"
 
     def budget(self, rows: int, columns: int) -> int:
@@ -230,8 +231,13 @@ class PrunedSpec:
 
 
 def usual_chunks(columns: int) -> int:
-    """Chunks of a row where nobody says: 4, or the most below that divide the columns."""
-    return max(part for part in (1, 2, 3, 4) if columns % part == 0)
+    """Chunks of a row where nobody says: the most up to 4 of no less than 16 columns each.
+
+    Narrower ones cost more in index and state than they save (docs/pruned.md), and less than a
+    cache line of fp32 is never fetched.
+    """
+    return max(part for part in (1, 2, 3, 4)
+               if columns % part == 0 and (part == 1 or columns // part >= _LEAST_COLUMNS))
 
 
 @dataclass(frozen=True)

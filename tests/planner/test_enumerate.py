@@ -58,7 +58,8 @@ def test_every_cut_comes_in_every_storage_and_exchange() -> None:
 
 
 def test_budgets_in_bytes_hold_for_parts() -> None:
-    table = EmbeddingBagConfig(1000, 16, "t", storage={"kind": "pruned", "budget": {"bytes": 6400}})
+    table = EmbeddingBagConfig(1000, 16, "t", storage={
+        "kind": "pruned", "budget": {"bytes": 6400}, "chunks": 4})
     options = enumerate_options([table], read_topology("2xcpu"))
     specs = {options.storage(option) for option in range(len(options))}
     assert specs == {PrunedSpec(ratio=0.1, chunks=4, width=4, tier=Tier.HBM)}

@@ -187,6 +187,14 @@ def test_storage_as_data_reads_back_equal(value):
     assert parse_storage(storage_to_data(spec), "here") == spec
 
 
+@pytest.mark.parametrize(("columns", "chunks"), [
+    (1, 1), (8, 1), (16, 1), (31, 1), (32, 2), (36, 2), (48, 3), (64, 4), (70, 2), (128, 4)])
+def test_usual_chunks_have_sixteen_columns_or_more(columns, chunks):
+    table = EmbeddingBagConfig(100, columns, "t", storage={"kind": "pruned", "budget": {
+        "ratio": 0.5}})
+    assert (table.storage.chunks, table.storage.width) == (chunks, columns // chunks)
+
+
 def test_choice_keeps_the_order_of_preference():
     train = {"kind": "tensor_train", "rank": 4}
     choice = parse_storage({"choose": ["fp32", "int8", train]}, "here")

@@ -20,14 +20,14 @@ from shardlab.table_plan import Shard, build_table_plan
 from tests.harness import run_ranks
 
 SIZES = (1000, 50, 20_000)
-DENSE = {"kind": "pruned", "budget": {"ratio": 1.0}}
+DENSE = {"kind": "pruned", "budget": {"ratio": 1.0}, "chunks": 4}
 OPTIMIZERS = [sl.optim.RowWiseAdagrad(lr=0.1), sl.optim.Adam(lr=0.01),
               sl.optim.SGD(lr=0.1, weight_decay=0.01), sl.optim.RowWiseAdam(lr=0.01),
               sl.optim.Adagrad(lr=0.1, clip_value=1e-3)]
 
 
 def pruned(ratio=0.1, **options):
-    return {"kind": "pruned", "budget": {"ratio": ratio}, **options}
+    return {"kind": "pruned", "budget": {"ratio": ratio}, "chunks": 4, **options}
 
 
 def tables(storage, dim=16, **options):
