@@ -17,7 +17,7 @@ T* at(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
-// The numbers of `shardlab.ops.rows.StepParameters`.
+// The numbers of `shardlab.ops.step_parameters.StepParameters`.
 inline Step step_from(const std::vector<float>& v) {
   if (v.size() != 11) throw nanobind::value_error("step needs 11 numbers");
   return {v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7], v[8], v[9], v[10]};
