@@ -32,14 +32,22 @@ def _train(folder: Path, *sets: str) -> dict:
     return json.loads((folder / "summary.json").read_text())
 
 
-@pytest.mark.parametrize("every", [1, 4])
-def test_a_job_in_two_groups_trains_and_goes_on(every, tmp_path):
-    groups = ["parallel.replicas=2", f"parallel.sync_every_steps={every}"]
-    whole = _train(tmp_path / "whole", *groups, "train.max_steps=10")
-    plan = ShardingPlan.from_json((tmp_path / "whole" / "plan.json").read_text())
+def _train_whole(folder, every, groups):
+    whole = _train(folder, *groups, "train.max_steps=10")
+    plan = ShardingPlan.from_json((folder / "plan.json").read_text())
     assert (plan.world_size, plan.replicas, plan.sync_every_steps) == (2, 2, every)
     assert whole["wire_per_step"]["sync"] > 0
     assert whole["validation"]["rows"] == 440
+    return whole
+
+
+def test_a_job_in_two_groups_trains(tmp_path):
+    _train_whole(tmp_path / "whole", 1, ["parallel.replicas=2"])
+
+
+def test_a_job_in_two_groups_goes_on_between_averages(tmp_path):
+    groups = ["parallel.replicas=2", "parallel.sync_every_steps=4"]
+    whole = _train_whole(tmp_path / "whole", 4, groups)
     _train(tmp_path / "parts", *groups, "train.max_steps=5")
     parts = _train(tmp_path / "parts", *groups, "train.max_steps=10")
     assert parts["resumed_at"] == 5

@@ -186,7 +186,7 @@ def machine_for(engine: str) -> type[RuleBasedStateMachine]:
 @pytest.mark.parametrize("engine", ENGINES)
 def test_history_matches_memory(engine: str):
     run_state_machine_as_test(machine_for(engine),
-                              settings=settings(max_examples=5 if engine == "reference" else 25,
+                              settings=settings(max_examples=3 if engine == "reference" else 15,
                                                 stateful_step_count=30))
 
 
