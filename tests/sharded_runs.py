@@ -75,6 +75,16 @@ class Bare(nn.Module):
         return self.ebc(features)
 
 
+class TwoCollections(nn.Module):
+    """Tables a and b in collections of their own; what is looked up is up to the test."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = (sl.EmbeddingBagCollection(
+            [EmbeddingBagConfig(20, 4, name, (name,), sharding=(ShardingType.ROW_WISE,))])
+            for name in "ab")
+
+
 def make_optimizer(plain: PlainOptimizer) -> object:
     """The sharded optimiser of the same kind and hyper-parameters."""
     kind = OPTIMIZERS[plain.kind]

@@ -17,6 +17,7 @@ from tests.oracle import PlainOptimizer
 from tests.sharded_runs import (
     Bare,
     Job,
+    TwoCollections,
     build_features,
     in_stages,
     loss_of,
@@ -252,14 +253,8 @@ def test_rows_of_the_step_go_before_those_of_the_next():
     assert run_ranks(2, _who_goes_first, _job(2, ("row",))) == [True, True]
 
 
-class _Two(torch.nn.Module):
-    """Two collections; a call looks up in the second alone."""
-
-    def __init__(self):
-        super().__init__()
-        self.one, self.other = (sl.EmbeddingBagCollection(
-            [EmbeddingBagConfig(20, 4, name, (name,), sharding=(ShardingType.ROW_WISE,))])
-            for name in "ab")
+class _Second(TwoCollections):
+    """A call looks up in the second alone."""
 
     def forward(self, features):
         return self.other(features).values()
@@ -267,7 +262,7 @@ class _Two(torch.nn.Module):
 
 def _other_collection(groups):
     """Batches of a collection that no step looks up do not hold up those of another."""
-    model, optimizer = sl.shard(_Two(), groups=groups)
+    model, optimizer = sl.shard(_Second(), groups=groups)
     batches = [{name: sl.KeyedJaggedTensor([name], torch.arange(i, i + 5), fixed_length=1)
                 for name in "ab"} for i in range(4)]
     for number, batch in enumerate(batches):

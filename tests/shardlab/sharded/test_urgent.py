@@ -24,6 +24,7 @@ from tests.oracle import Bags, PlainOptimizer, empty_state
 from tests.sharded_runs import (
     Bare,
     Job,
+    TwoCollections,
     build_features,
     loss_of,
     make_optimizer,
@@ -316,19 +317,13 @@ def _bytes_without(groups, job):
     return program.collection.wire.gradients_bytes
 
 
-class _Two(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.one, self.other = (sl.EmbeddingBagCollection(
-            [EmbeddingBagConfig(20, 4, name, (name,), sharding=(ShardingType.ROW_WISE,))])
-            for name in "ab")
-
+class _Product(TwoCollections):
     def forward(self, batch):
         return self.one(batch["a"]).values() * self.other(batch["b"]).values()
 
 
 def _two_collections(groups, depth):
-    model, optimizer = sl.shard(_Two(), groups=groups, optimizer=sl.optim.Adam(lr=0.1))
+    model, optimizer = sl.shard(_Product(), groups=groups, optimizer=sl.optim.Adam(lr=0.1))
     generator = torch.Generator().manual_seed(groups.rank)
     batches = [{name: sl.KeyedJaggedTensor([name], torch.randint(0, 20, (5,), generator=generator),
                                            fixed_length=1) for name in "ab"} for _ in range(6)]
