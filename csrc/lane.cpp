@@ -8,6 +8,7 @@
 #include <cerrno>
 #include <climits>
 #include <cstring>
+#include <numeric>
 #include <stdexcept>
 
 #if defined(__linux__)
@@ -25,7 +26,10 @@ constexpr int64_t kLine = 64, kPage = 4096;
 constexpr int64_t kLengthBytes = 8;
 // Bytes copied before the other side is told: it copies them out of a shared cache while this side
 // goes on. Smaller pieces ring more often, larger ones leave the second-level cache.
-constexpr int64_t kPieceBytes = 256 << 10;
+constexpr int64_t kPieceBytes = 128 << 10;
+// What is this large leaves the second-level cache before all of it has come, so it is written
+// around the caches: a copy reads its target first, a third of what it moves.
+constexpr int64_t kAroundBytes = 4 << 20;
 // Looks before sleeping: about 5 us, what a wake-up costs.
 constexpr int kLooks = 64;
 
@@ -38,6 +42,29 @@ int64_t now_ms() {
 void pause() {
 #if defined(__x86_64__)
   _mm_pause();
+#endif
+}
+
+// memcpy around the caches: done when it returns.
+void copy_around(char* target, const char* source, int64_t bytes) {
+#if defined(__x86_64__)
+  const int64_t lead = std::min(bytes, -(int64_t)(uintptr_t)target & (kLine - 1));
+  memcpy(target, source, lead);
+  int64_t at = lead;
+  for (; at + kLine <= bytes; at += kLine) {
+    const __m128i* from = reinterpret_cast<const __m128i*>(source + at);
+    __m128i* to = reinterpret_cast<__m128i*>(target + at);
+    const __m128i a = _mm_loadu_si128(from), b = _mm_loadu_si128(from + 1);
+    const __m128i c = _mm_loadu_si128(from + 2), d = _mm_loadu_si128(from + 3);
+    _mm_stream_si128(to, a);
+    _mm_stream_si128(to + 1, b);
+    _mm_stream_si128(to + 2, c);
+    _mm_stream_si128(to + 3, d);
+  }
+  memcpy(target + at, source + at, bytes - at);
+  _mm_sfence();
+#else
+  memcpy(target, source, bytes);
 #endif
 }
 
@@ -112,6 +139,7 @@ int64_t Lane::start(char* source, const std::vector<int64_t>& source_bytes, char
                     const std::vector<int64_t>& out_bytes, bool same) {
   Transfer transfer;
   transfer.number = ++started_;
+  transfer.around = std::accumulate(out_bytes.begin(), out_bytes.end(), int64_t{0}) >= kAroundBytes;
   for (int peer = 0; peer < ranks_; ++peer) {
     const bool own = peer == rank_;
     if (own && out != source) memcpy(out, source, std::min(source_bytes[peer], out_bytes[peer]));
@@ -171,7 +199,7 @@ bool Lane::progress() {
     }
     for (Transfer& transfer : transfers_) {
       Span& span = transfer.receives[peer];
-      if (!span.complete()) moved |= pull(span, peer, transfer.number);
+      if (!span.complete()) moved |= pull(span, peer, transfer);
       if (!span.complete()) break;
     }
   }
@@ -226,7 +254,7 @@ bool Lane::push(Span& span, int peer) {
 }
 
 // One piece out of the ring that `peer` fills for this rank.
-bool Lane::pull(Span& span, int peer, int64_t number) {
+bool Lane::pull(Span& span, int peer, const Transfer& transfer) {
   Ring& theirs = *ring(peer, rank_);
   const uint64_t tail = theirs.tail.load(std::memory_order_relaxed);
   int64_t there = (int64_t)(theirs.head.load(std::memory_order_acquire) - tail);
@@ -234,10 +262,10 @@ bool Lane::pull(Span& span, int peer, int64_t number) {
   if (span.done < 0) {
     if (there < kLengthBytes) return false;
     int64_t announced = 0;
-    take(peer, tail, reinterpret_cast<char*>(&announced), kLengthBytes);
+    take(peer, tail, reinterpret_cast<char*>(&announced), kLengthBytes, false);
     if (announced != span.bytes) {
       mismatch_ = "rank " + std::to_string(peer) + " sends " + std::to_string(announced) +
-                  " bytes in transfer " + std::to_string(number) + ", this rank expects " +
+                  " bytes in transfer " + std::to_string(transfer.number) + ", this rank expects " +
                   std::to_string(span.bytes);
       return false;
     }
@@ -246,7 +274,7 @@ bool Lane::pull(Span& span, int peer, int64_t number) {
   }
   const int64_t piece = std::min({span.bytes - span.done, there - taken, kPieceBytes});
   if (piece > 0) {
-    take(peer, tail + taken, span.data + span.done, piece);
+    take(peer, tail + taken, span.data + span.done, piece, transfer.around);
     span.done += piece;
     taken += piece;
   }
@@ -264,12 +292,17 @@ void Lane::put(int peer, uint64_t head, const char* data, int64_t bytes) {
   memcpy(base, data + first, bytes - first);
 }
 
-void Lane::take(int peer, uint64_t tail, char* data, int64_t bytes) {
+void Lane::take(int peer, uint64_t tail, char* data, int64_t bytes, bool around) {
   const char* base = ring_data(peer, rank_);
   const int64_t at = (int64_t)(tail % (uint64_t)ring_bytes_);
   const int64_t first = std::min(bytes, ring_bytes_ - at);
-  memcpy(data, base + at, first);
-  memcpy(data + first, base, bytes - first);
+  if (around) {
+    copy_around(data, base + at, first);
+    copy_around(data + first, base, bytes - first);
+  } else {
+    memcpy(data, base + at, first);
+    memcpy(data + first, base, bytes - first);
+  }
 }
 
 }  // namespace shardlab

@@ -24,6 +24,7 @@ struct Span {
 /// One all-to-all under way.
 struct Transfer {
   int64_t number = 0;
+  bool around = false;  // large: copied out of the rings around the caches
   std::vector<Span> sends, receives;  // by rank; this rank's own are empty and complete
 };
 
@@ -57,9 +58,9 @@ class Lane {
   char* ring_data(int owner, int peer) const;
   bool progress();
   bool push(Span& span, int peer);
-  bool pull(Span& span, int peer, int64_t number);
+  bool pull(Span& span, int peer, const Transfer& transfer);
   void put(int peer, uint64_t head, const char* data, int64_t bytes);
-  void take(int peer, uint64_t tail, char* data, int64_t bytes);
+  void take(int peer, uint64_t tail, char* data, int64_t bytes, bool around);
   void forget_finished();
 
   int rank_, ranks_;

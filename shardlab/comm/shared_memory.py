@@ -25,7 +25,8 @@ from shardlab.comm.lanes import Finish
 
 #: Bytes of one lane's rings of one rank; pages are taken as they are first used.
 _LANE_BYTES = 32 << 20
-_MAX_RING_BYTES, _MIN_RING_BYTES = 2 << 20, 256 << 10
+#: A ring that fits a second-level cache is read out of it, not out of memory.
+_MAX_RING_BYTES, _MIN_RING_BYTES = 1 << 20, 256 << 10
 #: How long a wait sleeps before it looks whether its peers are alive.
 _LOOK_MS = 100
 _PAGE = 4096

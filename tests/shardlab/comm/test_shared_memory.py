@@ -43,6 +43,23 @@ def test_transfers_of_all_sizes_arrive(world, biggest):
         assert found == ["shared memory: all ranks are on one host"] * world
 
 
+def _large_and_odd(groups, lead, size):
+    """A large message that begins and ends anywhere in a cache line; what lies around it stays."""
+    rank = groups.rank
+    source = torch.randint(0, 100, (2, size), dtype=torch.int8,
+                           generator=torch.Generator().manual_seed(3))
+    out = torch.full((lead + size + 70,), -1, dtype=torch.int8)
+    due = [size if peer != rank else 0 for peer in range(2)]
+    comm.all_to_all(out[lead:lead + size], source[rank], due, due, groups).wait()
+    assert torch.equal(out[lead:lead + size], source[1 - rank])
+    return bool((out[:lead] == -1).all() and (out[lead + size:] == -1).all())
+
+
+@pytest.mark.parametrize(("lead", "size"), [(0, 4 << 20), (1, (4 << 20) + 3), (67, (5 << 20) - 1)])
+def test_large_transfers_may_begin_anywhere(lead, size):
+    assert run_ranks(2, _large_and_odd, lead, size) == [True, True]
+
+
 def _forget(groups):
     """Rank 1 drops a transfer larger than the rings, then does another one."""
     size, rank = 1 << 20, groups.rank
