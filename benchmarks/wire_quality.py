@@ -50,7 +50,9 @@ def run(args: argparse.Namespace, wire: str, seed: int) -> dict:
 
 
 def mean_and_error(values: list[float]) -> tuple[float, float]:
-    return statistics.mean(values), statistics.stdev(values) / len(values) ** 0.5
+    """Mean and standard error; one seed has none."""
+    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
+    return statistics.mean(values), error
 
 
 def main() -> None:
