@@ -14,8 +14,9 @@ from typing import Any
 
 from shardlab.comm import Groups, Work
 from shardlab.sharded.clock import PhaseClock
-from shardlab.sharded.exchange import Exchange, Lookup
+from shardlab.sharded.exchange import Exchange
 from shardlab.sharded.inputs import Batch, InputReader
+from shardlab.sharded.lookup import Lookup
 from shardlab.sharded.urgent import Parting
 
 

@@ -9,65 +9,40 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from threading import Lock
 
 import torch
 from torch import Tensor
 
 from shardlab.comm import Groups, WireBytes, Work
-from shardlab.errors import PlanError
 from shardlab.phases import WAIT
-from shardlab.sharded.cells import Buffer, CellIndex
 from shardlab.sharded.clock import PhaseClock
 from shardlab.sharded.direct import DirectExchange, DirectLookup
 from shardlab.sharded.early import EarlyRows, Splitter
+from shardlab.sharded.gradient_exchange import GradientExchange
 from shardlab.sharded.gradients import (
     PendingGradients,
     entry_bags,
     entry_weights,
     owner_chunks,
 )
-from shardlab.sharded.host_layouts import across_layout, inside_layout
 from shardlab.sharded.inputs import Batch, InputReader
 from shardlab.sharded.layout import Layout, column
-from shardlab.sharded.messages import IdExchange, Incoming
+from shardlab.sharded.lookup import Lookup
+from shardlab.sharded.messages import IdExchange
 from shardlab.sharded.owner import OwnerReads
+from shardlab.sharded.path import find_path
 from shardlab.sharded.pooling import Pooler
-from shardlab.sharded.routes import Outgoing, Router
-from shardlab.sharded.source_sums import SourceSlots, SourceSums
-from shardlab.sharded.transfer import Transfers
-from shardlab.sharded.two_stage import HostRelay, Inside
-from shardlab.sharded.urgent import PartedSender, Parting
-from shardlab.sharded.wire_gradients import GradientSender, SlotSums
+from shardlab.sharded.routes import Router
+from shardlab.sharded.urgent import Parting
+from shardlab.sharded.wire_gradients import GradientSender
 from shardlab.sharded.wire_watch import WireWatch
 from shardlab.storage import Storage
 from shardlab.storage_specs import RowsSpec
 
 #: Late rows begin on a cache line of the buffer.
 _ALIGN_BYTES = 64
-
-
-@dataclass(frozen=True)
-class Lookup:
-    """What a forward leaves for its backward, and `Exchange.look_ahead` for the forward."""
-
-    outgoing: Outgoing  # in two stages: what this rank asks of the hosts
-    incoming: Incoming
-    early: EarlyRows | None = None
-    sent: WireBytes | None = None
-    inside: Inside | None = None  # in two stages: what came before that, on this host
-    late: Work | None = None  # late rows that are on their way already
-
-    @property
-    def own(self) -> Outgoing:
-        """What this rank asks for itself."""
-        return self.outgoing if self.inside is None else self.inside.own
-
-    @property
-    def batch(self) -> Batch:
-        """The batch that was looked up."""
-        return self.own.batch
 
 
 class Exchange:
@@ -89,10 +64,13 @@ class Exchange:
         self.wire = WireBytes()
         self._tables = [table.name for table in layout.tables]
         self.wire.add(0, self._tables, [0] * len(self._tables))
-        self._set_up_stages(reader)
-        self._ids = IdExchange(self._network, self._lane, self.wire)
-        self._ids_ahead = IdExchange(self._network, self._ahead, WireBytes())
-        self.splitter = Splitter(self._network, self._cells, self._ahead)
+        self._path = path = find_path(layout, groups, self.wire)
+        self._cells = path.cells
+        self._router = Router(path.asked, reader)
+        self._pooler = Pooler(path.asked, path.asked_cells)
+        self._ids = IdExchange(path.network, path.lane, self.wire)
+        self._ids_ahead = IdExchange(path.network, path.ahead, WireBytes())
+        self.splitter = Splitter(path.network, path.cells, path.ahead)
         one_level = all(isinstance(local.storage, RowsSpec) and len(local.storage.levels) == 1
                         for local in layout.local_shards)
         #: Held while rows are read or stepped: two threads do it, and caches are for one. Rows of
@@ -102,10 +80,10 @@ class Exchange:
         #: Of batches that come: two threads must not count in one.
         self._watch_ahead = WireWatch()
         # One host rounds alike on all its ranks; every replica by itself.
-        sender = groups.job_rank if groups.stages is None else self._network.rank
-        self.sender = GradientSender(self._network, self._cells, groups.device, (seed, sender),
+        sender = groups.job_rank if groups.stages is None else path.network.rank
+        self.sender = GradientSender(path.network, path.cells, groups.device, (seed, sender),
                                      self.watch)
-        self._parted = PartedSender(self._cells, self.sender, clock.lap)
+        self._gradients = GradientExchange(path, self.sender, clock, self.wire)
         pooled = any(slot.feature >= 0 for slot in layout.slots)
         rows = any(slot.feature < 0 for slot in layout.slots)
         # Everything at home and pooled: bags go from the rows to the output, nothing between.
@@ -114,33 +92,8 @@ class Exchange:
                                              clock)
                              if self._direct else None)
         self._has_pooled = pooled
-        self._reads = OwnerReads(self._network, self._cells, storage, groups.device,
+        self._reads = OwnerReads(path.network, path.cells, storage, groups.device,
                                  direct=self._direct)
-
-    def _set_up_stages(self, reader: InputReader) -> None:
-        """Whom this rank asks, and who asks it: all ranks, or in two stages.
-
-        The network is all ranks, or the hosts: what its members ask and answer is the same code.
-        """
-        stages, layout, groups = self.groups.stages, self.layout, self.groups
-        self._network, self._lane, self._ahead = layout, groups, groups.ahead()
-        if stages is not None and any(layout.hot_rows):
-            raise PlanError("copies of hot rows are made beside a flat exchange only, and these "
-                            "ranks have lanes for two stages; leave hot_rows or "
-                            "`comm.with_stages` out")
-        if stages is not None:
-            self._network = across_layout(layout, stages)
-            self._lane, self._ahead = stages.across, stages.across_ahead
-        self._cells = CellIndex(self._network)
-        self._transfers = Transfers(self._cells)
-        self._relay = None
-        asked, cells = self._network, self._cells
-        if stages is not None:
-            asked = inside_layout(layout, stages)
-            self._relay = HostRelay(asked, self._cells, stages, self.wire)
-            cells = self._relay.cells
-        self._router, self._pooler = Router(asked, reader), Pooler(asked, cells)
-        self._sources = SourceSlots(asked, cells)
 
     def watch_by(self, watch: WireWatch) -> None:
         """Errors are measured by this from now on; announced batches are not sampled for it."""
@@ -218,9 +171,9 @@ class Exchange:
                        pooled=halves is None)
         lap("read")
         lookup = replace(lookup, early=EarlyRows(halves, place, late, rows, late_from), sent=sent)
-        before_rows(None if marked is None else self._parted.plan(marked), lookup)
+        before_rows(None if marked is None else self._gradients.part(marked), lookup)
         lap(WAIT)
-        self._send(rows, place, owner_sends=True, ahead=sent).wait()
+        self._path.send(rows, place, sent, owner_sends=True, ahead=True).wait()
         lap("rows")
         return lookup
 
@@ -268,7 +221,7 @@ class Exchange:
         with self.storage_lock:
             self._reads.read(incoming, place, rows, self.watch)
         self._clock.lap("read")
-        self._send(rows, place, owner_sends=True).wait()
+        self._path.send(rows, place, self.wire, owner_sends=True).wait()
         self._let_others_pass()
         self._clock.lap("rows")
         self._pool(lookup, EarlyRows(None, place, None, rows), out)
@@ -277,8 +230,9 @@ class Exchange:
     def _ask(self, batch: Batch, ahead: WireBytes | None = None) -> Lookup:
         """Exchanges a batch's ids; of a batch that comes, counted in ``ahead``."""
         outgoing, inside = self._router.route(batch), None
-        if self._relay is not None:
-            inside, outgoing = self._relay.unite(outgoing, ahead)
+        relay = self._path.relay
+        if relay is not None:
+            inside, outgoing = relay.unite(outgoing, ahead)
         ids = self._ids
         if ahead is not None:
             ids = self._ids_ahead
@@ -287,9 +241,9 @@ class Exchange:
 
     def _pool(self, lookup: Lookup, came: EarlyRows, out: Tensor) -> None:
         """Step 5, once this rank has what it asked for."""
-        if self._relay is not None:
+        if self._path.relay is not None:
             assert lookup.inside is not None
-            came = self._relay.hand_out(lookup.inside, lookup.outgoing, came)
+            came = self._path.relay.hand_out(lookup.inside, lookup.outgoing, came)
             self._clock.lap("rows")
         self._pooler.pool(lookup.own, came, out)
 
@@ -309,18 +263,12 @@ class Exchange:
         with self.storage_lock:
             self._reads.read(early.halves.late_in, early.late, late, self.watch)
         self._clock.lap("read")
-        return self._send(late, early.late, owner_sends=True)
+        return self._path.send(late, early.late, self.wire, owner_sends=True)
 
     def _let_others_pass(self) -> None:
         """This step's rows are here: rows of batches that come may have the link."""
         if self.groups.worker is not None:
             self.groups.worker.right_of_way.give()
-
-    def _send(self, buffer: Tensor, place: Buffer, *, owner_sends: bool,
-              ahead: WireBytes | None = None) -> Work:
-        wire, groups = (self.wire, self._lane) if ahead is None else (ahead, self._ahead)
-        self._transfers.count(wire, place, groups, owner_sends=owner_sends)
-        return self._transfers.start(buffer, place, groups, owner_sends=owner_sends)
 
     def _divide_means(self, batch: Batch, out: Tensor, *, pooled_only: bool) -> None:
         for feature, first, end, divisor in batch.mean_divisors:
@@ -349,75 +297,10 @@ class Exchange:
         if isinstance(lookup, DirectLookup):
             assert self._same_length is not None
             return self._same_length.backward(lookup, grad)
-        outgoing, incoming = lookup.outgoing, lookup.incoming
-        bags, weights = entry_bags(incoming, self._cells), entry_weights(incoming, self._cells)
-        if self._direct:
-            base = column([self.layout.first_column(slot) for slot in self._cells.mine])
-            chunks = owner_chunks(self._cells, incoming, base, self.layout.total_columns)
-            return PendingGradients(incoming.ids, chunks, bags, weights, grad.view(-1), Work())
-        sums: SlotSums = SourceSums(self._sources, lookup.own, grad)
-        if parting is not None:
-            pending = self._parted.send(parting, sums, grad.device,
-                                        (self._send_gradients, self._send_behind))
-            self._clock.lap("grads")
-            return pending
-        place = self._cells.backward(outgoing, incoming)
-        buffer = torch.empty(place.total, dtype=torch.uint8, device=grad.device)
-        if lookup.inside is not None:
-            work = self._send_staged(lookup.inside, sums, (buffer, place), behind=behind)
-        else:
-            self.sender.encode(sums, place, buffer)
-            self._clock.lap("pool")
-            way = self._send_behind if behind else self._send_gradients
-            work = way(buffer, place)
-        grads, start, work = self.sender.receive(buffer, place, work)
-        chunks = owner_chunks(self._cells, incoming, start, None)
-        self._clock.lap("grads")
-        return PendingGradients(incoming.ids, chunks, bags, weights, grads, work)
-
-    def _send_staged(self, inside: Inside, sums: SlotSums, out: tuple[Tensor, Buffer], *,
-                     behind: bool) -> Work:
-        """Merges the host's gradients and sends them, in a thread where there is one for it."""
-        stages, relay, (buffer, place) = self.groups.stages, self._relay, out
-        assert stages is not None
-        assert relay is not None
-        own, bound = relay.write(inside, sums, scaled=self._cells.scale_limit is not None)
-        self._clock.lap("pool")
-
-        def pass_on() -> Work:
-            self.sender.encode(relay.collect(inside, own, bound), place, buffer)
-            return self._transfers.start(buffer, place, stages.across_grads, owner_sends=False)
-
-        if behind:  # optimiser steps do not wait, and random bits follow from their number
-            self.sender.encode(relay.collect(inside, own, bound), place, buffer)
-            self._clock.lap("grads")
-            return self._send_behind(buffer, place)
-        self._transfers.count(self.wire, place, self._lane, owner_sends=False)
-        if stages.worker is None:
-            return pass_on()
-        return Work(stages.worker.submit(lambda: pass_on().wait()).result)
-
-    def _send_gradients(self, buffer: Tensor, place: Buffer) -> Work:
-        return self._send(buffer, place, owner_sends=False)
-
-    def _send_behind(self, buffer: Tensor, place: Buffer) -> Work:
-        """In the thread that looks ahead, once the next batch has its rows."""
-        self._transfers.count(self.wire, place, self._lane, owner_sends=False)
-        worker = self.groups.worker
-        assert worker is not None
-        number = worker.right_of_way.number()
-
-        def send() -> None:
-            lap = self._clock.other_thread().lap
-            worker.right_of_way.wait(number)
-            lap(WAIT)
-            self._send(buffer, place, owner_sends=False, ahead=WireBytes()).wait()
-            lap("grads")
-
-        sent = worker.submit(send)
-
-        def finish() -> None:
-            worker.right_of_way.give(number)
-            sent.result()
-
-        return Work(finish)
+        if not self._direct:
+            return self._gradients.send(lookup, grad, behind=behind, parting=parting)
+        incoming = lookup.incoming
+        base = column([self.layout.first_column(slot) for slot in self._cells.mine])
+        chunks = owner_chunks(self._cells, incoming, base, self.layout.total_columns)
+        return PendingGradients(incoming.ids, chunks, entry_bags(incoming, self._cells),
+                                entry_weights(incoming, self._cells), grad.view(-1), Work())
