@@ -24,7 +24,8 @@ import torch
 from benchlib import Noise, emit, machine, zipf_ranks
 
 from shardlab.cache_layout import cache_layout
-from shardlab.ops.cache import CacheBlock, build_cache_index, cache_lookup, cache_place
+from shardlab.ops.cache import build_cache_index, cache_lookup, cache_place
+from shardlab.ops.cache_index import CacheBlock
 from shardlab.tiers.memory import allocate
 
 FRACTIONS = (0.01, 0.05, 0.2)

@@ -31,8 +31,10 @@ from shardlab.codecs import CODECS
 from shardlab.comm.wire import CellKind, WireCodec
 from shardlab.ops.allocator import keep_freed_memory
 from shardlab.ops.blocks import Blocks, Encoding
-from shardlab.ops.codecs import Rounding, decode_rows, encode_rows
-from shardlab.ops.moves import MoveEnd, move_rows
+from shardlab.ops.codecs import decode_rows, encode_rows
+from shardlab.ops.moves import move_rows
+from shardlab.ops.records import MoveEnd
+from shardlab.ops.rounding import Rounding
 from shardlab.ops.rows import gather_rows, pool_blocks, pool_rows
 from shardlab.storage_bytes import payload_bytes
 

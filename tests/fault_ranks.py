@@ -31,7 +31,7 @@ class FaultyWorld:
     Args:
         world: ranks.
         folder: for the ranks' store.
-        transport: of `shardlab.comm.TRANSPORTS`.
+        transport: of `shardlab.comm.joining.TRANSPORTS`.
         timeout_s: of collectives.
         fn: a module-level function.
     """

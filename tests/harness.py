@@ -265,7 +265,7 @@ def _answer(call: _Call, pipe: Connection) -> _Answer:
     """Runs one call; whatever it raises becomes an answer."""
     import torch.distributed as dist
 
-    from shardlab.comm.groups import build_groups
+    from shardlab.comm.joining import build_groups
 
     try:
         with warnings.catch_warnings():

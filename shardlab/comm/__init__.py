@@ -12,8 +12,9 @@ from shardlab.comm.collectives import (
     start_all_reduce,
 )
 from shardlab.comm.faults import naming
-from shardlab.comm.groups import Groups, build_groups, init, shutdown
-from shardlab.comm.host_lanes import Stages, two_stages_refusal, with_stages
+from shardlab.comm.groups import Groups, Stages
+from shardlab.comm.host_lanes import two_stages_refusal, with_stages
+from shardlab.comm.joining import build_groups, init, shutdown
 from shardlab.comm.replicas import (
     ReplicaGroups,
     gather_parts,

@@ -27,7 +27,7 @@ from shardlab.comm.lanes import Finish, Lane
 from shardlab.comm.ordered_sum import piece_edges
 from shardlab.comm.shared_sum import HostSum
 from shardlab.comm.worker import LaneWorker
-from shardlab.ops.codecs import Rounding
+from shardlab.ops.rounding import Rounding
 from shardlab.ops.spans import decode_spans, encode_spans
 from shardlab.wire_bytes import FP32_BYTES, SPAN_ELEMENTS, span_bytes
 

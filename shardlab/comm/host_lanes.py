@@ -7,14 +7,15 @@ hosts to the H ranks (*, l) of its column. Everything between two hosts thus pas
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
 
-from shardlab.comm.groups import Groups, shared_memory_lanes
+from shardlab.comm.groups import Groups, Stages
+from shardlab.comm.joining import shared_memory_lanes
 from shardlab.comm.lanes import Finish, Lane, TorchLane
 from shardlab.comm.shared_memory import PeerError
 from shardlab.comm.shared_sum import HostSum
@@ -23,40 +24,6 @@ from shardlab.errors import LaunchError
 
 #: For ids and rows of the step, for batches that come, and for gradients.
 _LANES = 3
-
-
-@dataclass(frozen=True)
-class Stages:
-    """The two stages of one rank.
-
-    Attributes:
-        host, hosts: number of this host, and how many there are.
-        place, ranks_per_host: number of this rank on its host, and how many it has.
-        inside, inside_ahead: lanes to the ranks of this host, for the step and for batches that
-            come; transfers go by number on the host.
-        across, across_ahead: lanes to the ranks with this number on all hosts; transfers go by
-            number of the host.
-        inside_grads, across_grads: lanes for gradients.
-        worker: passes gradients on while the backward goes on; None: whoever sends them does (on
-            CUDA).
-        transport: what the lanes run over, in words.
-        sums: adds up gradients of the dense part, where ranks of a host share memory; None: they
-            are added up over all ranks at once (NCCL knows the hosts itself).
-    """
-
-    host: int
-    hosts: int
-    place: int
-    ranks_per_host: int
-    inside: Groups
-    inside_ahead: Groups
-    inside_grads: Groups
-    across: Groups
-    across_ahead: Groups
-    across_grads: Groups
-    worker: LaneWorker | None
-    transport: str
-    sums: HostSum | None = None
 
 
 def two_stages_refusal(groups: Groups) -> str:

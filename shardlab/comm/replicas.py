@@ -19,7 +19,8 @@ from torch import Tensor
 
 from shardlab.comm.collectives import all_to_all
 from shardlab.comm.gather import gather_json
-from shardlab.comm.groups import Groups, with_lanes
+from shardlab.comm.groups import Groups
+from shardlab.comm.joining import with_lanes
 from shardlab.comm.shared_memory import host_identity
 from shardlab.errors import ConfigError
 from shardlab.replication import ranks_of_a_group

@@ -18,7 +18,8 @@ from torch import Tensor
 from shardlab.codecs import CODECS, rounding_key
 from shardlab.comm.collectives import Work
 from shardlab.ops.blocks import Blocks, Encoding
-from shardlab.ops.moves import MoveEnd, move_rows
+from shardlab.ops.moves import move_rows
+from shardlab.ops.records import MoveEnd
 from shardlab.ops.unique import fill_affine
 from shardlab.storage_bytes import payload_bytes
 from shardlab.wire_bytes import SCALED_GRADIENTS, WORD_BYTES

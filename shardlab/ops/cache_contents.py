@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from shardlab.errors import CheckpointError
-from shardlab.ops.cache import CacheIndex, cache_lookup
+from shardlab.ops.cache import cache_lookup
+from shardlab.ops.cache_index import CacheIndex
 from shardlab.ops.cache_reference import clear_blocks, locate, records, rows_of, tags_of
 
 #: Sets looked at together, so that a large cache takes little memory beside it.

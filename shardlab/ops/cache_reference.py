@@ -7,13 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from shardlab.ops.cache import CacheIndex
+from shardlab.ops.cache_index import CacheIndex
 
 _LRU = 0
 _FREQUENCY = 1

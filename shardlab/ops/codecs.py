@@ -2,36 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from shardlab.codecs import CODECS, decode, encode, row_words
 from shardlab.ops.registry import address, check_tensor, face_of, native
+from shardlab.ops.rounding import Rounding
 from shardlab.storage_bytes import payload_bytes
 
 #: Rows that the reference works on at a time: its int64 arithmetic takes 30 times an fp32 row.
 _REFERENCE_ELEMENTS = 1 << 20
-
-
-@dataclass(frozen=True)
-class Rounding:
-    """How rows are rounded, and which random bits they take.
-
-    Attributes:
-        stochastic: rounds stochastically, else to nearest, ties to even.
-        key: of the seed, the step and the table: `rounding_key` ^ `table_key`.
-        row_start: row of the whole table that row 0 is, where ``rows`` is None.
-        col_start: column of the whole table that column 0 is.
-        rows: int64 [n]: row of the whole table of every row, or None.
-    """
-
-    stochastic: bool = True
-    key: int = 0
-    row_start: int = 0
-    col_start: int = 0
-    rows: Tensor | None = None
 
 
 def encode_rows(values: Tensor, codec: str, out: Tensor, rounding: Rounding) -> None:

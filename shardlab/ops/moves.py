@@ -5,33 +5,11 @@ What a cache level does to fill a slot and to write it back. Source: own.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from shardlab.ops.blocks import Blocks
-from shardlab.ops.records import Records
+from shardlab.ops.records import MoveEnd
 from shardlab.ops.registry import address, check_tensor, face_of, native
-
-
-@dataclass(frozen=True)
-class MoveEnd:
-    """One end of a move.
-
-    Attributes:
-        arena: uint8.
-        blocks: where its shards lie, with encodings.
-        places: int64 [n]: number in its block of every record that moves.
-    """
-
-    arena: Tensor
-    blocks: Blocks
-    places: Tensor
-
-    def part(self, block: int, start: int, count: int) -> Records:
-        """Some records of one block."""
-        return Records(self.arena, self.blocks, block, self.places[start:start + count])
 
 
 def move_rows(source: MoveEnd, target: MoveEnd, segments: Tensor, key: int = 0,

@@ -82,3 +82,22 @@ class Records:
                                 encoding.state_codec, words, first))
         if parts:
             self.blocks.states(self.arena, self.block)[self.places] = torch.cat(parts, 1)
+
+
+@dataclass(frozen=True)
+class MoveEnd:
+    """One end of a move.
+
+    Attributes:
+        arena: uint8.
+        blocks: where its shards lie, with encodings.
+        places: int64 [n]: number in its block of every record that moves.
+    """
+
+    arena: Tensor
+    blocks: Blocks
+    places: Tensor
+
+    def part(self, block: int, start: int, count: int) -> Records:
+        """Some records of one block."""
+        return Records(self.arena, self.blocks, block, self.places[start:start + count])

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from shardlab.codecs import CODECS
-from shardlab.ops.codecs import Rounding, decode_rows, encode_rows
+from shardlab.ops.codecs import decode_rows, encode_rows
 from shardlab.ops.registry import address, check_tensor, face_of, native
+from shardlab.ops.rounding import Rounding
 from shardlab.storage_bytes import payload_bytes
 from shardlab.wire_bytes import SPAN_ELEMENTS, SPAN_LIMITS, span_bytes
 

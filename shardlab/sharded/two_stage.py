@@ -21,7 +21,8 @@ from torch import Tensor
 from shardlab.comm import Stages, WireBytes, all_to_all
 from shardlab.ops.blocks import Blocks
 from shardlab.ops.id_bytes import pack_bytes
-from shardlab.ops.moves import MoveEnd, move_rows
+from shardlab.ops.moves import move_rows
+from shardlab.ops.records import MoveEnd
 from shardlab.ops.rows import pool_rows, sum_rows
 from shardlab.ops.unique import (
     BOUNDS_CODE,

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from shardlab.codecs import rounding_key
 from shardlab.comm.wire import CellKind, gradient_scale
-from shardlab.ops.codecs import Rounding, decode_rows, encode_rows
+from shardlab.ops.codecs import decode_rows, encode_rows
+from shardlab.ops.rounding import Rounding
 from shardlab.storage_bytes import payload_bytes
 from shardlab.wire_bytes import SCALED_GRADIENTS
 

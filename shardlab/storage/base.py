@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from shardlab.ops.blocks import Blocks, Encoding
-from shardlab.ops.moves import MoveEnd, move_rows
+from shardlab.ops.moves import move_rows
+from shardlab.ops.records import MoveEnd
 from shardlab.ops.step_parameters import StepParameters
 from shardlab.ops.tensor_train import materialise, train_of
 from shardlab.ops.unique import Uniques, fill_affine

@@ -17,17 +17,10 @@ import torch
 from torch import Tensor
 
 from shardlab.errors import StorageError
-from shardlab.ops.cache import (
-    COUNTERS,
-    CacheBlock,
-    CacheIndex,
-    Placement,
-    build_cache_index,
-    cache_lookup,
-    cache_place,
-)
+from shardlab.ops.cache import COUNTERS, Placement, build_cache_index, cache_lookup, cache_place
 from shardlab.ops.cache_contents import cache_drop
-from shardlab.ops.moves import MoveEnd
+from shardlab.ops.cache_index import CacheBlock, CacheIndex
+from shardlab.ops.records import MoveEnd
 from shardlab.storage.arena import Arena
 from shardlab.storage.levels import Clock, Level, Moves, make_jobs
 from shardlab.tiers import allocate

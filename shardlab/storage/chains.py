@@ -10,7 +10,7 @@ import torch
 
 from shardlab.cache_layout import CacheLayout, cache_layout
 from shardlab.errors import ConfigError
-from shardlab.ops.cache import CacheBlock
+from shardlab.ops.cache_index import CacheBlock
 from shardlab.storage.arena import Arena, BlockSpec, build_arena
 from shardlab.storage.base import LocalShard, StorageOptions
 from shardlab.storage.cache_level import CacheLevel

@@ -9,8 +9,9 @@ import torch
 from shardlab.codecs import rounding_key, table_key
 from shardlab.ops.chunk_index import ChunkRows
 from shardlab.ops.chunk_rows import ChunkPools
-from shardlab.ops.codecs import Rounding, encode_rows
+from shardlab.ops.codecs import encode_rows
 from shardlab.ops.init import init_uniform
+from shardlab.ops.rounding import Rounding
 from shardlab.storage.base import LocalShard
 from shardlab.storage.chunk_stores import StorePlan
 from shardlab.table_plan import Shard

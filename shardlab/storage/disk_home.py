@@ -15,8 +15,7 @@ from shardlab.codecs import table_key
 from shardlab.errors import ConfigError, StorageError
 from shardlab.log_layout import log_layout
 from shardlab.ops.blocks import Blocks
-from shardlab.ops.moves import MoveEnd
-from shardlab.ops.records import Records
+from shardlab.ops.records import MoveEnd, Records
 from shardlab.storage.arena import BlockSpec, encoding_of
 from shardlab.storage.levels import Clock
 from shardlab.tiers import Disk, LogSpec, RecordLog

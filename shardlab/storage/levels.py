@@ -16,9 +16,10 @@ from torch import Tensor
 
 from shardlab.codecs import rounding_key
 from shardlab.ops.blocks import Blocks
-from shardlab.ops.codecs import Rounding, decode_rows, encode_rows
-from shardlab.ops.moves import MoveEnd, move_rows
-from shardlab.ops.records import Records
+from shardlab.ops.codecs import decode_rows, encode_rows
+from shardlab.ops.moves import move_rows
+from shardlab.ops.records import MoveEnd, Records
+from shardlab.ops.rounding import Rounding
 from shardlab.storage.arena import Arena
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from shardlab.ops.moves import MoveEnd
+from shardlab.ops.records import MoveEnd
 from shardlab.ops.step_parameters import StepParameters
 from shardlab.ops.unique import Uniques
 from shardlab.storage.base import LocalShard, PlacedJobs, Storage, TableChunk, read_codes

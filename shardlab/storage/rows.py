@@ -17,8 +17,8 @@ from shardlab.errors import CheckpointError
 from shardlab.ops.blocks import Blocks, Encoding
 from shardlab.ops.cache import COUNTERS
 from shardlab.ops.init import init_uniform
-from shardlab.ops.moves import MoveEnd, move_rows
-from shardlab.ops.records import Records
+from shardlab.ops.moves import move_rows
+from shardlab.ops.records import MoveEnd, Records
 from shardlab.ops.rows import gather_rows, job_spans, pool_blocks, pool_rows, update_rows
 from shardlab.ops.scatter import scatter_rows
 from shardlab.ops.step_parameters import StepParameters

@@ -10,7 +10,7 @@ from threading import Lock
 
 from torch import Tensor
 
-from shardlab.ops.moves import MoveEnd
+from shardlab.ops.records import MoveEnd
 from shardlab.storage.levels import Home
 
 

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from shardlab.codecs import table_key
 from shardlab.ops.blocks import Encoding
-from shardlab.ops.codecs import Rounding, decode_rows, encode_rows
+from shardlab.ops.codecs import decode_rows, encode_rows
 from shardlab.ops.records import Records
+from shardlab.ops.rounding import Rounding
 from shardlab.ops.step_parameters import StepParameters
 from shardlab.ops.tensor_train import CoreGradients, TensorTrain, Workspace
 from shardlab.ops.tensor_train_batch import join_gradients

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from shardlab import codecs
 from shardlab.codecs import CODECS
-from shardlab.ops.codecs import Rounding
+from shardlab.ops.rounding import Rounding
 
 FP32, FP16, BF16, FP8, INT8, INT4, E5M2 = (tl.constexpr(number) for number in CODECS.values())
 PART_SIZE = tl.constexpr(1 << codecs.PART_BITS)

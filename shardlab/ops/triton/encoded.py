@@ -16,7 +16,7 @@ from torch import Tensor
 
 from shardlab.codecs import CODECS, signed
 from shardlab.ops.blocks import Blocks
-from shardlab.ops.moves import MoveEnd
+from shardlab.ops.records import MoveEnd
 from shardlab.ops.step_parameters import RULES, StepParameters
 from shardlab.ops.triton.codecs import (
     BF16,

@@ -17,9 +17,11 @@ from torch import Tensor
 
 from shardlab.codecs import CODECS, encode, rounding_key, row_words
 from shardlab.ops.blocks import Blocks, Encoding
-from shardlab.ops.codecs import Rounding, decode_rows, encode_rows
-from shardlab.ops.moves import MoveEnd, move_rows
+from shardlab.ops.codecs import decode_rows, encode_rows
+from shardlab.ops.moves import move_rows
+from shardlab.ops.records import MoveEnd
 from shardlab.ops.registry import native
+from shardlab.ops.rounding import Rounding
 from shardlab.ops.rows import gather_rows, pool_blocks, update_rows
 from shardlab.ops.step_parameters import StepParameters
 from shardlab.ops.unique import unique_segments_reference

@@ -10,15 +10,8 @@ from torch import Tensor
 
 from shardlab.cache_layout import CacheLayout, cache_layout
 from shardlab.errors import ConfigError
-from shardlab.ops.cache import (
-    COUNTERS,
-    CacheBlock,
-    CacheIndex,
-    Placement,
-    build_cache_index,
-    cache_lookup,
-    cache_place,
-)
+from shardlab.ops.cache import COUNTERS, Placement, build_cache_index, cache_lookup, cache_place
+from shardlab.ops.cache_index import CacheBlock, CacheIndex
 from shardlab.ops.cache_reference import records
 from shardlab.ops.unique import OutOfBoundsError
 from tests.shardlab.ops.cases import INDEX_PLACES, face

@@ -10,19 +10,14 @@ from torch import Tensor
 
 from shardlab.cache_layout import cache_layout
 from shardlab.errors import CheckpointError
-from shardlab.ops.cache import (
-    CacheBlock,
-    CacheIndex,
-    build_cache_index,
-    cache_lookup,
-    cache_place,
-)
+from shardlab.ops.cache import build_cache_index, cache_lookup, cache_place
 from shardlab.ops.cache_contents import (
     CacheContents,
     cache_contents,
     cache_drop,
     cache_restore,
 )
+from shardlab.ops.cache_index import CacheBlock, CacheIndex
 from shardlab.ops.unique import OutOfBoundsError
 
 POLICIES = ["lru", "lfu"]

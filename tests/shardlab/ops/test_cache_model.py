@@ -15,8 +15,9 @@ from hypothesis.stateful import (
 )
 
 from shardlab.cache_layout import cache_layout
-from shardlab.ops.cache import CacheBlock, CacheIndex, build_cache_index, cache_place
+from shardlab.ops.cache import build_cache_index, cache_place
 from shardlab.ops.cache_contents import cache_contents, cache_drop, cache_restore
+from shardlab.ops.cache_index import CacheBlock, CacheIndex
 from shardlab.ops.registry import native
 from tests.shardlab.ops.test_cache import POLICIES
 

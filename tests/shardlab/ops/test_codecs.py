@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from shardlab.codecs import CODECS
-from shardlab.ops.codecs import Rounding, decode_rows, encode_rows
+from shardlab.ops.codecs import decode_rows, encode_rows
 from shardlab.ops.registry import native
+from shardlab.ops.rounding import Rounding
 from shardlab.storage_bytes import payload_bytes
 from tests.shardlab.ops.cases import REFERENCE, ROW_PLACES, Place, face
 from tests.shardlab.ops.encoded_cases import all_encoded, assert_same, run_codec

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from shardlab.codecs import CODECS, decode, encode, rounding_key, row_words
 from shardlab.ops.blocks import Blocks, Encoding
-from shardlab.ops.moves import MoveEnd, move_rows, move_rows_reference
+from shardlab.ops.moves import move_rows, move_rows_reference
+from shardlab.ops.records import MoveEnd
 from shardlab.ops.registry import native
 from shardlab.ops.rows import gather_rows, pool_blocks, update_rows
 from shardlab.ops.step_parameters import StepParameters

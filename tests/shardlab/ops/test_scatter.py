@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from shardlab.ops.blocks import Blocks, Encoding
-from shardlab.ops.codecs import Rounding, decode_rows, encode_rows
+from shardlab.ops.codecs import decode_rows, encode_rows
+from shardlab.ops.rounding import Rounding
 from shardlab.ops.scatter import scatter_rows, scatter_rows_reference
 from shardlab.ops.unique import Segments, unique_segments
 from shardlab.storage_bytes import payload_bytes

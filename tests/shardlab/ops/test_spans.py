@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from shardlab.ops.codecs import Rounding
 from shardlab.ops.registry import native
+from shardlab.ops.rounding import Rounding
 from shardlab.ops.spans import (
     decode_spans,
     decode_spans_reference,

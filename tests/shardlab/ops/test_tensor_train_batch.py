@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from shardlab.ops.blocks import Blocks, Encoding
-from shardlab.ops.codecs import Rounding, decode_rows, encode_rows
+from shardlab.ops.codecs import decode_rows, encode_rows
 from shardlab.ops.registry import has_triton
+from shardlab.ops.rounding import Rounding
 from shardlab.ops.step_parameters import StepParameters
 from shardlab.ops.tensor_train import (
     Workspace,
