@@ -21,7 +21,8 @@ import time
 from collections.abc import Callable, Iterator
 
 import torch
-from tbe_cpu import Case, build_fbgemm
+from tbe_cases import Case
+from tbe_peers import build_fbgemm
 
 import shardlab as sl
 from shardlab.ops.allocator import keep_freed_memory

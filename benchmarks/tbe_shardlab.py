@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from tbe_cpu import LEARNING_RATE, Case, Step, build_fbgemm
+from tbe_cases import LEARNING_RATE, Case, Step
+from tbe_peers import build_fbgemm
 
 import shardlab as sl
 from shardlab.ops.allocator import keep_freed_memory
