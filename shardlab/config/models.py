@@ -326,7 +326,8 @@ class ExchangeConfig(Section):
         "says is faster")
     depth: Index | None = Field(
         default=None, description="batches whose ids and rows are exchanged while earlier ones "
-        "train; 0: none; absent: 1, but 0 where ranks share memory and no table is on disk")
+        "train; 0: none; absent: 0 where ranks share memory and no table is on disk, else 1, and "
+        "between CPUs of several hosts what of both trains faster, tried on the first 50 batches")
     staleness: Literal[0, 1] = Field(
         default=0, description="0: rows are as if nothing ran ahead, bit by bit; 1: all rows may "
         "lack the last update, so that their whole exchange can be hidden")

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 from shardlab.errors import ConfigError
+from shardlab.sharded.depth_trial import DepthChoice, DepthTrial
 from shardlab.sharded.shard import ShardedModel
 
 T = TypeVar("T")
@@ -14,7 +15,8 @@ T = TypeVar("T")
 
 def prefetching(loader: Iterable[T], model: ShardedModel,
                 features: Callable[[T], Any] | None = None, *, depth: int | None = None,
-                staleness: int = 0) -> Iterator[T]:
+                staleness: int = 0,
+                chosen: Callable[[DepthChoice], None] | None = None) -> Iterator[T]:
     """Yields the batches of a loader; while one trains, the next ones are exchanged.
 
     Another thread sends their ids, brings up the rows that lie on disk, and sends their rows.
@@ -29,35 +31,47 @@ def prefetching(loader: Iterable[T], model: ShardedModel,
         model: of `shardlab.shard`.
         features: the features of a batch, the very object that the model will pass to its
             collections; None: the batch itself.
-        depth: batches that are announced while one trains; 0: none. None: 1, but 0 for ranks that
-            share memory and keep no table on disk: there, exchange is copying, which costs the
-            cores that train.
+        depth: batches that are announced while one trains; 0: none. None: 1; but 0 for ranks that
+            share memory and keep no table on disk, since exchange there is copying, which costs
+            the cores that train; and between CPUs of several hosts whichever of 0 and 1 is faster
+            on the first 50 batches.
         staleness: 0, or 1 with a depth of 1.
+        chosen: is told what was found on these batches.
 
     Raises:
         ConfigError: such a depth and staleness do not go together.
     """
     check_depth(depth, staleness)
     collections = list(model.collections().values())
-    if depth is None:
-        depth = int(staleness > 0 or not model.table_groups.shares_memory or
-                    any(collection.on_disk for collection in collections))
-    if model.table_groups.world_size == 1:
-        depth = min(depth, 1)  # a disk needs no more, and nothing else is done ahead
+    trial = DepthTrial(model.table_groups, _depth_of(model, depth, staleness), chosen)
     coming: deque[T] = deque()
     try:
         for batch in loader:
-            if depth:
+            if trial.depth:
                 for collection in collections:
                     collection.prefetch(batch if features is None else features(batch), staleness)
             coming.append(batch)
-            if len(coming) > depth:
+            while len(coming) > trial.depth:
                 yield coming.popleft()
+                trial.trained()
         while coming:
             yield coming.popleft()
     finally:
         for collection in collections:
             collection.forget_announced()
+
+
+def _depth_of(model: ShardedModel, depth: int | None, staleness: int) -> int | None:
+    """The depth to take; None: whichever is faster."""
+    groups = model.table_groups
+    if groups.world_size == 1:  # a disk needs no more, and nothing else is done ahead
+        return 1 if depth is None else min(depth, 1)
+    on_disk = any(collection.on_disk for collection in model.collections().values())
+    if depth is not None or staleness or on_disk:
+        return 1 if depth is None else depth
+    if groups.shares_memory:
+        return 0
+    return None if groups.device.type == "cpu" else 1
 
 
 def check_depth(depth: int | None, staleness: int) -> None:

@@ -23,6 +23,7 @@ from shardlab.comm.collectives import all_reduce_, gather_objects_json
 from shardlab.comm.groups import Groups
 from shardlab.errors import CheckpointError, StallError
 from shardlab.sharded import prefetching
+from shardlab.sharded.depth_trial import DepthChoice
 from shardlab.sharded.trace import Trace, chrome_trace
 from shardlab.storage_bytes import TierBytes
 from shardlab.train.cache_meter import CacheCounts, as_record, total_of
@@ -108,6 +109,7 @@ class Trainer:
                                self.on_stall)
         self._saves = CheckpointWriter(self.model, self.optimizer, self.groups,
                                        self.options.saving, self._watch.beat)
+        self._depth = self.options.depth
         self._signal = StopSignal()
         self._log = IntervalLog(self.model, self.groups, self._signal)
         self._interval: Interval | None = None
@@ -187,7 +189,8 @@ class Trainer:
         reader = reader_from(self.train_reader, self._at.data)
         moved = (batch.to(self.groups.device) for batch in reader)
         for batch in prefetching(moved, self.model, lambda batch: batch.sparse,
-                                 depth=self.options.depth, staleness=self.options.staleness):
+                                 depth=self._depth, staleness=self.options.staleness,
+                                 chosen=self._keep_depth):
             self._train(batch)
             self._after_step()
             if self._done():
@@ -196,6 +199,14 @@ class Trainer:
         if self._stopped_by is None:
             self._validate()
             self._at.epoch, self._at.data = self._at.epoch + 1, None
+
+    def _keep_depth(self, choice: DepthChoice) -> None:
+        """Later epochs take what the first one found."""
+        self._depth = choice.depth
+        self._view.say(choice.text)
+        plain, ahead = choice.step_ms
+        self._record("depth", {"depth": choice.depth, "plain_step_ms": plain,
+                               "ahead_step_ms": ahead})
 
     def _train(self, batch: Batch) -> None:
         self._log.got_batch()

@@ -301,6 +301,33 @@ def test_bad_id_of_a_batch_that_comes_is_named_at_its_turn():
         assert "10000" in message
 
 
+def _tried(groups, job, depth):
+    """Losses of training over gloo, where a depth that is not given is tried; and the choices."""
+    groups = sl.comm.build_groups(transport="gloo")
+    model, optimizer = sharded_model(groups, job)
+    losses, choices = [], []
+    batches = [(build_features(step.parts[groups.rank], job.features), step) for step in job.steps]
+    for features, step in sl.prefetching(batches, model, lambda batch: batch[0], depth=depth,
+                                         chosen=choices.append):
+        pooled = model(features)
+        out = torch.cat([pooled[feature] for feature in job.features], dim=1)
+        loss = loss_of(out, step.targets[groups.rank], step.samples, job.linear)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    return losses, [choice.depth for choice in choices]
+
+
+def test_a_depth_that_nobody_gave_is_tried_and_changes_no_bits():
+    job = _job(2, ("row", "table"), steps=55)
+    plain, found = run_ranks(2, _tried, job, 0), run_ranks(2, _tried, job, None)
+    assert [losses for losses, _ in found] == [losses for losses, _ in plain]
+    assert len(found[0][1]) == 1
+    assert found[0][1] == found[1][1]
+    assert [choices for _, choices in plain] == [[], []]
+
+
 @pytest.mark.parametrize(("depth", "staleness", "text"), [
     (-1, 0, "found depth -1 and staleness 0"), (1, 2, "found depth 1 and staleness 2"),
     (2, 1, "a depth of 1, found 2"), (0, 1, "a depth of 1, found 0")])
