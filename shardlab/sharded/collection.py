@@ -20,13 +20,14 @@ from shardlab.plan import ShardingPlan
 from shardlab.sharded.announce import Announcements
 from shardlab.sharded.clock import PhaseClock
 from shardlab.sharded.exchange import Exchange
-from shardlab.sharded.gradients import MergedRows, PendingGradients, RowUpdater
+from shardlab.sharded.gradients import MergedRows, PendingGradients
 from shardlab.sharded.hot_rows import HotRows
 from shardlab.sharded.inputs import Batch, InputReader
 from shardlab.sharded.layout import Layout, compile_layout
 from shardlab.sharded.lookup import Lookup
 from shardlab.sharded.pruning import PruningCouncil
 from shardlab.sharded.replicas import Replicas, Replication
+from shardlab.sharded.row_updater import RowUpdater
 from shardlab.sharded.snapshots import Snapshots
 from shardlab.sharded.urgent import can_part
 from shardlab.sharded.wire_watch import BACKWARD, FORWARD, WireWatch

@@ -30,9 +30,10 @@ from torch import Tensor
 from shardlab.comm import Groups, ReplicaGroups, WireBytes
 from shardlab.ops.unique import BOUNDS_CODE, Segments, Uniques, unique_segments
 from shardlab.sharded.early import Splitter
-from shardlab.sharded.gradients import MergedRows, RowUpdater
+from shardlab.sharded.gradients import MergedRows
 from shardlab.sharded.layout import column
 from shardlab.sharded.replica_messages import Part, RowMessages
+from shardlab.sharded.row_updater import RowUpdater
 from shardlab.sharded.row_watch import RowWatch
 from shardlab.specs import BoundsMode
 from shardlab.storage import LocalShard, RowWrites, Storage
