@@ -30,8 +30,9 @@ from benchlib import emit, sample_ids
 import shardlab as sl
 from shardlab.ops.allocator import keep_freed_memory
 from shardlab.ops.step_parameters import StepParameters
-from shardlab.ops.tensor_train import Workspace, logical_cores
+from shardlab.ops.tensor_train import logical_cores
 from shardlab.ops.tensor_train_batch import batch_rows, batch_steps
+from shardlab.ops.tensor_train_types import Workspace
 from shardlab.presets import CRITEO_KAGGLE_CARDINALITIES, criteo_kaggle_tables
 
 ROWS, COLUMNS = (200, 220, 250), {16: (2, 2, 4), 64: (4, 4, 4)}

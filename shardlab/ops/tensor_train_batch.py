@@ -17,13 +17,11 @@ from shardlab.ops.registry import address, check_tensor, face_of
 from shardlab.ops.rows import update_rows
 from shardlab.ops.step_parameters import RULES, StepParameters
 from shardlab.ops.tensor_train import (
-    SliceGradients,
-    TensorTrain,
-    Workspace,
     native_slice_gradients,
     tensor_train_gradients,
     tensor_train_rows,
 )
+from shardlab.ops.tensor_train_types import SliceGradients, TensorTrain, Workspace
 from shardlab.ops.unique import Uniques
 
 _ADAMS = ("adam", "row_wise_adam")

@@ -2,7 +2,8 @@
 
 The steps carry the numbers of docs/architecture.md: 1 de-duplicate and 2 route (`routes`), 3 read,
 5 expand and pool, 6 sum gradients per unique id, 7 merge ranks' gradients and 8 update
-(`gradients`, `row_updater`). Rows and gradients travel in the codecs of the plan; sums are fp32 everywhere.
+(`gradients`, `row_updater`). Rows and gradients travel in the codecs of the plan; sums are fp32
+everywhere.
 """
 
 from __future__ import annotations

@@ -13,7 +13,8 @@ from shardlab.ops.blocks import Blocks, Encoding
 from shardlab.ops.moves import move_rows
 from shardlab.ops.records import MoveEnd
 from shardlab.ops.step_parameters import StepParameters
-from shardlab.ops.tensor_train import materialise, train_of
+from shardlab.ops.tensor_train import materialise
+from shardlab.ops.tensor_train_types import train_of
 from shardlab.ops.unique import Uniques, fill_affine
 from shardlab.specs import EmbeddingBagConfig
 from shardlab.storage.kept_room import KeptRoom

@@ -25,8 +25,8 @@ from shardlab.ops.cache import COUNTERS
 from shardlab.ops.rows import pool_rows, sum_rows
 from shardlab.ops.scatter import scatter_rows
 from shardlab.ops.step_parameters import ROW_WISE, StepParameters
-from shardlab.ops.tensor_train import CoreGradients
 from shardlab.ops.tensor_train_batch import all_slices, moves_every_slice
+from shardlab.ops.tensor_train_types import CoreGradients
 from shardlab.ops.unique import (
     BOUNDS_CODE,
     Segments,

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from shardlab.ops.step_parameters import StepParameters
-from shardlab.ops.tensor_train import CoreGradients, TensorTrain, Workspace
 from shardlab.ops.tensor_train_batch import batch_gradients, batch_rows, batch_steps
+from shardlab.ops.tensor_train_types import CoreGradients, TensorTrain, Workspace
 from shardlab.storage.tensor_train_memory import CoreMemory
 from shardlab.storage.tensor_train_shard import TensorTrainShard
 

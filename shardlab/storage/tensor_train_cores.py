@@ -18,8 +18,8 @@ from shardlab.ops.codecs import decode_rows, encode_rows
 from shardlab.ops.records import Records
 from shardlab.ops.rounding import Rounding
 from shardlab.ops.step_parameters import StepParameters
-from shardlab.ops.tensor_train import CoreGradients, TensorTrain, Workspace
 from shardlab.ops.tensor_train_batch import join_gradients
+from shardlab.ops.tensor_train_types import CoreGradients, TensorTrain, Workspace
 from shardlab.storage.base import LocalShard, StorageOptions
 from shardlab.storage.levels import Clock
 from shardlab.storage.tensor_train_init import lr_multiples

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from shardlab.errors import CheckpointError
-from shardlab.ops.tensor_train import train_numbers
 from shardlab.ops.tensor_train_svd import decompose
+from shardlab.ops.tensor_train_types import train_numbers
 from shardlab.storage.base import TableChunk
 from shardlab.storage.rows import STATE_NAMES
 from shardlab.storage.tensor_train_hot import HotRows

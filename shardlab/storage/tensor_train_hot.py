@@ -27,7 +27,8 @@ from torch import Tensor
 from shardlab.ops.blocks import Blocks
 from shardlab.ops.rows import update_rows
 from shardlab.ops.step_parameters import StepParameters
-from shardlab.ops.tensor_train import TensorTrain, logical_cores
+from shardlab.ops.tensor_train import logical_cores
+from shardlab.ops.tensor_train_types import TensorTrain
 from shardlab.ops.unique import Uniques
 from shardlab.storage.tensor_train_uses import UseCounts
 from shardlab.storage_bytes import OPTIMIZER_STATE

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from shardlab.ops.blocks import Blocks, Encoding
 from shardlab.ops.step_parameters import StepParameters
-from shardlab.ops.tensor_train import SliceGradients
 from shardlab.ops.tensor_train_batch import CoreSlices, step_slices
+from shardlab.ops.tensor_train_types import SliceGradients
 from shardlab.storage.levels import Clock
 from shardlab.storage_bytes import payload_bytes
 from shardlab.tiers import allocate

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from shardlab.ops.step_parameters import StepParameters
-from shardlab.ops.tensor_train import CoreGradients, Workspace, tensor_train_rows
+from shardlab.ops.tensor_train import tensor_train_rows
+from shardlab.ops.tensor_train_types import CoreGradients, Workspace
 from shardlab.storage.base import LocalShard, StorageOptions
 from shardlab.storage.tensor_train_cores import CoreArena, is_shared
 from shardlab.storage.tensor_train_hot import HotRows, fold

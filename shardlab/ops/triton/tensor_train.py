@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from shardlab.ops.tensor_train import CoreGradients, TensorTrain, prefix_levels
+from shardlab.ops.tensor_train_types import CoreGradients, TensorTrain, prefix_levels
 
 #: Columns of a slice that a program of gradients holds at a time.
 _COLUMNS = 64

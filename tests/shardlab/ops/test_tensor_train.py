@@ -12,15 +12,17 @@ from hypothesis import strategies as st
 
 from shardlab.ops.registry import has_triton
 from shardlab.ops.tensor_train import (
-    CoreGradients,
-    TensorTrain,
-    Workspace,
     logical_cores,
     materialise,
     tensor_train_gradients,
     tensor_train_gradients_reference,
     tensor_train_rows,
     tensor_train_rows_reference,
+)
+from shardlab.ops.tensor_train_types import (
+    CoreGradients,
+    TensorTrain,
+    Workspace,
     train_numbers,
     train_of,
 )

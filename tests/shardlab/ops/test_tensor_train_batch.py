@@ -12,11 +12,7 @@ from shardlab.ops.codecs import decode_rows, encode_rows
 from shardlab.ops.registry import has_triton
 from shardlab.ops.rounding import Rounding
 from shardlab.ops.step_parameters import StepParameters
-from shardlab.ops.tensor_train import (
-    Workspace,
-    tensor_train_gradients_reference,
-    tensor_train_rows_reference,
-)
+from shardlab.ops.tensor_train import tensor_train_gradients_reference, tensor_train_rows_reference
 from shardlab.ops.tensor_train_batch import (
     CoreSlices,
     all_slices,
@@ -26,6 +22,7 @@ from shardlab.ops.tensor_train_batch import (
     moves_every_slice,
     step_slices,
 )
+from shardlab.ops.tensor_train_types import Workspace
 from shardlab.storage_bytes import OPTIMIZER_STATE, payload_bytes
 from tests.shardlab.ops.test_tensor_train import make, some_ids
 

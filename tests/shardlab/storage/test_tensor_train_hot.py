@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from shardlab.ops.tensor_train import TensorTrain, materialise
+from shardlab.ops.tensor_train import materialise
+from shardlab.ops.tensor_train_types import TensorTrain
 from shardlab.specs import ShardingType
 from shardlab.storage import LocalShard, StorageOptions, build_storage
 from shardlab.storage.tensor_train_hot import fold
