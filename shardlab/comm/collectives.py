@@ -13,6 +13,7 @@ from torch import Tensor
 from shardlab.comm.faults import naming
 from shardlab.comm.gather import gather_json
 from shardlab.comm.groups import Groups
+from shardlab.comm.shared_memory import SharedMemoryLane
 from shardlab.comm.shared_sum import start_sum
 
 _REDUCE = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
@@ -77,10 +78,21 @@ class Work:
 
     Args:
         finish: waits for it; None: nothing is under way.
+        pass_on: does what comes before the last wait, once; None: there is nothing.
     """
 
-    def __init__(self, finish: Callable[[], None] | None = None) -> None:
-        self._finish = finish
+    def __init__(self, finish: Callable[[], None] | None = None,
+                 pass_on: Callable[[], None] | None = None) -> None:
+        self._finish, self._pass_on = finish, pass_on
+
+    def pass_on(self) -> None:
+        """Of several under way, all do this before one waits: they then wait together.
+
+        Raises:
+            ExchangeError: a rank ended, stalled or cannot be reached.
+        """
+        if self._pass_on is not None:
+            self._pass_on()
 
     def wait(self) -> None:
         """Blocks until the result is there (on CUDA: until the stream may read it).
@@ -127,30 +139,57 @@ def all_reduce_(tensor: Tensor, groups: Groups, op: str = "sum") -> Tensor:
     return tensor
 
 
-def start_all_reduce(tensor: Tensor, groups: Groups) -> Work:
+def start_all_reduce(tensor: Tensor, groups: Groups, scale: float = 1.0) -> Work:
     """Starts adding up a contiguous ``tensor`` over all ranks, in place.
 
     Uses the `sums` lane, or two stages where there are some, or `process_group`. Waits are in the
     order of starts.
+
+    Args:
+        tensor: what this rank adds.
+        groups: the ranks.
+        scale: multiplies the sums.
 
     Raises:
         ExchangeError: (here or in the wait) a rank ended, stalled or cannot be reached.
     """
     if groups.process_group is None:
         return Work()
+    staged = groups.stages is not None and groups.stages.sums is not None
+    if groups.sums is not None and not staged:
+        return _start_shared_sum(tensor, groups, groups.sums, scale)
     with naming(groups, "dense", "all_reduce"):
         if groups.stages is not None and groups.stages.sums is not None:
             done = groups.stages.sums.start(tensor)
-        elif groups.sums is None:
-            done = dist.all_reduce(tensor, group=groups.process_group, async_op=True).wait
         else:
-            done = start_sum(tensor, groups.sums, groups.rank, groups.world_size)
+            done = dist.all_reduce(tensor, group=groups.process_group, async_op=True).wait
 
     def finish() -> None:
         with naming(groups, "dense", "all_reduce"):
             done()
+        if scale != 1.0:
+            tensor.mul_(scale)
 
     return Work(finish)
+
+
+def _start_shared_sum(tensor: Tensor, groups: Groups, lane: SharedMemoryLane,
+                      scale: float) -> Work:
+    """Of ranks that share memory; every rank scales the piece that it adds up."""
+    def scaled(piece: Tensor, _: int) -> None:
+        piece.mul_(scale)
+
+    with naming(groups, "dense", "all_reduce"):
+        started = start_sum(tensor, lane, groups.rank, groups.world_size,
+                            None if scale == 1.0 else scaled)
+
+    def named(part: Callable[[], None]) -> Callable[[], None]:
+        def call() -> None:
+            with naming(groups, "dense", "all_reduce"):
+                part()
+        return call
+
+    return Work(named(started), named(started.pass_on))
 
 
 def broadcast_(tensor: Tensor, groups: Groups) -> Tensor:

@@ -33,8 +33,32 @@ class SumLane(Protocol):
 OverHosts = Callable[[Tensor, int], None]
 
 
+class StartedSum:
+    """A sum under way: pieces travel to the ranks that add them up, then sums travel to all.
+
+    Args:
+        add_up: waits for the pieces, adds them up and starts to send the sum; what it returns waits
+            for all sums.
+    """
+
+    def __init__(self, add_up: Callable[[], Finish]) -> None:
+        self._add_up = add_up
+        self._gathered: Finish | None = None
+
+    def pass_on(self) -> None:
+        """The first half: several sums wait for their peers once where all do this first."""
+        if self._gathered is None:
+            self._gathered = self._add_up()
+
+    def __call__(self) -> None:
+        """Waits until the sum is there."""
+        self.pass_on()
+        assert self._gathered is not None
+        self._gathered()
+
+
 def start_sum(tensor: Tensor, lane: SumLane, rank: int, world_size: int,
-              then: OverHosts | None = None, unit: int = _ALIGN_ELEMENTS) -> Finish:
+              then: OverHosts | None = None, unit: int = _ALIGN_ELEMENTS) -> StartedSum:
     """Starts adding up ``tensor`` over all ranks, in place.
 
     Every rank adds up one piece, in the order of ranks, and sends the sum to all: all have the same
@@ -50,7 +74,7 @@ def start_sum(tensor: Tensor, lane: SumLane, rank: int, world_size: int,
         unit: pieces begin at multiples of so many elements.
 
     Returns:
-        A call that waits; raises RuntimeError if a peer ended or is late. Calls must be made in
+        A call that waits; raises RuntimeError if a peer ended or is late. First halves must be in
         the order of the starts: half of the transfer starts there.
 
     Source: own; reduce-scatter and all-gather are the standard ones.
@@ -64,14 +88,14 @@ def start_sum(tensor: Tensor, lane: SumLane, rank: int, world_size: int,
     parts = own.new_empty(world_size, sizes[rank])
     scattered = lane.all_to_all(parts.view(-1), flat, [sizes[rank]] * world_size, sizes)
 
-    def finish() -> None:
+    def add_up() -> Finish:
         scattered()
         torch.sum(parts, 0, out=own)
         if then is not None:
             then(own, begin)
-        lane.all_gather(flat, own, sizes)()
+        return lane.all_gather(flat, own, sizes)
 
-    return finish
+    return StartedSum(add_up)
 
 
 @dataclass(frozen=True)

@@ -98,6 +98,8 @@ class DenseReducer:
             bucket.start(self._draw)
         marks = self._start_marks()
         for bucket in self._buckets:
+            bucket.pass_on()
+        for bucket in self._buckets:
             bucket.finish()
         marks.wait()
         for bucket in self._buckets:

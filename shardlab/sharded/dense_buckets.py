@@ -14,8 +14,10 @@ from shardlab.errors import ShardLabError
 from shardlab.wire_bytes import SPAN_ELEMENTS
 
 #: Between CPU hosts a bucket travels while the rest of the backward runs: 512 KiB take 4 ms at
-#: 1 Gbit/s, far more than a message costs. On GPUs only the first is small, to start early.
-_HOST_BUCKET_BYTES, _SMALL_BUCKET_BYTES, _BUCKET_BYTES = 512 << 10, 1 << 20, 25 << 20
+#: 1 Gbit/s, far more than a message costs. Ranks that share memory copy it, which hides behind
+#: nothing: there a bucket fills the rings. On GPUs only the first is small, to start early.
+_HOST_BUCKET_BYTES, _SHARED_BUCKET_BYTES = 512 << 10, 2 << 20
+_SMALL_BUCKET_BYTES, _BUCKET_BYTES = 1 << 20, 25 << 20
 #: Gradients start on a cache line of fp32; in a codec, in a span of their own.
 _ALIGN_ELEMENTS = 16
 
@@ -96,7 +98,7 @@ class Bucket:
         """
         self._marks.fill_(1)
         self._missing = []
-        for index, parameter in enumerate(self.parameters):
+        for index, parameter in enumerate(() if self.complete else self.parameters):
             if parameter.grad is not None:
                 if parameter not in self._arrived:  # of an earlier backward pass, the mean already
                     self.take(parameter)
@@ -105,22 +107,25 @@ class Bucket:
                 self._marks[index] = 0
                 self._missing.append(index)
         if self._coding is None or self._spans is None:
-            self._work = start_all_reduce(self._flat, self._groups)
+            self._work = start_all_reduce(self._flat, self._groups, 1 / self._groups.world_size)
             return
         if self._spans.data_ptr() != self._gradients.data_ptr():
             self._spans.view(-1).copy_(self._gradients)
         self._work = start_span_sum(self._coding.way, self._spans,
                                     draw.at(self._coding.first_span), self._groups)
 
+    def pass_on(self) -> None:
+        """Call it on all buckets before the first `finish`."""
+        assert self._work is not None
+        self._work.pass_on()
+
     def finish(self) -> None:
-        """Waits for the sum and makes it the mean."""
+        """Waits for the mean over ranks."""
         assert self._work is not None
         self._work.wait()
         self._work = None
         self._arrived.clear()
-        if self._spans is None:
-            self._gradients.mul_(1 / self._groups.world_size)
-        elif self._spans.data_ptr() != self._gradients.data_ptr():
+        if self._spans is not None and self._spans.data_ptr() != self._gradients.data_ptr():
             self._gradients.copy_(self._spans.view(-1))
 
     def adopt(self) -> None:
@@ -139,13 +144,15 @@ def aligned(parameter: Tensor, coded: bool) -> int:
     return -(-parameter.numel() // unit) * unit
 
 
-def in_buckets(parameters: Iterable[nn.Parameter], on_cpu: bool) -> list[list[nn.Parameter]]:
-    """Parameters in order, in buckets of one dtype; the first is small."""
+def in_buckets(parameters: Iterable[nn.Parameter], groups: Groups) -> list[list[nn.Parameter]]:
+    """Parameters in order, in buckets of one dtype; on GPUs the first is small."""
+    on_cpu = groups.device.type == "cpu"
+    host_bytes = _HOST_BUCKET_BYTES if groups.sums is None else _SHARED_BUCKET_BYTES
     parts: dict[torch.dtype, list[list[nn.Parameter]]] = {}
     filled: dict[torch.dtype, int] = {}
     for parameter in parameters:
         of_dtype = parts.setdefault(parameter.dtype, [])
-        limit = _HOST_BUCKET_BYTES if on_cpu else \
+        limit = host_bytes if on_cpu else \
             _SMALL_BUCKET_BYTES if len(of_dtype) <= 1 else _BUCKET_BYTES
         if not of_dtype or filled[parameter.dtype] >= limit:
             of_dtype.append([])
@@ -164,7 +171,7 @@ def build_buckets(parameters: Iterable[nn.Parameter], groups: Groups,
         groups: the ranks.
         way: how they travel in a codec; None: they do not, and nothing travels apart.
     """
-    parts = in_buckets(parameters, groups.device.type == "cpu")
+    parts = in_buckets(parameters, groups)
     if way is None:
         return [Bucket(part, groups, None) for part in parts], torch.zeros(0)
     marks = torch.zeros(sum(map(len, parts)), device=groups.device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -165,3 +166,27 @@ def test_sums_are_those_of_the_ranks_in_order(world, dtype):
                  for r in range(world)]
         assert torch.tensor(by_rank[0], dtype=dtype).equal(torch.stack(terms).sum(0))
         assert all(other == by_rank[0] for other in by_rank)
+
+
+def _scaled_sums(groups, sizes, transport):
+    """Means, the first halves of all sums before the first wait; one twice, as it may be."""
+    way = groups if transport == "shared" else replace(groups, sums=None)
+    tensors = [torch.arange(n, dtype=torch.float32) * (groups.rank + 1) / 7 for n in sizes]
+    works = [comm.start_all_reduce(tensor, way, 1 / groups.world_size) for tensor in tensors]
+    for work in [*works, works[0]]:
+        work.pass_on()
+    for work in works:
+        work.wait()
+    return [tensor.tolist() for tensor in tensors]
+
+
+@pytest.mark.parametrize("transport", ["shared", "gloo"])
+def test_scaled_sums_are_passed_on_together(transport):
+    sizes = [5, 0, 300_001]
+    for found in run_ranks(3, _scaled_sums, sizes, transport):
+        for n, mean in zip(sizes, found, strict=True):
+            terms = [torch.arange(n, dtype=torch.float32) * (r + 1) / 7 for r in range(3)]
+            if transport == "shared":
+                assert torch.tensor(mean).equal(torch.stack(terms).sum(0) * (1 / 3))
+            else:  # the ring adds in another order
+                torch.testing.assert_close(torch.tensor(mean), torch.stack(terms).mean(0))
