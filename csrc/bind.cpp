@@ -174,4 +174,5 @@ NB_MODULE(_native, m) {
   bind_disk(m);
   bind_chunks(m);
   bind_lane(m);
+  bind_cells(m);
 }

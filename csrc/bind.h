@@ -32,3 +32,4 @@ void bind_tensor_train(nanobind::module_& m);
 void bind_chunks(nanobind::module_& m);
 void bind_disk(nanobind::module_& m);
 void bind_lane(nanobind::module_& m);
+void bind_cells(nanobind::module_& m);

@@ -22,7 +22,7 @@ from shardlab.ops.moves import move_rows
 from shardlab.ops.records import MoveEnd
 from shardlab.ops.unique import fill_affine
 from shardlab.storage_bytes import payload_bytes
-from shardlab.wire_bytes import SCALED_GRADIENTS, WORD_BYTES
+from shardlab.wire_bytes import SCALED_GRADIENTS
 
 _FP32_BYTES = 4
 #: Streams of random bits: away from those of updates and write-backs, one per rank and backward.
@@ -66,10 +66,6 @@ class WireCodec:
         self.coded = _encodings([Encoding(kind.codec, col_start=kind.first_column,
                                            table_key=kind.table_key, stochastic=kind.stochastic)
                                   for kind in kinds])
-
-    def sizes(self, vectors: Tensor) -> Tensor:
-        """int64 bytes of cells that hold so many rows, int64 [..., cells] on CPU."""
-        return -(-vectors * self.vector_bytes // WORD_BYTES) * WORD_BYTES
 
     def coded_end(self, buffer: Tensor, at: Tensor, counts: Tensor, places: Tensor) -> MoveEnd:
         """Encoded cells as an end of `move_rows`: block i is cell i.

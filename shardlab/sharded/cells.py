@@ -14,6 +14,7 @@ from torch import Tensor
 
 from shardlab.codecs import table_key
 from shardlab.comm.wire import CellKind, WireCodec, scale_limit
+from shardlab.ops.cells import CellEnd, place_cells, sum_by_key
 from shardlab.sharded.layout import Layout, Slot, column
 from shardlab.sharded.messages import Incoming
 from shardlab.sharded.routes import Outgoing
@@ -32,6 +33,7 @@ class Buffer:
         slot_splits, cell_splits: bytes by rank, for the collective.
         slot_vectors: int64 [slots] on CPU: rows of every slot; 0 where none come.
         cell_vectors: int64 [ranks * own slots] on CPU: rows of every cell.
+        sent_bytes: int64 on CPU: bytes of every slot, or of every cell, where the owner sends.
         slot_heads, cell_heads: first byte of every rank's message, ranks in slot order; empty
             where messages have no head.
     """
@@ -45,6 +47,7 @@ class Buffer:
     cell_splits: list[int]
     slot_vectors: Tensor
     cell_vectors: Tensor
+    sent_bytes: Tensor
     slot_heads: list[int]
     cell_heads: list[int]
 
@@ -63,7 +66,6 @@ class CellIndex:
         self.mine = layout.slots_of(layout.rank)
         self.columns = column([slot.shard.columns for slot in layout.slots])
         self.pooled = column([slot.feature >= 0 for slot in layout.slots]).bool()
-        self.read = column([slot.read for slot in layout.slots])
         self.my_columns = column([slot.shard.columns for slot in self.mine])
         self.my_pooled = column([slot.feature >= 0 for slot in self.mine]).bool()
         replicated = [layout.plans[slot.table].replicated for slot in self.mine]
@@ -71,8 +73,8 @@ class CellIndex:
         self.my_read = torch.ones(len(self.peers), len(self.mine), dtype=torch.int64)
         self.my_read[:-1, column(replicated).bool()] = 0
         self.my_read[-1] = column([slot.read for slot in self.mine])
-
         self._set_up_codecs()
+        self._set_up_ends()
         self._set_up_merge()
 
     def _set_up_codecs(self) -> None:
@@ -88,10 +90,29 @@ class CellIndex:
         self.forward_cells = WireCodec([_forward(layout, slot) for slot in mine] * ranks)
         self.backward_slots = WireCodec([_backward(layout, slot) for slot in slots])
         self.backward_cells = WireCodec([_backward(layout, slot) for slot in mine] * ranks)
-        self._slot_tables = column([slot.table for slot in slots])
-        self._cell_tables = column([slot.table for slot in mine] * ranks)
+        #: Tables of what leaves this rank: slots of other ranks, cells of other ranks.
+        self._slots_away = column([slot.table for slot in slots[:len(slots) - len(mine)]])
+        self._cells_away = column([slot.table for slot in mine] * (ranks - 1))
         # All ranks must agree whether messages of gradients have a head.
         self.scale_limit = scale_limit([wire.backward for wire in layout.wires])
+
+    def _set_up_ends(self) -> None:
+        """Both ends of either direction, for `place_cells`."""
+        ranks = len(self.peers)
+        slots, cells = self.pooled.long(), self.my_pooled.long().repeat(ranks)
+        cells_of = [len(self.mine)] * ranks
+
+        def ends(read: tuple[Tensor, Tensor], codecs: tuple[WireCodec, WireCodec],
+                 ) -> tuple[CellEnd, CellEnd]:
+            tables = [torch.stack([pooled, travels, codec.vector_bytes], 1) for pooled, travels,
+                      codec in zip((slots, cells), read, codecs, strict=True)]
+            return CellEnd(tables[0], self._per_peer), CellEnd(tables[1], cells_of)
+
+        read = column([slot.read for slot in self.layout.slots])
+        self._forward_ends = ends((read, self.my_read.view(-1)),
+                                  (self.forward_slots, self.forward_cells))
+        self._backward_ends = ends((torch.ones_like(slots), torch.ones_like(cells)),
+                                   (self.backward_slots, self.backward_cells))
 
     def _set_up_merge(self) -> None:
         """Order in which an owner merges its cells, and the static columns of their chunks."""
@@ -107,57 +128,40 @@ class CellIndex:
 
     def forward(self, outgoing: Outgoing, incoming: Incoming) -> Buffer:
         """Rows: owners send, sources receive."""
-        slots, cells = self._vectors(outgoing, incoming)
-        return self._place(slots * self.read, cells * self.my_read.view(-1), owner_sends=True)
+        return self._place(outgoing, incoming, owner_sends=True)
 
     def backward(self, outgoing: Outgoing, incoming: Incoming) -> Buffer:
         """Gradients: sources send, owners receive."""
-        return self._place(*self._vectors(outgoing, incoming), owner_sends=False)
+        return self._place(outgoing, incoming, owner_sends=False)
 
-    def table_bytes(self, sizes: Tensor, *, cells: bool) -> list[int]:
+    def table_bytes(self, place: Buffer, *, cells: bool) -> list[int]:
         """Bytes by table of what leaves this rank.
 
         Args:
-            sizes: int64 bytes of every slot, or of every cell.
-            cells: they are of cells.
+            place: of the buffer.
+            cells: the owner sends.
         """
-        tables = self._cell_tables if cells else self._slot_tables
-        away = sizes.numel() - (len(self.mine) if cells else self._per_peer[-1])
-        total = torch.zeros(len(self.layout.tables), dtype=torch.int64)
-        found: list[int] = total.index_add_(0, tables[:away], sizes[:away]).tolist()
-        return found
+        away = self._cells_away if cells else self._slots_away
+        return sum_by_key(place.sent_bytes, away, len(self.layout.tables))
 
-    def _vectors(self, outgoing: Outgoing, incoming: Incoming) -> tuple[Tensor, Tensor]:
-        """Rows or bags of every slot and of every cell."""
-        size = torch.tensor(outgoing.batch.size)
-        slots = torch.where(self.pooled, size, outgoing.counts)
-        sizes = column(incoming.sizes)[:, None]
-        return slots, torch.where(self.my_pooled, sizes, incoming.counts).view(-1)
-
-    def _place(self, slot_vectors: Tensor, cell_vectors: Tensor, *, owner_sends: bool) -> Buffer:
-        if owner_sends:
-            slots, cells, head = (self.forward_slots.sizes(slot_vectors),
-                                  self.forward_cells.sizes(cell_vectors), 0)
-        else:
-            slots, cells, head = (self.backward_slots.sizes(slot_vectors),
-                                  self.backward_cells.sizes(cell_vectors),
-                                  SCALE_BYTES if self.scale_limit is not None else 0)
-        slot_parts = [int(part.sum()) + head for part in slots.split(self._per_peer)]
-        cell_parts = (cells.view(len(self.peers), -1).sum(1) + head).tolist()
-        sent, received = (cell_parts, slot_parts) if owner_sends else (slot_parts, cell_parts)
-        assert sent[-1] == received[-1], "source and owner see different cells at home"
-        travels, arrives = sum(sent[:-1]), sum(received[:-1])
-        slot_heads = _starts(slot_parts, home=travels + arrives, before=travels * owner_sends)
-        cell_heads = _starts(cell_parts, home=travels + arrives,
-                             before=travels * (not owner_sends))
-        slot_at = slots.cumsum(0) - slots
-        cell_at = cells.cumsum(0) - cells
-        # Offsets inside the parts become offsets in the buffer.
-        slot_at += _shifts(slots, self._per_peer, slot_heads, head)
-        cell_at += _shifts(cells, [len(self.mine)] * len(self.peers), cell_heads, head)
-        return Buffer(travels + arrives + sent[-1], travels, arrives, slot_at, cell_at,
-                      self._by_rank(slot_parts), self._by_rank(cell_parts), slot_vectors,
-                      cell_vectors, slot_heads if head else [], cell_heads if head else [])
+    def _place(self, outgoing: Outgoing, incoming: Incoming, *, owner_sends: bool) -> Buffer:
+        scaled = self.scale_limit is not None and not owner_sends
+        slots, cells = place_cells(
+            self._forward_ends if owner_sends else self._backward_ends,
+            (outgoing.counts, incoming.counts),
+            ([outgoing.batch.size] * len(self.peers), incoming.sizes),
+            SCALE_BYTES if scaled else 0, owner_sends)
+        sender, receiver = (cells, slots) if owner_sends else (slots, cells)
+        assert sender.parts[-1] == receiver.parts[-1], "both ends see one home"
+        travels, arrives = sum(sender.parts[:-1]), sum(receiver.parts[:-1])
+        heads: tuple[list[int], list[int]] = ([], [])
+        if scaled:
+            home = travels + arrives
+            heads = (_starts(slots.parts, home, before=0),
+                     _starts(cells.parts, home, before=travels))
+        return Buffer(travels + arrives + sender.parts[-1], travels, arrives, slots.at, cells.at,
+                      self._by_rank(slots.parts), self._by_rank(cells.parts), slots.vectors,
+                      cells.vectors, sender.bytes, *heads)
 
     def _by_rank(self, parts: list[int]) -> list[int]:
         sizes = [0] * len(self.peers)
@@ -170,14 +174,6 @@ def _starts(parts: list[int], home: int, before: int) -> list[int]:
     """Where every rank's part begins: one behind the other from ``before``, the last at home."""
     edges = [0, *accumulate(parts)]
     return [*(before + edge for edge in edges[:len(parts) - 1]), home]
-
-
-def _shifts(sizes: Tensor, per_part: list[int], starts: list[int], head: int) -> Tensor:
-    """What turns sums of ``sizes`` over all parts into places in parts that begin at ``starts``."""
-    summed = [int(part.sum()) for part in sizes.split(per_part)]
-    before = [0, *accumulate(summed)][:len(summed)]
-    shift = column([start + head - first for start, first in zip(starts, before, strict=True)])
-    return shift.repeat_interleave(column(per_part))
 
 
 def _forward(layout: Layout, slot: Slot) -> CellKind:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from shardlab.comm import Groups, WireBytes, all_to_all
+from shardlab.ops.cells import read_heads, sum_parts
 from shardlab.ops.id_bytes import pack_bytes, unpack_bytes
 from shardlab.sharded.layout import Layout, column
 from shardlab.sharded.routes import Outgoing
@@ -53,31 +53,39 @@ class IdExchange:
         self._is_pooled = column([int(slot.feature >= 0) for slot in layout.slots])
         self._away = [slot.table for slot in layout.slots if slot.rank != layout.rank]
         self._peers = layout.peers
-        self._slots = [layout.slots_of(rank) for rank in self._peers]
-        self._id_bytes = [column([slot.id_bytes for slot in slots]) for slots in self._slots]
-        self._pooled = [[i for i, slot in enumerate(slots) if slot.feature >= 0]
-                        for slots in self._slots]
+        slots = [layout.slots_of(rank) for rank in self._peers]
+        self._slots_of = [len(part) for part in slots]
+        self._pooled = [[i for i, slot in enumerate(part) if slot.feature >= 0] for part in slots]
+        #: Of this rank's own slots: (bytes of an id, whether pooled).
+        self._mine = column([[slot.id_bytes, int(slot.feature >= 0)]
+                             for slot in slots[-1]]).view(-1, 2)
 
     def exchange(self, outgoing: Outgoing) -> Incoming:
         """Every rank calls it once per step."""
-        counts = outgoing.counts.split([len(slots) for slots in self._slots])
         if self.layout.world_size == 1:
-            return self._at_home(outgoing, counts[-1])
+            return self._at_home(outgoing)
         lengths = self._length_bytes(outgoing)
-        heads = self._exchange_heads(outgoing, counts, lengths)
-        sent = self._messages(outgoing, counts, lengths)
-        sizes = [self._message_size(head) for head in heads]
-        received = torch.empty(sum(sizes[:-1]), dtype=torch.uint8, device=self.groups.device)
-        out_splits, in_splits = self._by_rank(sizes), self._by_rank([len(m) for m in sent])
-        all_to_all(received, torch.cat(sent[:-1]), out_splits, in_splits, self.groups, "ids").wait()
+        heads = self._exchange_heads(outgoing, lengths)
+        sent, sent_sizes = self._messages(outgoing, lengths)
+        counts, pieces, sizes = read_heads(heads, self._mine)
+        received = torch.empty(sum(sizes), dtype=torch.uint8, device=self.groups.device)
+        away, sent_away = sum(sizes[:-1]), sum(sent_sizes[:-1])
+        in_splits = self._by_rank(sent_sizes)
+        work = all_to_all(received[:away], sent[:sent_away], self._by_rank(sizes), in_splits,
+                          self.groups, "ids")
+        received[away:] = sent[sent_away:]
         self.wire.count(0, in_splits, self.groups)
         self._count(outgoing, lengths)
-        return self._read(torch.cat([received, sent[-1]]), sizes, heads)
+        work.wait()
+        ids = unpack_bytes(received, pieces, int(counts.sum()))
+        return Incoming(ids, counts, *self._extras(received, counts, heads))
 
-    def _at_home(self, outgoing: Outgoing, counts: Tensor) -> Incoming:
+    @staticmethod
+    def _at_home(outgoing: Outgoing) -> Incoming:
         batch = outgoing.batch
         lengths = batch.length if outgoing.lengths is None else outgoing.lengths
-        return Incoming(outgoing.ids, counts[None], [batch.size], [lengths], [outgoing.weights])
+        return Incoming(outgoing.ids, outgoing.counts[None], [batch.size], [lengths],
+                        [outgoing.weights])
 
     def _by_rank(self, per_peer: list[int]) -> list[int]:
         """Sizes by rank out of sizes in slot order; nothing goes to this rank itself."""
@@ -103,27 +111,30 @@ class IdExchange:
             return 0
         return id_bytes(int(lengths.max()) + 1 if lengths.numel() else 1)
 
-    def _exchange_heads(self, outgoing: Outgoing, counts: tuple[Tensor, ...],
-                        length_bytes: int) -> list[Tensor]:
-        """int64 heads of all asking ranks, on CPU, in slot order."""
+    def _exchange_heads(self, outgoing: Outgoing, length_bytes: int) -> Tensor:
+        """int32 [ranks, 4 + own slots]: heads of all asking ranks, on CPU, in slot order."""
         batch, device = outgoing.batch, self.groups.device
         length = batch.length if outgoing.lengths is None else -1
         head = torch.tensor([batch.size, length, length_bytes, batch.weights is not None])
-        sent = [torch.cat([head, count]).to(torch.int32) for count in counts]
-        width = HEAD_NUMBERS + len(self._slots[-1])
-        received = torch.empty((len(self._peers) - 1) * width, dtype=torch.int32, device=device)
-        splits = self._by_rank([len(part) for part in sent])
-        all_to_all(received, torch.cat(sent[:-1]).to(device),
-                   self._by_rank([width] * (len(self._peers) - 1)), splits, self.groups,
-                   "ids").wait()
+        parts = [part for counts in outgoing.counts.split(self._slots_of)
+                 for part in (head, counts)]
+        sent = torch.cat(parts).to(device, torch.int32)
+        ranks, width = len(self._peers), HEAD_NUMBERS + self._slots_of[-1]
+        heads = torch.empty(ranks, width, dtype=torch.int32, device=device)
+        away = sent.numel() - width
+        splits = self._by_rank([HEAD_NUMBERS + count for count in self._slots_of])
+        work = all_to_all(heads[:-1].view(-1), sent[:away], self._by_rank([width] * ranks), splits,
+                          self.groups, "ids")
+        heads[-1] = sent[away:]
         self.wire.count(0, [HEAD_NUMBER_BYTES * size for size in splits], self.groups)
-        return [*received.cpu().view(-1, width).long(), sent[-1].long()]
+        work.wait()
+        return heads.cpu()
 
-    def _messages(self, outgoing: Outgoing, counts: tuple[Tensor, ...],
-                  length_bytes: int) -> list[Tensor]:
-        """uint8 ids | lengths | weights for every rank, in slot order."""
-        totals = [int((count * widths).sum())
-                  for count, widths in zip(counts, self._id_bytes, strict=True)]
+    def _messages(self, outgoing: Outgoing, length_bytes: int) -> tuple[Tensor, list[int]]:
+        """uint8 ids | lengths | weights for every rank, in slot order, and the bytes of each."""
+        totals = sum_parts(outgoing.counts, self._widths, self._slots_of)
+        if outgoing.lengths is None and outgoing.weights is None:
+            return outgoing.ids, totals
         messages: list[list[Tensor]] = [[part] for part in outgoing.ids.split(totals)]
         pooled = [len(slots) for slots in self._pooled]
         if outgoing.lengths is not None:
@@ -131,42 +142,32 @@ class IdExchange:
                 piece = torch.tensor([[0, part.numel(), 0, 0, length_bytes]])
                 message.append(pack_bytes(part.reshape(-1), piece, part.numel() * length_bytes))
         if outgoing.weights is not None:
-            entries = [int(count[slots].sum())
-                       for count, slots in zip(counts, self._pooled, strict=True)]
+            entries = sum_parts(outgoing.counts, self._is_pooled, self._slots_of)
             for message, part in zip(messages, outgoing.weights.split(entries), strict=True):
                 message.append(part.contiguous().view(torch.uint8))
-        return [torch.cat(message) for message in messages]
+        joined = [torch.cat(message) for message in messages]
+        return torch.cat(joined), [len(message) for message in joined]
 
-    def _message_size(self, head: Tensor) -> int:
-        """Bytes of the message that a head announces."""
-        size, _, length_bytes, weighted = head[:HEAD_NUMBERS].tolist()
-        counts, pooled = head[HEAD_NUMBERS:], self._pooled[-1]
-        return int((counts * self._id_bytes[-1]).sum()) + len(pooled) * size * length_bytes \
-            + (_FP32_BYTES * int(counts[pooled].sum()) if weighted else 0)
-
-    def _read(self, messages: Tensor, sizes: list[int], heads: list[Tensor]) -> Incoming:
-        """What all ranks' messages, one behind the other, ask of this one."""
-        counts = torch.stack([head[HEAD_NUMBERS:] for head in heads])
-        widths, pooled = self._id_bytes[-1], self._pooled[-1]
-        first = column([0, *accumulate(sizes)][:-1])
-        bytes_of = counts * widths
-        at = first[:, None] + bytes_of.cumsum(1) - bytes_of
-        flat = counts.view(-1)
-        pieces = torch.stack([at.view(-1), flat, widths.repeat(len(heads)),
-                              flat.cumsum(0) - flat], 1)
-        ids = unpack_bytes(messages, pieces, int(flat.sum()))
-        lengths: list[int | Tensor] = []
-        weights: list[Tensor | None] = []
-        for head, end in zip(heads, (first + bytes_of.sum(1)).tolist(), strict=True):
-            samples, length, length_bytes, weighted = head[:HEAD_NUMBERS].tolist()
-            many = len(pooled) * samples
-            lengths.append(length)
-            if length < 0 and pooled:
+    def _extras(self, messages: Tensor, counts: Tensor, heads: Tensor,
+                ) -> tuple[list[int], list[int | Tensor], list[Tensor | None]]:
+        """(samples, lengths of bags, weights) by asking rank, out of what follows the ids."""
+        pooled, numbers = self._pooled[-1], heads[:, :HEAD_NUMBERS].tolist()
+        lengths: list[int | Tensor] = [length for _, length, _, _ in numbers]
+        weights: list[Tensor | None] = [None] * len(numbers)
+        samples = [size for size, _, _, _ in numbers]
+        if not pooled:
+            return samples, lengths, weights
+        ids, end = (counts * self._mine[:, 0]).sum(1).tolist(), 0
+        for rank, (size, length, length_bytes, weighted) in enumerate(numbers):
+            end += ids[rank]
+            many = len(pooled) * size
+            if length < 0:
                 piece = torch.tensor([[end, many, length_bytes, 0]])
-                lengths[-1] = unpack_bytes(messages, piece, many).view(len(pooled), samples)
+                lengths[rank] = unpack_bytes(messages, piece, many).view(len(pooled), size)
                 end += many * length_bytes
-            tail = _FP32_BYTES * int(head[HEAD_NUMBERS:][pooled].sum())
-            # A copy begins at a whole word, whatever lies in front of the weights.
-            weights.append(messages[end:end + tail].clone().view(torch.float32)
-                           if weighted and pooled else None)
-        return Incoming(ids, counts, [int(head[0]) for head in heads], lengths, weights)
+            if weighted:
+                tail = _FP32_BYTES * int(counts[rank][pooled].sum())
+                # A copy begins at a whole word, whatever lies in front of the weights.
+                weights[rank] = messages[end:end + tail].clone().view(torch.float32)
+                end += tail
+        return samples, lengths, weights

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from shardlab.ops.cells import route_slots
 from shardlab.ops.id_bytes import pack_bytes
 from shardlab.ops.route import RoutedBags, RouteTables, route_bags
 from shardlab.ops.unique import (
@@ -66,15 +67,14 @@ class Router:
         self._hot = HotIds(layout)
         self._set_up_rows()
         self._set_up_pooled()
-        self._slot_group = column([slot.group for slot in layout.slots])
-        self._subtract = column([
-            slot.shard.row_start - (layout.groups[slot.group].row_start if slot.feature >= 0 else 0)
-            for slot in layout.slots])
-        self._widths = column([1 if layout.world_size == 1 else slot.id_bytes
-                               for slot in layout.slots])
         # Hot ids are asked of this rank's own copy alone.
-        self._asks = column([int(not slot.hot or slot.rank == layout.rank)
-                             for slot in layout.slots])
+        first_row = [slot.shard.row_start
+                     - (layout.groups[slot.group].row_start if slot.feature >= 0 else 0)
+                     for slot in layout.slots]
+        self._slots = column([
+            [slot.group, int(not slot.hot or slot.rank == layout.rank), first,
+             1 if layout.world_size == 1 else slot.id_bytes]
+            for slot, first in zip(layout.slots, first_row, strict=True)]).view(-1, 4)
         self._pooled_slots = [i for i, slot in enumerate(layout.slots) if slot.feature >= 0]
 
     def _set_up_rows(self) -> None:
@@ -139,17 +139,13 @@ class Router:
             starts.append(self._group_starts(batch, routed) + before)
             counts.append(routed.counts)
             sources.append(routed.ids)
-        slot_counts = torch.cat(counts)[self._slot_group] * self._asks
-        slot_starts = torch.cat(starts)[self._slot_group]
-        sizes = slot_counts * self._widths
-        targets = sizes.cumsum(0) - sizes
-        pieces = torch.stack([slot_starts, slot_counts, self._subtract, targets], 1)
-        source = sources[0] if len(sources) == 1 else torch.cat(sources)
+        pieces, slot_counts, slot_starts, total = route_slots(self._slots, _joined(starts),
+                                                              _joined(counts))
+        source = _joined(sources)
         if self.layout.world_size == 1:  # nothing travels: as the kernels read them
-            ids = pack_ids(source, pieces, torch.int64)
+            ids = pack_ids(source, pieces[:, :4].contiguous(), torch.int64)
         else:
-            ids = pack_bytes(source, torch.cat([pieces, self._widths[:, None]], 1),
-                             int(sizes.sum()))
+            ids = pack_bytes(source, pieces, total)
         return Outgoing(batch, ids, slot_counts, slot_starts, uniques,
                         *self._bag_extras(batch, routed, pieces, source.numel()))
 
@@ -207,7 +203,7 @@ class Router:
             return None, None
         lengths = weights = None
         if routed.lengths is not None:
-            group = self._slot_group[self._pooled_slots] - self.num_rows_groups
+            group = self._slots[self._pooled_slots, 0] - self.num_rows_groups
             lengths = routed.lengths.view(routed.counts.numel(), batch.size)[group]
         if batch.weights is not None:
             assert routed.positions is not None
@@ -217,3 +213,7 @@ class Router:
                      for start, count in spans]
             weights = batch.weights[torch.cat(where)]
         return lengths, weights
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

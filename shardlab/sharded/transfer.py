@@ -40,9 +40,7 @@ class Transfers:
         """Counts what travels; arguments as of `start`."""
         if owner_sends:
             wire.count(1, place.cell_splits, groups)
-            sizes = self._cells.forward_cells.sizes(place.cell_vectors)
         else:
             wire.count(2, place.slot_splits, groups)
-            sizes = self._cells.backward_slots.sizes(place.slot_vectors)
         wire.add(1 if owner_sends else 2, self._tables,
-                 self._cells.table_bytes(sizes, cells=owner_sends))
+                 self._cells.table_bytes(place, cells=owner_sends))
