@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "narrow.h"
 #include "product.h"
 
 namespace shardlab::SHARDLAB_ISA {
@@ -147,12 +148,32 @@ struct RowMajor {
 };
 
 // ---------------------------------------------------------------- the layer
+struct Fp32Io {
+  using X = float;
+  using Y = float;
+  static Wide load(const float* p, int64_t n) { return wide_load_part(p, n); }
+  static void store(float* p, Wide v, int64_t n) { wide_store_part(p, v, n); }
+  static float get(float y) { return y; }
+  static void put(float* to, float value) { *to = value; }
+  static Wide weight(Wide w) { return w; }
+};
+
+void narrow_backward(const LinearShape& s, const LinearBackward& b, int threads) {
+  if (b.grad_x) narrow_grad_x<Fp32Io>(s, b.grad, b.out, b.weight, b.grad_x, threads);
+  if (b.grad_weight)
+    narrow_grad_weight<Fp32Io>(s, b.grad, b.out, b.x, b.x_stride, b.grad_weight, threads);
+  if (b.grad_bias) narrow_grad_bias<Fp32Io>(s, b.grad, b.out, b.grad_bias);
+}
+
 void forward(const LinearShape& s, const LinearForward& f, int threads) {
+  if (s.outputs < kNarrowOutputs)
+    return narrow_forward<Fp32Io>(s, f.x, f.x_stride, f.weight, f.bias, f.out, f.relu, threads);
   product(PlainRows{f.x, f.x_stride}, ColumnsAsSteps{f.weight, s.inputs},
           RowMajor{f.out, s.outputs, f.bias, f.relu}, {s.batch, s.outputs, s.inputs}, threads);
 }
 
 void backward(const LinearShape& s, const LinearBackward& b, int threads) {
+  if (s.outputs < kNarrowOutputs) return narrow_backward(s, b, threads);
   if (b.grad_x)
     product(MaskedRows{b.grad, b.out, s.outputs}, RowsAsSteps{b.weight, s.inputs},
             RowMajor{b.grad_x, s.inputs, nullptr, false}, {s.batch, s.inputs, s.outputs}, threads);

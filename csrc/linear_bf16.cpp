@@ -7,6 +7,7 @@
 #include <immintrin.h>
 
 #include <algorithm>
+#include <bit>
 #include <cstring>
 
 #include "tile.h"
@@ -33,6 +34,7 @@ struct MultiplyAddPairs {
 // GCC 12 warns of its own intrinsics' deliberately undefined registers (its bug 105593).
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 
+#include "narrow.h"
 #include "product.h"
 
 namespace shardlab::SHARDLAB_ISA {
@@ -252,8 +254,41 @@ static_assert(kTileVecs == 1 && kWidth == 16, "the targets store one vector of 1
 // ---------------------------------------------------------------- the layer
 int64_t halved(int64_t n) { return (n + 1) / 2; }
 
+// x of either dtype enters rounded to bf16, as weights do.
+template <class Source>
+struct Bf16Io {
+  using X = Source;
+  using Y = Bits;
+  static Wide load(const Source* p, int64_t n) {
+    // Whole vectors need no mask, whose making would cost more than the load.
+    return (Wide)_mm512_slli_epi32(n == kWidth ? low_halves(p, kWidth) : low_halves(p, n), 16);
+  }
+  static void store(Source* p, Wide v, int64_t n) { shardlab::SHARDLAB_ISA::put(p, v, n); }
+  static float get(Bits y) { return std::bit_cast<float>((uint32_t)y << 16); }
+  static void put(Bits* to, float value) {
+    shardlab::SHARDLAB_ISA::put(to, (Wide)_mm512_set1_ps(value), 1);
+  }
+  static Wide weight(Wide w) {
+    const __m256i rounded = (__m256i)_mm512_cvtneps_pbh((__m512)w);
+    return (Wide)_mm512_slli_epi32(_mm512_cvtepu16_epi32(rounded), 16);
+  }
+};
+
+template <class Source>
+void narrow_backward(const LinearShape& s, const LinearBackwardBf16& b, int threads) {
+  using Io = Bf16Io<Source>;
+  if (b.grad_x) narrow_grad_x<Io>(s, b.grad, b.out, b.weight, (Source*)b.grad_x, threads);
+  if (b.grad_weight)
+    narrow_grad_weight<Io>(s, b.grad, b.out, (const Source*)b.x, b.x_stride, b.grad_weight,
+                           threads);
+  if (b.grad_bias) narrow_grad_bias<Io>(s, b.grad, b.out, b.grad_bias);
+}
+
 template <class Source>
 void forward(const LinearShape& s, const LinearForwardBf16& f, int threads) {
+  if (s.outputs < kNarrowOutputs)
+    return narrow_forward<Bf16Io<Source>>(s, (const Source*)f.x, f.x_stride, f.weight, f.bias,
+                                          f.out, f.relu, threads);
   product(PairedRows<Source>{(const Source*)f.x, f.x_stride, s.inputs},
           ColumnPairsAsSteps{f.weight, s.inputs}, Rounded<Bits>{f.out, s.outputs, f.bias, f.relu},
           {s.batch, s.outputs, halved(s.inputs)}, threads);
@@ -261,6 +296,7 @@ void forward(const LinearShape& s, const LinearForwardBf16& f, int threads) {
 
 template <class Source>
 void backward(const LinearShape& s, const LinearBackwardBf16& b, int threads) {
+  if (s.outputs < kNarrowOutputs) return narrow_backward<Source>(s, b, threads);
   if (b.grad_x)
     product(MaskedRowPairs{b.grad, b.out, s.outputs},
             RowPairsAsSteps<float>{b.weight, s.inputs, s.outputs},

@@ -14,9 +14,10 @@ from shardlab.ops.registry import face_of
 # Sums of up to 1100 products of magnitude 1 in another order, relative to the largest element.
 RELATIVE = 1e-5
 
-# (batch, inputs, outputs): tiles and packs have sizes 8, 16, 64, 256 and 512, so cross each.
+# (batch, inputs, outputs): tiles and packs have sizes 8, 16, 64, 256 and 512, so cross each; fewer
+# outputs than 8 are summed without tiles.
 SHAPES = [(1, 1, 8), (7, 13, 17), (33, 16, 64), (64, 100, 65), (9, 530, 24), (270, 9, 530),
-          (1030, 5, 9), (0, 5, 30)]
+          (1030, 5, 9), (0, 5, 30), (1, 1, 1), (300, 1100, 1), (65, 47, 3), (9, 64, 7), (0, 20, 1)]
 
 
 @pytest.fixture
@@ -126,8 +127,9 @@ def test_nan_is_not_hidden_by_the_relu(native: None) -> None:
     assert not out[[0, 2]].isnan().any()
 
 
-def test_threads_do_not_change_a_bit(native: None) -> None:
-    tensors, grad = make(300, 70, 90), torch.randn(300, 90)
+@pytest.mark.parametrize("outputs", [90, 2])
+def test_threads_do_not_change_a_bit(native: None, outputs: int) -> None:
+    tensors, grad = make(300, 70, outputs), torch.randn(300, outputs)
     before, results = torch.get_num_threads(), []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
