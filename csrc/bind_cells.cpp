@@ -46,6 +46,12 @@ void bind_cells(nb::module_& m) {
     return shardlab::read_heads({at<int32_t>(heads), parts, slots, at<int64_t>(table)},
                                 at<int64_t>(counts), at<int64_t>(pieces));
   });
+  m.def("take_affine", [](Address pieces, int64_t num_pieces, int64_t total, Address inverse,
+                          int64_t count, Address out) {
+    nb::gil_scoped_release release;
+    shardlab::take_affine(at<int64_t>(pieces), num_pieces, total, at<int64_t>(inverse), count,
+                          at<int64_t>(out));
+  });
   m.def("sum_parts", [](Address counts, Address factors, const Sizes& cells_of) {
     return shardlab::sum_parts(at<int64_t>(counts), at<int64_t>(factors), cells_of);
   });

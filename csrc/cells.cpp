@@ -3,6 +3,8 @@
 #include <cstddef>
 #include <numeric>
 
+#include "unique.h"
+
 namespace shardlab {
 namespace {
 
@@ -98,6 +100,14 @@ Sizes read_heads(const Heads& h, int64_t* counts, int64_t* pieces) {
     first = at;
   }
   return sizes;
+}
+
+void take_affine(const int64_t* pieces, int64_t num_pieces, int64_t total, const int64_t* inverse,
+                 int64_t count, int64_t* out) {
+  static thread_local std::vector<int64_t> values;
+  if ((int64_t)values.size() < total) values.resize(total);
+  fill_affine(pieces, num_pieces, values.data());
+  for (int64_t i = 0; i < count; ++i) out[i] = inverse[i] < 0 ? -1 : values[inverse[i]];
 }
 
 Sizes sum_parts(const int64_t* counts, const int64_t* factors, const Sizes& cells_of) {

@@ -226,3 +226,24 @@ def fill_affine(pieces: Tensor, total: int, device: torch.device) -> Tensor:
     for start, count, base, step in pieces.tolist():
         out[start:start + count] = base + step * torch.arange(count, device=device)
     return out
+
+
+def take_affine(pieces: Tensor, total: int, inverse: Tensor) -> Tensor:
+    """What `fill_affine` gives, at these places.
+
+    Args:
+        pieces: int64 [K, 4] on CPU, as of `fill_affine`.
+        total: places there are.
+        inverse: int64 [n], in [0, total) where pieces lie, or -1.
+
+    Returns:
+        int64 [n]; -1 where ``inverse`` is.
+    """
+    if face_of("take_affine", inverse.device.type) == "native":
+        out = torch.empty_like(inverse)
+        native().take_affine(address(pieces), pieces.shape[0], total,  # type: ignore[union-attr]
+                             address(inverse), inverse.numel(), address(out))
+        return out
+    values = fill_affine(pieces, total + 1, inverse.device)
+    values[-1] = -1
+    return values[inverse]

@@ -17,13 +17,10 @@ from shardlab.ops.registry import face_of
 from shardlab.ops.unique import BOUNDS_CODE, Segments, Uniques
 from shardlab.sharded.clock import PhaseClock
 from shardlab.sharded.gradients import PendingGradients
-from shardlab.sharded.inputs import Batch
+from shardlab.sharded.inputs import Batch, PerShape
 from shardlab.sharded.layout import Layout, column
 from shardlab.sharded.routes import Router
 from shardlab.storage import PlacedJobs, Storage
-
-#: Shapes remembered; a training run has two: full batches and the last one.
-_MAX_SHAPES = 16
 
 
 @dataclass(frozen=True)
@@ -61,7 +58,7 @@ class DirectExchange:
                  device: torch.device, clock: PhaseClock) -> None:
         self.layout, self.storage, self._router = layout, storage, router
         self._clock = clock
-        self._shapes: dict[tuple[int, int], Shape] = {}
+        self._shapes = PerShape(self._make_shape)
         self._segments = Segments(
             column([local.shard.rows for local in layout.local_shards]),
             column([BOUNDS_CODE[local.table.bounds] for local in layout.local_shards]))
@@ -82,7 +79,7 @@ class DirectExchange:
         Raises:
             BoundsError: an id outside its table.
         """
-        shape = self._shape(batch)
+        shape = self._shapes.of(batch)
         if training and batch.length == 1 and self._sorted_reads:
             # The update needs the ids sorted anyway. Sorted first, each row is read once, in
             # ascending order, and the sort checks the ids.
@@ -102,21 +99,13 @@ class DirectExchange:
         Raises:
             BoundsError: an id outside its table.
         """
-        self.storage.prefetch(self._shape(batch).chunks[:, :3], self._router.check(batch))
+        self.storage.prefetch(self._shapes.of(batch).chunks[:, :3], self._router.check(batch))
 
     def backward(self, lookup: DirectLookup, grad: Tensor) -> PendingGradients:
         """Gradients stay where they are: in ``grad``, fp32 [size, total columns]."""
         shape = lookup.shape
         return PendingGradients(lookup.ids, shape.chunks, shape.bags, lookup.batch.weights,
                                 grad.view(-1), Work(), lookup.rows)
-
-    def _shape(self, batch: Batch) -> Shape:
-        key = (batch.size, batch.length)
-        if key not in self._shapes:
-            if len(self._shapes) == _MAX_SHAPES:
-                self._shapes.pop(next(iter(self._shapes)))
-            self._shapes[key] = self._make_shape(batch)
-        return self._shapes[key]
 
     def _make_shape(self, batch: Batch) -> Shape:
         """One job and one chunk per slot: a feature and a column piece of its table."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -73,6 +74,35 @@ class Batch:
                 edges = self.offsets[f * self.size:(f + 1) * self.size + 1]
                 divisor = edges.diff().clamp(min=1).float()[:, None]
             found.append((f, first, first + config.embedding_dim, divisor))
+        return found
+
+
+Found = TypeVar("Found")
+#: Shapes remembered; a training run has two: full batches and the last one.
+_MAX_SHAPES = 16
+
+
+class PerShape(Generic[Found]):
+    """What follows from (size, bag length) alone: made once where all bags have one length.
+
+    Args:
+        make: finds it for a batch; what it returns is shared, and must stay as it is.
+    """
+
+    def __init__(self, make: Callable[[Batch], Found]) -> None:
+        self._make = make
+        self._found: dict[tuple[int, int], Found] = {}
+
+    def of(self, batch: Batch) -> Found:
+        """For this batch; made anew where its bags differ in length."""
+        if batch.length < 0:
+            return self._make(batch)
+        key = (batch.size, batch.length)
+        found = self._found.get(key)
+        if found is None:
+            if len(self._found) >= _MAX_SHAPES:  # the thread that looks ahead comes here, too
+                self._found.pop(next(iter([*self._found])), None)
+            found = self._found[key] = self._make(batch)
         return found
 
 

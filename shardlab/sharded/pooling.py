@@ -7,9 +7,10 @@ from torch import Tensor
 
 from shardlab.codecs import CODECS
 from shardlab.ops.rows import pool_blocks, pool_rows
-from shardlab.ops.unique import fill_affine
+from shardlab.ops.unique import fill_affine, take_affine
 from shardlab.sharded.cells import CellIndex
 from shardlab.sharded.early import EarlyRows, row_addresses
+from shardlab.sharded.inputs import Batch, PerShape
 from shardlab.sharded.layout import Layout, bag_slots, column
 from shardlab.sharded.routes import Outgoing
 from shardlab.specs import PoolingType
@@ -52,6 +53,7 @@ class Pooler:
         self.layout, self._cells = layout, cells
         self._set_up_rows_output()
         self._set_up_bags_output()
+        self._jobs = PerShape(self._make_jobs)
 
     def _set_up_rows_output(self) -> None:
         """Per column piece c of the ``rows`` tables: its slots, and the pooling jobs."""
@@ -91,18 +93,9 @@ class Pooler:
         source = rows.view(torch.float32) if codec.is_plain else rows
         steps = codec.vector_bytes // unit
         if uniques is not None:
-            assert uniques.inverse is not None
-            for slots, jobs in self._passes:
-                at = self._places(outgoing, came, slots, uniques.ids.numel()) // unit
-                # What the inverse -1 of a dropped id points at.
-                at[-1] = -1
-                jobs = jobs.clone()
-                jobs[:, 4] = batch.feature_starts[jobs[:, 5]]
-                jobs[:, 3], jobs[:, 6] = batch.size, batch.length
-                tables = self._feature_table[jobs[:, 5]]
-                jobs[:, 5] *= batch.size
-                pool_coded(source, jobs, self._table_codecs[tables], at[uniques.inverse],
-                                 batch.offsets, batch.weights, out.view(-1))
+            for (slots, _), (jobs, codecs) in zip(self._passes, self._jobs.of(batch), strict=True):
+                index = self._index(outgoing, came, slots, unit)
+                pool_coded(source, jobs, codecs, index, batch.offsets, batch.weights, out.view(-1))
         if self._bag_slots.numel():
             slots = self._bag_slots
             starts = came.early.slot_offsets if came.late is None else \
@@ -115,23 +108,37 @@ class Pooler:
                              torch.arange(batch.size, device=rows.device), None, None,
                              out.view(-1))
 
-    def _places(self, outgoing: Outgoing, came: EarlyRows, slots: Tensor, count: int) -> Tensor:
-        """int64 [count + 1]: byte where the row of every unique id begins, through these slots.
+    def _make_jobs(self, batch: Batch) -> list[tuple[Tensor, Tensor]]:
+        """Pooling jobs of every pass, and their codecs."""
+        made = []
+        for _, template in self._passes:
+            jobs, features = template.clone(), template[:, 5]
+            jobs[:, 3], jobs[:, 6] = batch.size, batch.length
+            jobs[:, 4], jobs[:, 5] = batch.feature_starts[features], features * batch.size
+            made.append((jobs, self._table_codecs[self._feature_table[features]]))
+        return made
 
-        The last element is nobody's.
+    def _index(self, outgoing: Outgoing, came: EarlyRows, slots: Tensor, unit: int) -> Tensor:
+        """int64 [n]: where the row of every id of the batch begins, through these slots.
+
+        In units of so many bytes; -1 where the id was dropped. Uniques that these slots leave out
+        are undefined there, and read by no job.
         """
+        uniques = outgoing.uniques
+        assert uniques is not None
+        assert uniques.inverse is not None
+        count, sizes = uniques.ids.numel(), self._cells.forward_slots.vector_bytes
         starts, counts = outgoing.starts[slots], outgoing.counts[slots]
-        sizes = self._cells.forward_slots.vector_bytes
         if came.halves is None:
-            pieces = torch.stack([starts, counts, came.early.slot_offsets[slots],
-                                  sizes[slots]], 1)
-            at = fill_affine(pieces, count + 1, came.rows.device)
-        else:
-            places = row_addresses(outgoing, came, sizes)
-            first = (outgoing.counts.cumsum(0) - outgoing.counts)[slots]
-            pieces = torch.stack([starts, counts, first, torch.ones_like(first)], 1)
-            asked = fill_affine(pieces, count + 1, came.rows.device)
-            # Uniques that these slots leave out are undefined there, and read by no job.
-            at = torch.zeros_like(asked) if not places.numel() else \
-                places[asked.clamp_(0, places.numel() - 1)]
-        return at
+            pieces = torch.stack([starts, counts, came.early.slot_offsets[slots] // unit,
+                                  sizes[slots] // unit], 1)
+            return take_affine(pieces, count, uniques.inverse)
+        places = row_addresses(outgoing, came, sizes)
+        if not places.numel():
+            return torch.full_like(uniques.inverse, -1)
+        first = (outgoing.counts.cumsum(0) - outgoing.counts)[slots]
+        asked = fill_affine(torch.stack([starts, counts, first, torch.ones_like(first)], 1),
+                            count + 1, came.rows.device)
+        at = places[asked.clamp_(0, places.numel() - 1)] // unit
+        at[-1] = -1  # what the inverse -1 of a dropped id points at
+        return at[uniques.inverse]

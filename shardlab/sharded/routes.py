@@ -20,7 +20,7 @@ from shardlab.ops.unique import (
     unique_segments,
 )
 from shardlab.sharded.hot_ids import HotIds
-from shardlab.sharded.inputs import Batch, InputReader
+from shardlab.sharded.inputs import Batch, InputReader, PerShape
 from shardlab.sharded.layout import Layout, column
 from shardlab.specs import BoundsMode, ExchangeKind
 
@@ -89,6 +89,7 @@ class Router:
         chunks = [[segment[layout.feature_table[f]], 0, 0, layout.feature_columns[f],
                    layout.total_columns] for f in features]
         self._chunks = column(chunks).reshape(-1, 5)
+        self._rows_chunks = PerShape(self._make_chunks)
         groups = [group for group in layout.groups if group.feature < 0]
         self._queries = column([[segment[g.table], row] for g in groups
                                 for row in (g.row_start, g.row_end)]).reshape(-1, 2)
@@ -180,12 +181,16 @@ class Router:
             raise self.reader.bounds_error(batch, error.position) from None
 
     def _unique(self, batch: Batch) -> Uniques:
-        chunks = self._chunks.clone()
-        edges = batch.feature_starts
+        return unique_segments(self._hot.renumbered(batch), self._rows_chunks.of(batch),
+                               self._segments, batch.bags, positions=batch.weights is not None,
+                               inverse=True)
+
+    def _make_chunks(self, batch: Batch) -> Tensor:
+        """Chunks of `unique_segments`: the features of the ``rows`` tables."""
+        chunks, edges = self._chunks.clone(), batch.feature_starts
         chunks[:, 1] = edges[self._rows_columns]
         chunks[:, 2] = edges[self._rows_columns + 1] - chunks[:, 1]
-        return unique_segments(self._hot.renumbered(batch), chunks, self._segments, batch.bags,
-                               positions=batch.weights is not None, inverse=True)
+        return chunks
 
     def _route_bags(self, batch: Batch) -> RoutedBags:
         return route_bags(batch.values, batch.offsets, batch.length, batch.size, self._route,

@@ -15,6 +15,7 @@ from shardlab.ops.unique import (
     fill_affine,
     pack_ids,
     split_sorted,
+    take_affine,
     unique_segments,
 )
 from shardlab.specs import BoundsMode
@@ -231,3 +232,14 @@ def test_fill_affine(place):
     with face(place.face):
         found = fill_affine(pieces, 5, torch.device(place.device))
     assert found.tolist() == [5, 15, 25, 2**40, 2**40 - 1]
+
+
+def test_take_affine(place):
+    pieces = torch.tensor([(3, 2, 2**40, -1), (0, 3, 5, 10), (5, 0, 1, 1)])
+    inverse = torch.tensor([4, 0, -1, 2, 2, 3, 1], device=place.device)
+    with face(place.face):
+        found = [take_affine(pieces, 5, inverse), take_affine(pieces[:0], 0, inverse[2:3]),
+                 take_affine(pieces, 5, inverse[:0])]
+    assert found[0].tolist() == [2**40 - 1, 5, -1, 25, 25, 2**40, 15]
+    assert found[1].tolist() == [-1]
+    assert found[2].tolist() == []
