@@ -13,6 +13,8 @@ constexpr int64_t kPage = 4096;
 // At most 7 of 8 slots are taken; a sixteenth is added at a time. Longest runs stay far below the
 // tail.
 constexpr int64_t kLoadNumber = 7, kLoadOf = 8, kGrowth = 16, kFewSlots = 32;
+// A store of rows of several chunks keeps bytes for a stack of this part of its places.
+constexpr int64_t kReserve = 16;
 constexpr int64_t kTailShift = 4, kMostTail = 1024;
 
 inline int64_t pages(int64_t bytes) { return (bytes + kPage - 1) / kPage * kPage; }
@@ -21,11 +23,19 @@ inline int64_t span_of(int64_t slots) {
   return slots + kFewSlots + std::min(slots >> kTailShift, kMostTail);
 }
 
-inline int64_t held_with(const ChunkStore& s, int64_t slots, int64_t committed) {
+// Bytes with a stack of some depth.
+inline int64_t held_with(const ChunkStore& s, int64_t slots, int64_t committed, int64_t depth) {
   const int64_t span = span_of(slots);
-  return pages(8 * span) + pages(value_bytes(s) * span) + pages(4 * s.free) +
+  return pages(8 * span) + pages(value_bytes(s) * span) + pages(4 * depth) +
          pages(committed * s.payload_bytes) + pages(committed * s.state_bytes) +
          pages(s.sketch_lines * kLine);
+}
+
+// Bytes that a store must have before it grows to this: a row of several chunks that makes way for
+// one of fewer leaves places behind, and the stack needs pages for them.
+inline int64_t grown(const ChunkStore& s, int64_t slots, int64_t committed) {
+  const int64_t reserve = s.chunks > 1 ? committed / kReserve + s.chunks : 0;
+  return held_with(s, slots, committed, std::max(s.free, reserve));
 }
 
 inline int64_t fitting_slots(const ChunkStore& s, int64_t rows) {
@@ -96,7 +106,7 @@ inline void resize(ChunkStore& s, int64_t slots) {
 inline bool has_slot(ChunkStore& s) {
   if ((s.rows + 1) * kLoadOf <= s.slots * kLoadNumber) return true;
   const int64_t slots = s.slots + s.slots / kGrowth + kFewSlots;
-  if (slots > s.max_slots || held_with(s, slots, s.committed) > s.budget) return false;
+  if (slots > s.max_slots || grown(s, slots, s.committed) > s.budget) return false;
   resize(s, slots);
   return true;
 }
@@ -150,7 +160,7 @@ inline int32_t* stack_of(const ChunkStore& s) { return (int32_t*)s.stack; }
 inline bool has_place(ChunkStore& s) {
   if (s.free || s.top < s.committed) return true;
   const int64_t more = std::min(s.committed + s.slab, s.max_chunks);
-  if (more == s.committed || held_with(s, s.slots, more) > s.budget) return false;
+  if (more == s.committed || grown(s, s.slots, more) > s.budget) return false;
   s.committed = more;
   return true;
 }

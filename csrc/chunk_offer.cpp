@@ -110,9 +110,8 @@ struct Victim {
 
 // Chunks of a row that may leave at once: their places go on the stack, which takes whole pages.
 int64_t most_leaving(const ChunkStore& store) {
-  ChunkStore deeper = store;
-  deeper.free += store.chunks;
-  return held_with(deeper, store.slots, store.committed) <= store.budget ? store.chunks : 1;
+  const int64_t depth = store.free + store.chunks;
+  return held_with(store, store.slots, store.committed, depth) <= store.budget ? store.chunks : 1;
 }
 
 // Utilities are compared as the bits of bf16 without their mark: none is negative. Most draws find

@@ -51,7 +51,7 @@ void find_tile(const ChunkStore& store, int64_t block, const int64_t* ids, int64
 }  // namespace
 
 int64_t chunk_held_bytes(const ChunkStore& store) {
-  return held_with(store, store.slots, store.committed);
+  return held_with(store, store.slots, store.committed, store.free);
 }
 
 void chunk_find(const ChunkCall& call, const ChunkSegment* segments, int64_t num_segments,
@@ -184,7 +184,7 @@ int64_t chunk_compact(ChunkStore& store, bool tight, int64_t* moves) {
   resize(store, tight ? slots : std::min(slots, store.slots));
   for (int64_t more; !tight && store.committed < before; store.committed = more) {
     more = std::min(store.committed + store.slab, before);
-    if (held_with(store, store.slots, more) > store.budget) break;
+    if (grown(store, store.slots, more) > store.budget) break;
   }
   if (store.payload) {
     release(store.payload, store.committed * store.payload_bytes, before * store.payload_bytes);

@@ -18,6 +18,8 @@ _KEY_BYTES, _PLACE_BYTES, _UTILITY_BYTES = 8, 4, 2
 #: Slots are added so that at most LOAD of them are taken, a sixteenth of them at a time.
 LOAD_NUMBER, LOAD_OF, GROWTH, FEW_SLOTS = 7, 8, 16, 32
 _TAIL_SHIFT, _MOST_TAIL = 4, 1024
+#: A store of rows of several chunks keeps bytes for a stack of this part of its places.
+RESERVE = 16
 #: Parts of a store, as `ChunkLayout.part_bytes` names them.
 PARTS = ("index", "utilities", "free_places", "payload", "state", "sketch")
 #: A slab is at most this many chunks, and about a 64th of a pool.
@@ -98,6 +100,15 @@ class ChunkLayout:
                 "payload": in_pages(committed * self.payload_bytes),
                 "state": in_pages(committed * self.state_bytes),
                 "sketch": in_pages(self.sketch_lines * LINE_BYTES)}
+
+    def grown_bytes(self, slots: int, committed: int, free: int) -> int:
+        """Bytes that a store must have before it grows to this; arguments as of `held_bytes`.
+
+        A row of several chunks that makes way for one of fewer leaves places behind, and the stack
+        needs pages for them.
+        """
+        reserve = committed // RESERVE + self.chunks if self.chunks > 1 else 0
+        return self.held_bytes(slots, committed, max(free, reserve))
 
     def full_bytes(self, rows: int) -> int:
         """Bytes with every chunk of ``rows`` rows present."""

@@ -11,7 +11,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from shardlab.chunk_layout import ChunkLayout
+from shardlab.chunk_layout import LOAD_NUMBER, LOAD_OF, RESERVE, ChunkLayout
 from shardlab.ops.chunk_marks import Losses, RowRange
 
 
@@ -36,6 +36,16 @@ class StoreShape:
     def in_slabs(self, chunks: int) -> int:
         """Chunks of the slabs that hold the first ones."""
         return min(-(-chunks // self.slab) * self.slab, self.max_chunks)
+
+    def is_stuck(self, now: StoreNumbers) -> bool:
+        """Whether new rows find no slot, though many places lie idle, or more than the stack of
+        these could take when a row of several chunks makes way."""
+        layout = self.layout
+        if layout.chunks == 1 or not now.free or \
+                (now.rows + 1) * LOAD_OF <= now.slots * LOAD_NUMBER:
+            return False
+        deepest = layout.held_bytes(now.slots, now.committed, now.free + layout.chunks)
+        return now.free * RESERVE > now.used or deepest > now.budget
 
 
 @dataclass(frozen=True)

@@ -63,18 +63,18 @@ class _Store:
         self.top = self.shape.layout.shared
         self.committed = self.shape.in_slabs(self.top)
 
-    def held(self, slots: int | None = None, committed: int | None = None,
-             free: int | None = None) -> int:
-        return self.shape.layout.held_bytes(
-            self.slots if slots is None else slots,
-            self.committed if committed is None else committed,
-            len(self.stack) if free is None else free)
+    def held(self, leaving: int = 0) -> int:
+        return self.shape.layout.held_bytes(self.slots, self.committed,
+                                            len(self.stack) + leaving)
+
+    def grown(self, slots: int, committed: int) -> int:
+        return self.shape.layout.grown_bytes(slots, committed, len(self.stack))
 
     def has_place(self) -> bool:
         if self.stack or self.top < self.committed:
             return True
         more = min(self.committed + self.shape.slab, self.shape.max_chunks)
-        if more == self.committed or self.held(committed=more) > self.budget:
+        if more == self.committed or self.grown(self.slots, more) > self.budget:
             return False
         self.committed = more
         return True
@@ -83,7 +83,7 @@ class _Store:
         if (len(self.rows) + 1) * LOAD_OF <= self.slots * LOAD_NUMBER:
             return True
         slots = self.slots + self.slots // GROWTH + FEW_SLOTS
-        if slots > _max_slots(self.shape) or self.held(slots=slots) > self.budget:
+        if slots > _max_slots(self.shape) or self.grown(slots, self.committed) > self.budget:
             return False
         self.slots = slots
         return True
@@ -253,7 +253,7 @@ class ReferenceChunkIndex:
         keys = sorted(store.rows)
         first, drawn = bisect_left(keys, start), []
         most = store.shape.layout.chunks
-        if whole and store.held(free=len(store.stack) + most) > store.budget:
+        if whole and store.held(most) > store.budget:
             most = 1
         for i in range(min(DRAWN, len(keys))):
             key = keys[(first + i) % len(keys)]
@@ -368,7 +368,7 @@ class ReferenceChunkIndex:
             one.slots = min(one.slots, slots)
         while not tight and one.committed < before:
             more = min(one.committed + one.shape.slab, before)
-            if one.held(committed=more) > one.budget:
+            if one.grown(one.slots, more) > one.budget:
                 break
             one.committed = more
         return torch.tensor(moves, dtype=torch.int64).view(-1, 2)

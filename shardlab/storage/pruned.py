@@ -22,7 +22,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from shardlab.chunk_layout import PAGE_BYTES, in_pages
+from shardlab.chunk_layout import PAGE_BYTES, RESERVE, in_pages
 from shardlab.codecs import rounding_key
 from shardlab.ops.cache import COUNTERS
 from shardlab.ops.chunk_index import Offers
@@ -65,7 +65,7 @@ _SAMPLE, _PERCENTILE = 256, 0.95
 _RAISE, _LEAST = 1.05, 2.0 ** -49
 #: Free places, as a share of the chunks, from which a decision gives their slabs back: rows whose
 #: chunks are few leave places that only slots of the index, for which there is no room, would fill.
-_IDLE = 1 / 16
+_IDLE = 1 / RESERVE
 
 
 class PrunedStorage:
@@ -162,7 +162,14 @@ class PrunedStorage:
             if not self._reached or self.index.keeps_places:
                 self._clear(edges.diff(), admitted[:, 2])
             step_admitted(self.pools, admitted, uniques, weights, grads, step, row_squares)
+            self._make_slots()
         self.absent.step(step)
+
+    def _make_slots(self) -> None:
+        """Turns idle places into slots, where new rows would find none until a decision."""
+        for store, plan in enumerate(self.stores):
+            if plan.shape.is_stuck(self.index.numbers(store)):
+                self.compact(store)
 
     def _measure(self, uniques: Uniques, weights: Tensor | None, grads: Tensor,
                  step: StepParameters) -> None:

@@ -19,7 +19,7 @@ ROWS, COLUMNS, CHUNKS = (9, 300), 24, 3
 
 
 def storage_of(kind, dtype):
-    spec = {"kind": "pruned", "budget": {"ratio": 0.9}, "chunks": CHUNKS, "dtype": dtype}
+    spec = {"kind": "pruned", "budget": {"bytes": 1 << 16}, "chunks": CHUNKS, "dtype": dtype}
     tables = [EmbeddingBagConfig(rows, COLUMNS, f"t{i}", storage=spec)
               for i, rows in enumerate(ROWS)]
     shards = [LocalShard(table, Shard(0, 0, table.num_embeddings, 0, COLUMNS), table.storage,

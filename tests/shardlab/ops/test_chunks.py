@@ -172,7 +172,7 @@ def test_places_of_rows_that_are_not_there():
 
 
 def test_budget_is_never_exceeded_and_nearly_filled():
-    budget = 1 << 16
+    budget = 1 << 17
     pair = Pair(budget, most=100_000, sketch=2)
     pair.step([list(range(50)), list(range(2000))], torch.ones(2050, 3))
     held = pair.faces[0].held_bytes(0)

@@ -22,7 +22,7 @@ OPTIMIZERS = [sl.optim.RowWiseAdagrad(lr=0.1), sl.optim.Adam(lr=0.01),
 
 
 def pruned(**options):
-    return {"kind": "pruned", "budget": {"ratio": 0.5}, "absent": "shared", "period": 1 << 30,
+    return {"kind": "pruned", "budget": {"ratio": 0.9}, "absent": "shared", "period": 1 << 30,
             "chunks": 1, **options}
 
 

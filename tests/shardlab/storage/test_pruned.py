@@ -12,6 +12,8 @@ import shardlab as sl
 from shardlab.comm import build_groups
 from shardlab.errors import CheckpointError, ConfigError
 from shardlab.ops.chunk_index import Offers
+from shardlab.ops.step_parameters import StepParameters
+from shardlab.ops.unique import Uniques
 from shardlab.plan import ShardingPlan
 from shardlab.specs import EmbeddingBagConfig, ExchangeKind, ShardingType
 from shardlab.storage import LocalShard, StorageOptions, build_storage
@@ -195,6 +197,32 @@ def test_decision_gives_back_what_would_lie_idle():
     storage.decide(0, torch.tensor([2.0 ** -49]), 1 << 30)  # half of the chunks, by chance
     assert storage.index.numbers(0).free == 0
     assert storage.held_bytes(0) < 0.7 * before
+
+
+@pytest.mark.parametrize("ratio", [0.02, 0.1])
+def test_new_rows_of_few_chunks_find_a_slot_before_the_next_decision(ratio):
+    """Rows of four chunks make way for rows of one, until most places would lie idle."""
+    rows = 200_000
+    storage = _storage([EmbeddingBagConfig(rows, 16, "t", storage=pruned(ratio, start="empty"))])
+    budget, missed = storage.stores[0].target, 0
+    full = int(1.2 * storage.stores[0].shape.layout.likely_chunks(budget, 4) / 4)
+    batch = full // 6
+    for step, first in enumerate(range(0, 6 * full, batch), 1):
+        grads = torch.full((batch, 4, 4), 1.5 ** step)
+        if first > full:
+            grads[:, 1:] = 0
+        ids = torch.arange(first, first + batch)
+        uniques = Uniques(ids, torch.tensor([0, batch]), torch.arange(batch + 1),
+                          torch.arange(batch) * 16)
+        storage.begin_step(step)
+        storage.update(uniques, None, grads.flatten(), StepParameters("row_wise_adagrad", lr=0.1))
+        found = storage.index.look_up(0, ids).places
+        missed += int((found < 0).all(1).sum()) if first > full else 0
+        assert storage.held_bytes(0) <= budget
+    assert storage.evicted[0] > 3 * full
+    assert missed < batch
+    # The budget holds rows of one chunk now, each with a slot of its own.
+    assert storage.index.numbers(0).free < storage.index.numbers(0).used / 8
 
 
 def test_readmitted_chunks_start_with_zeros_and_fresh_state():
