@@ -122,7 +122,7 @@ def pruned(options: argparse.Namespace, share: float, chunks: int,
            period: int) -> dict[str, Any]:
     """The storage that leaves ``share`` of the chunks, by a budget that counts everything."""
     spec = PrunedSpec(ratio=0.5, chunks=chunks)
-    layout = chunk_layout(spec, options.dim, "row_wise_adagrad")
+    layout = chunk_layout(spec, options.rows * options.tables, options.dim, "row_wise_adagrad")
     ratio = share * (layout.likely_bytes + spec.sketch) * chunks / (4 * options.dim)
     more = {"start": "dense", "warmup": 1 << 30} if options.alike else {}
     return {"kind": "pruned", "budget": {"ratio": ratio / (1 - spec.headroom)}, "chunks": chunks,

@@ -15,7 +15,7 @@ constexpr int64_t kGroup = 256;  // rows whose absent chunks' gradients one thre
 // every chunk.
 inline void add_absent(const ChunkStore& store, int64_t slot, const float* grad, int64_t width,
                        float* sums) {
-  const int32_t* places = slot < 0 ? nullptr : places_of(value_at(store, slot));
+  const Place* places = slot < 0 ? nullptr : places_of(value_at(store, slot));
   float* counts = sums + store.chunks * width;
   for (int64_t k = 0; k < store.chunks; ++k, grad += width, sums += width) {
     if (places && places[k] >= 0) continue;

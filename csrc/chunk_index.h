@@ -3,6 +3,7 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <vector>
 
 #include "chunk_sketch.h"
 #include "chunk_slots.h"
@@ -23,12 +24,16 @@ inline int64_t span_of(int64_t slots) {
   return slots + kFewSlots + std::min(slots >> kTailShift, kMostTail);
 }
 
+// Bytes of an index of so many slots, those behind the last home with them.
+inline int64_t index_bytes(const ChunkStore& s, int64_t span) {
+  if (s.chunks == 1) return pages(s.key_stride * span);
+  return pages(s.key_stride * span) + pages(s.value_stride * span);
+}
+
 // Bytes with a stack of some depth.
 inline int64_t held_with(const ChunkStore& s, int64_t slots, int64_t committed, int64_t depth) {
-  const int64_t span = span_of(slots);
-  return pages(8 * span) + pages(value_bytes(s) * span) + pages(4 * depth) +
-         pages(committed * s.payload_bytes) + pages(committed * s.state_bytes) +
-         pages(s.sketch_lines * kLine);
+  return index_bytes(s, span_of(slots)) + pages(4 * depth) + pages(committed * s.payload_bytes) +
+         pages(committed * s.state_bytes) + pages(s.sketch_lines * kLine);
 }
 
 // Bytes that a store must have before it grows to this: a row of several chunks that makes way for
@@ -44,12 +49,13 @@ inline int64_t fitting_slots(const ChunkStore& s, int64_t rows) {
 
 // ---------------------------------------------------------------- index
 inline void clear_slots(ChunkStore& s, int64_t from, int64_t to) {
-  if (from < to) std::memset(keys_of(s) + from, 0, 8 * (to - from));
+  if (from < to) std::memset(key_address(s, from), 0, s.key_stride * (to - from));
 }
 
 inline void move_slots(ChunkStore& s, int64_t target, int64_t source, int64_t count) {
-  std::memmove(keys_of(s) + target, keys_of(s) + source, 8 * count);
-  std::memmove(value_at(s, target), value_at(s, source), value_bytes(s) * count);
+  std::memmove(key_address(s, target), key_address(s, source), s.key_stride * count);
+  if (s.chunks > 1)
+    std::memmove(value_at(s, target), value_at(s, source), s.value_stride * count);
 }
 
 inline void release(int64_t address, int64_t from, int64_t to) {
@@ -59,15 +65,13 @@ inline void release(int64_t address, int64_t from, int64_t to) {
 
 // n rows lie at the end of the span: puts everyone at his home, or behind his forerunner.
 inline bool spread(ChunkStore& s, int64_t n) {
-  uint64_t* keys = keys_of(s);
   int64_t next = 0, from = span_of(s.slots) - 1 - n;
   for (int64_t i = 0; i < n; ++i, ++from) {
-    const int64_t to = std::max((int64_t)scaled(keys[from], s.slots), next);
+    const int64_t to = std::max(home_of(s, key_at(s, from)), next);
     if (to > from) return false;
     if (to < from) {
-      keys[to] = keys[from];
-      std::memcpy(value_at(s, to), value_at(s, from), value_bytes(s));
-      keys[from] = 0;
+      move_slots(s, to, from, 1);
+      set_key(s, from, 0);
     }
     next = to + 1;
   }
@@ -78,15 +82,11 @@ inline bool spread(ChunkStore& s, int64_t n) {
 inline void resize(ChunkStore& s, int64_t slots) {
   const int64_t before = span_of(s.slots);
   for (bool done = false; !done; slots += slots / kGrowth + kFewSlots) {
-    uint64_t* keys = keys_of(s);
     int64_t n = 0;
     const int64_t old = span_of(s.slots);
     for (int64_t from = 0; from < old; ++from) {
-      if (!keys[from]) continue;
-      if (n != from) {
-        keys[n] = keys[from];
-        std::memcpy(value_at(s, n), value_at(s, from), value_bytes(s));
-      }
+      if (!key_at(s, from)) continue;
+      if (n != from) move_slots(s, n, from, 1);
       ++n;
     }
     clear_slots(s, n, old);
@@ -94,12 +94,13 @@ inline void resize(ChunkStore& s, int64_t slots) {
     const int64_t span = span_of(slots), start = span - 1 - n;
     move_slots(s, start, 0, n);
     clear_slots(s, 0, std::min(n, start));
-    keys[span - 1] = 0;
+    set_key(s, span - 1, 0);
     s.rows = n;
     done = spread(s, n);
   }
-  release(s.keys, 8 * span_of(s.slots), 8 * before);
-  release(s.values, value_bytes(s) * span_of(s.slots), value_bytes(s) * before);
+  release(s.keys, s.key_stride * span_of(s.slots), s.key_stride * before);
+  if (s.chunks > 1)
+    release(s.values, s.value_stride * span_of(s.slots), s.value_stride * before);
 }
 
 // Room in the index for one more row.
@@ -113,14 +114,12 @@ inline bool has_slot(ChunkStore& s) {
 
 // Slot of a new row with no chunk; -1 where a run reaches the end of the array.
 inline int64_t insert(ChunkStore& s, uint64_t key) {
-  uint64_t* keys = keys_of(s);
-  int64_t at = (int64_t)scaled(key, s.slots);
-  while (keys[at] && keys[at] < key) ++at;
+  const int64_t at = first_slot(s, key);
   int64_t gap = at;
-  while (keys[gap]) ++gap;
+  while (key_at(s, gap)) ++gap;
   if (gap >= span_of(s.slots) - 1) return -1;
   if (gap > at) move_slots(s, at + 1, at, gap - at);
-  keys[at] = key;
+  set_key(s, at, key);
   char* value = value_at(s, at);
   std::fill_n(places_of(value), s.chunks, -1);
   std::fill_n(utilities_of(s, value), s.chunks, (uint16_t)0);
@@ -130,26 +129,56 @@ inline int64_t insert(ChunkStore& s, uint64_t key) {
 
 // A row goes: those behind it move up to their homes, or towards them.
 inline void erase(ChunkStore& s, int64_t slot) {
-  const uint64_t* keys = keys_of(s);
   int64_t end = slot + 1;
-  while (keys[end] && (int64_t)scaled(keys[end], s.slots) < end) ++end;
+  for (uint64_t key; (key = key_at(s, end)) && home_of(s, key) < end;) ++end;
   move_slots(s, slot, slot + 1, end - slot - 1);
-  keys_of(s)[end - 1] = 0;
+  set_key(s, end - 1, 0);
   --s.rows;
 }
+
+// Which rows the keys of a store stand for.
+class RowNames {
+ public:
+  RowNames(const ChunkCall& call, int64_t number)
+      : store_(call.stores[number]), is_narrow_(is_narrow(store_)) {
+    for (int64_t b = 0; b < call.num_blocks; ++b)
+      if (call.blocks[b].store == number) {
+        blocks_.push_back(b);
+        before_.push_back(call.blocks[b].rows_before);
+      }
+  }
+
+  struct Name {
+    int64_t block, row;
+  };
+
+  Name of(uint64_t key) const {
+    if (is_narrow_) {
+      const int64_t at = (int64_t)chunk_unmix32((uint32_t)key) - 1;
+      const int64_t n = std::upper_bound(before_.begin(), before_.end(), at) - before_.begin() - 1;
+      return {blocks_[n], at - before_[n]};
+    }
+    const uint64_t at = chunk_unmix(key) - 1;
+    if (store_.wide) return {blocks_[0], (int64_t)at};
+    return {(int64_t)(at >> kTagShift), (int64_t)(at & ((1ULL << kTagShift) - 1))};
+  }
+
+ private:
+  const ChunkStore& store_;
+  bool is_narrow_;
+  std::vector<int64_t> blocks_, before_;
+};
 
 // Calls body(block, row, slot, value) for the rows of a store.
 template <class Body>
 inline void for_slots(const ChunkCall& call, int64_t number, const Body& body) {
   const ChunkStore& store = call.stores[number];
-  int64_t only = 0;  // a wide store's block
-  while (only < call.num_blocks && call.blocks[only].store != number) ++only;
+  const RowNames names(call, number);
   const int64_t span = span_of(store.slots);
   for (int64_t s = 0; s < span; ++s) {
-    if (!keys_of(store)[s]) continue;
-    const uint64_t at = chunk_unmix(keys_of(store)[s]) - 1;
-    const int64_t block = store.wide ? only : (int64_t)(at >> kTagShift);
-    const int64_t row = (int64_t)(store.wide ? at : at & ((1ULL << kTagShift) - 1));
+    const uint64_t key = key_at(store, s);
+    if (!key) continue;
+    const auto [block, row] = names.of(key);
     body(block, row, s, value_at(store, s));
   }
 }
@@ -184,14 +213,13 @@ inline int64_t* note_row(ChunkLog& log, const ChunkStore& s, int64_t block, int6
   return entry;
 }
 
-// A chunk goes: its place is free, its utility counted in the sketch.
-inline void leave(ChunkStore& s, int64_t slot, int64_t chunk, float utility) {
-  const uint64_t key = keys_of(s)[slot];
+// A chunk of a row goes: its place is free, its utility counted in the sketch.
+inline void leave(ChunkStore& s, uint64_t hash, int64_t slot, int64_t chunk, float utility) {
   if (s.sketch_lines) {
-    cells_of(line_of(s, key), key, chunk).raise(cell_code(utility, 0));
-    mark_line(s, key);
+    cells_of(line_of(s, hash), hash, chunk).raise(cell_code(utility, 0));
+    mark_line(s, hash);
   }
-  int32_t& place = places_of(value_at(s, slot))[chunk];
+  Place& place = places_of(value_at(s, slot))[chunk];
   stack_of(s)[s.free++] = place;
   place = -1;
   utilities_of(s, value_at(s, slot))[chunk] = 0;

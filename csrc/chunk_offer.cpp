@@ -13,13 +13,16 @@ constexpr int64_t kDrawn = 8;
 // Slots in which they lie, with the gaps of a full index.
 constexpr int64_t kDrawnSlots = kDrawn * kLoadOf / kLoadNumber + 1;
 
-// Where the rows that are drawn for a row begin.
-uint64_t draw_hash(const ChunkOffers& in, uint64_t key) { return chunk_mix(key ^ in.key); }
+// Key at which the rows that are drawn for a row begin.
+uint64_t draw_key(const ChunkStore& store, const ChunkOffers& in, uint64_t hash) {
+  const uint64_t word = chunk_mix(hash ^ in.key);
+  return is_narrow(store) ? word >> 32 : word;
+}
 
 // A row with absent chunks that were asked for, and their cells in the sketch.
 struct Offer {
   int64_t row;
-  uint64_t key;
+  uint64_t key, hash;
   Cells* cells;  // [chunks]
 };
 
@@ -28,8 +31,9 @@ struct Offer {
 // rows that are drawn for it, then what these rows hold.
 class OfferQueue {
  public:
-  OfferQueue(const ChunkStore& store, const ChunkOffers& in, const ChunkSegment& segment)
-      : store_(store), in_(in), block_(segment.block), cells_((kMask + 1) * store.chunks) {
+  OfferQueue(const ChunkCall& call, const ChunkStore& store, const ChunkOffers& in,
+             const ChunkSegment& segment)
+      : call_(call), store_(store), in_(in), block_(segment.block), cells_((kMask + 1) * store.chunks) {
     const int64_t end = segment.start + segment.count;
     for (int64_t i = segment.start; i < end; ++i) {
       const float* norms = in.norms + i * in.stride;
@@ -49,7 +53,7 @@ class OfferQueue {
     start(n + 3 * kStage);
     weigh(n + 2 * kStage);
     find(n + kStage);
-    return {rows_[n], keys_[n & kMask], cells_.data() + (n & kMask) * store_.chunks};
+    return {rows_[n], keys_[n & kMask], hashes_[n & kMask], cells_.data() + (n & kMask) * store_.chunks};
   }
 
  private:
@@ -57,47 +61,59 @@ class OfferQueue {
 
   void start(int64_t n) {
     if (n >= size()) return;
-    const uint64_t key = keys_[n & kMask] = chunk_key(store_, block_, in_.ids[rows_[n]]);
-    if (store_.sketch_lines) __builtin_prefetch(line_of(store_, key), 1);
+    const int64_t row = in_.ids[rows_[n]];
+    const uint64_t hash = hashes_[n & kMask] = chunk_hash(store_, block_, row);
+    keys_[n & kMask] = chunk_key(call_, store_, block_, row);
+    if (store_.sketch_lines) __builtin_prefetch(line_of(store_, hash), 1);
   }
 
   void weigh(int64_t n) {
     if (n >= size()) return;
-    const uint64_t key = keys_[n & kMask];
+    const uint64_t hash = hashes_[n & kMask];
     draws_[n & kMask] = 0;
     const float* norms = in_.norms + rows_[n] * in_.stride;
-    uint8_t* line = store_.sketch_lines ? line_of(store_, key) : nullptr;
+    uint8_t* line = store_.sketch_lines ? line_of(store_, hash) : nullptr;
     Cells* cells = cells_.data() + (n & kMask) * store_.chunks;
     float most = 0;
     for (int64_t k = 0; k < store_.chunks; ++k) {
       if (norms[k] <= 0) continue;
       float utility = norms[k] * in_.weights[block_];
       if (line) {
-        cells[k] = cells_of(line, key, k);
+        cells[k] = cells_of(line, hash, k);
         utility += cells[k].value();
       }
       most = std::max(most, utility);
     }
     if (most < in_.thresholds[block_] * in_.weights[block_]) return;
-    prefetch_run(store_, key);
+    prefetch_run(store_, keys_[n & kMask]);
     if (!store_.refused) return;
-    prefetch_run(store_, draws_[n & kMask] = draw_hash(in_, key));
+    prefetch_run(store_, draws_[n & kMask] = draw_key(store_, in_, hash));
   }
 
   // Slots may move until the offer's turn comes, but few do, and not far.
   void find(int64_t n) {
     if (n >= size() || !draws_[n & kMask]) return;
     const char* drawn = value_at(store_, first_slot(store_, draws_[n & kMask]));
-    for (int64_t at = 0; at < kDrawnSlots * value_bytes(store_); at += kLine)
+    for (int64_t at = 0; at < kDrawnSlots * store_.value_stride; at += kLine)
       __builtin_prefetch(drawn + at);
   }
 
+  const ChunkCall& call_;
   const ChunkStore& store_;
   const ChunkOffers& in_;
   int64_t block_;
   std::vector<int64_t> rows_;
   std::vector<Cells> cells_;
-  uint64_t keys_[kMask + 1], draws_[kMask + 1];  // hashes; 0: nothing is drawn
+  uint64_t keys_[kMask + 1], hashes_[kMask + 1];
+  uint64_t draws_[kMask + 1];  // 0: nothing is drawn
+};
+
+// What the offers of a segment share.
+struct Stage {
+  ChunkStore& store;
+  const ChunkOffers& in;
+  const RowNames& names;
+  int64_t block;
 };
 
 // The least useful chunk of kDrawn rows that follow a random hash, or, for the sake of its slot, the
@@ -132,7 +148,7 @@ inline auto with_chunks(int64_t chunks, const Body& body) {
 }
 
 // Of a row's least useful chunk.
-inline uint32_t least_of(const int32_t* places, const uint16_t* utilities, int64_t chunks) {
+inline uint32_t least_of(const Place* places, const uint16_t* utilities, int64_t chunks) {
   uint32_t least = kNoWorth;
   for (int64_t k = 0; k < chunks; ++k)
     least = std::min(least, worth_of(utilities[k]) | ((uint32_t)(places[k] >> 31) & kNoWorth));
@@ -140,7 +156,7 @@ inline uint32_t least_of(const int32_t* places, const uint16_t* utilities, int64
 }
 
 // Of the most useful chunk of a row, if no more than `most` are present. Absent ones have 0.
-inline uint32_t best_of(const int32_t* places, const uint16_t* utilities, int64_t chunks,
+inline uint32_t best_of(const Place* places, const uint16_t* utilities, int64_t chunks,
                         int64_t most) {
   uint32_t best = 0;
   for (int64_t k = 0; k < chunks; ++k) best = std::max(best, worth_of(utilities[k]));
@@ -156,35 +172,34 @@ struct Drawn {
   uint32_t worth = kNoWorth;
 };
 
-// Of the kDrawn rows from a hash on; the row of `own` is left alone.
+// Of the kDrawn rows from a key on; the row of `own` is left alone.
 template <int64_t N>
-Drawn draw_row(const ChunkStore& store, uint64_t own, uint64_t hash, bool whole) {
-  const uint64_t* keys = keys_of(store);
-  const int64_t chunks = N ? N : store.chunks, bytes = value_bytes(store);
+Drawn draw_row(const ChunkStore& store, uint64_t own, uint64_t start, bool whole) {
+  const int64_t chunks = N ? N : store.chunks, bytes = store.value_stride;
   const int64_t span = span_of(store.slots), most = whole ? most_leaving(store) : chunks;
   Drawn found;
-  int64_t slot = first_slot(store, hash);
+  int64_t slot = first_slot(store, start);
   for (int64_t seen = 0; seen < std::min(kDrawn, store.rows); ++slot) {
-    while (slot == span || !keys[slot]) slot = slot == span ? 0 : slot + 1;
+    while (slot == span || !key_at(store, slot)) slot = slot == span ? 0 : slot + 1;
     ++seen;
-    const int32_t* places = places_of((char*)store.values + slot * bytes);
+    const Place* places = places_of((char*)store.values + slot * bytes);
     const uint16_t* utilities = (const uint16_t*)(places + chunks);
     const uint32_t worth = whole ? best_of(places, utilities, chunks, most)
                                  : least_of(places, utilities, chunks);
-    if (keys[slot] != own && worth < found.worth) found = {slot, worth};
+    if (key_at(store, slot) != own && worth < found.worth) found = {slot, worth};
   }
   return found;
 }
 
 // own: is left alone.
-Victim draw(const ChunkStore& store, uint64_t own, uint64_t hash, bool whole) {
+Victim draw(const ChunkStore& store, uint64_t own, uint64_t start, bool whole) {
   const Drawn drawn = with_chunks(store.chunks, [&](auto n) {
-    return draw_row<decltype(n)::value>(store, own, hash, whole);
+    return draw_row<decltype(n)::value>(store, own, start, whole);
   });
   if (drawn.slot < 0) return {-1, 0, 0, whole, true};
   int64_t chunk = -1;
   if (!whole) {
-    const int32_t* places = places_of(value_at(store, drawn.slot));
+    const Place* places = places_of(value_at(store, drawn.slot));
     const uint16_t* utilities = utilities_of(store, value_at(store, drawn.slot));
     do ++chunk;
     while (places[chunk] < 0 || worth_of(utilities[chunk]) != drawn.worth);
@@ -205,7 +220,7 @@ int64_t replace(ChunkStore& store, const Victim& victim, int64_t block, int64_t 
       utilities_of(store, value)[k] |= kMarked;
       continue;
     }
-    leave(store, victim.slot, k, utility_of(utilities_of(store, value)[k]));
+    leave(store, chunk_hash(store, block, row), victim.slot, k, utility_of(utilities_of(store, value)[k]));
     ++gone;
   }
   if (entry) entry[2] = left, ++log->count;
@@ -217,24 +232,26 @@ int64_t replace(ChunkStore& store, const Victim& victim, int64_t block, int64_t 
 // move. `victim` is that of the row's last chunk that found no room, or that there was none, if
 // nothing changed since.
 // Returns 0 for no room, 1 for a victim's, 2 for free room.
-int make_room(ChunkStore& store, const ChunkOffers& in, int64_t b, uint64_t key, float utility,
-              bool known, Victim& victim) {
+int make_room(const Stage& stage, const Offer& offer, float utility, bool known, Victim& victim) {
+  ChunkStore& store = stage.store;
+  const ChunkOffers& in = stage.in;
   const bool slot = known || has_slot(store);
   if (slot && has_place(store)) return 2;
-  if (!victim.drawn || victim.whole == slot) victim = draw(store, key, draw_hash(in, key), !slot);
-  if (victim.slot < 0 || utility < victim.worth * in.margins[b]) return 0;
-  const uint64_t at = chunk_unmix(keys_of(store)[victim.slot]) - 1;
-  const int64_t owner = store.wide ? b : (int64_t)(at >> kTagShift);
-  const int64_t row = (int64_t)(store.wide ? at : at & ((1ULL << kTagShift) - 1));
+  if (!victim.drawn || victim.whole == slot) 
+    victim = draw(store, offer.key, draw_key(store, in, offer.hash), !slot);
+  if (victim.slot < 0 || utility < victim.worth * in.margins[stage.block]) return 0;
+  const auto [owner, row] = stage.names.of(key_at(store, victim.slot));
   in.evicted[owner] += replace(store, victim, owner, row, in.log);
   victim = {};
   return 1;
 }
 
 // Offers the absent chunks of a row; returns how many were admitted.
-int64_t offer_row(ChunkStore& store, const ChunkBlock& block, const ChunkOffers& in, int64_t b,
-                  const Offer& offer, int64_t* admitted, bool& replaced) {
-  const int64_t i = offer.row;
+int64_t offer_row(const Stage& stage, const ChunkBlock& block, const Offer& offer,
+                  int64_t* admitted, bool& replaced) {
+  ChunkStore& store = stage.store;
+  const ChunkOffers& in = stage.in;
+  const int64_t i = offer.row, b = stage.block;
   const uint64_t key = offer.key;
   const float* norms = in.norms + i * in.stride;
   const float threshold = in.thresholds[b] * in.weights[b];
@@ -250,7 +267,7 @@ int64_t offer_row(ChunkStore& store, const ChunkBlock& block, const ChunkOffers&
     const float utility = (store.sketch_lines ? cells.value() : 0) + norms[k] * in.weights[b];
     int64_t slot = -1;
     if (utility >= threshold) {
-      const int room = make_room(store, in, b, key, utility, known, victim);
+      const int room = make_room(stage, offer, utility, known, victim);
       store.refused += room != 2;
       if (room) {
         slot = known ? find_slot(store, key) : insert(store, key);
@@ -261,7 +278,7 @@ int64_t offer_row(ChunkStore& store, const ChunkBlock& block, const ChunkOffers&
     if (slot < 0) {
       if (store.sketch_lines) {
         cells.raise(cell_code(utility, (word >> 16) & ((1u << kCellShift) - 1)));
-        mark_line(store, key);
+        mark_line(store, offer.hash);
       }
       continue;
     }
@@ -284,7 +301,7 @@ int64_t still_there(const ChunkCall& call, const ChunkOffers& in, int64_t* admit
     const ChunkStore& store = call.stores[call.blocks[segment.block].store];
     for (; n < count && admitted[3 * n] < segment.start + segment.count; ++n) {
       const int64_t* one = admitted + 3 * n;
-      const int64_t slot = find_slot(store, chunk_key(store, segment.block, in.ids[one[0]]));
+      const int64_t slot = find_slot(store, chunk_key(call, store, segment.block, in.ids[one[0]]));
       if (slot >= 0 && places_of(value_at(store, slot))[one[1]] == one[2])
         std::copy_n(one, 3, admitted + 3 * left++);
     }
@@ -300,10 +317,12 @@ int64_t chunk_offer(const ChunkCall& call, const ChunkOffers& in, int64_t* admit
   for (int64_t g = 0; g < in.num_segments; ++g) {
     const ChunkSegment& segment = in.segments[g];
     ChunkStore& store = call.stores[call.blocks[segment.block].store];
-    OfferQueue queue(store, in, segment);
+    const RowNames names(call, call.blocks[segment.block].store);
+    const Stage stage{store, in, names, segment.block};
+    OfferQueue queue(call, store, in, segment);
     for (int64_t n = 0; n < queue.size(); ++n)
-      count += offer_row(store, call.blocks[segment.block], in, segment.block, queue.next(n),
-                         admitted + 3 * count, replaced);
+      count += offer_row(stage, call.blocks[segment.block], queue.next(n), admitted + 3 * count,
+                         replaced);
   }
   return replaced ? still_there(call, in, admitted, count) : count;
 }

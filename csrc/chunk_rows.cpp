@@ -15,8 +15,8 @@ void chunk_get(const ChunkCall& call, int64_t block, const int64_t* rows, int64_
   for (int64_t tile = 0; tile < n; tile += kTile) {
     const int64_t end = std::min(kTile, n - tile);
     for (int64_t i = 0; i < end; ++i) {
-      keys[i] = chunk_key(store, block, rows[tile + i]);
-      __builtin_prefetch(keys_of(store) + scaled(keys[i], store.slots));
+      keys[i] = chunk_key(call, store, block, rows[tile + i]);
+      __builtin_prefetch(key_address(store, home_of(store, keys[i])));
     }
     for (int64_t i = 0; i < end; ++i) {
       const int64_t slot = find_slot(store, keys[i]), at = (tile + i) * store.chunks;
@@ -41,10 +41,11 @@ bool is_marked(const ChunkStore& store, char* value) {
   return false;
 }
 
-// The first hash of a slice; that of the slice behind the last one is the greatest number.
-uint64_t slice_start(int64_t slice, int64_t slices) {
-  if (slice >= slices) return ~0ULL;
-  return (uint64_t)(((unsigned __int128)slice << 64) / (uint64_t)slices);
+// The first key of a slice; that of the slice behind the last one is the greatest number.
+uint64_t slice_start(const ChunkStore& store, int64_t slice, int64_t slices) {
+  const int bits = 8 * (int)store.key_bytes;
+  if (slice >= slices) return ~0ULL >> (64 - bits);
+  return (uint64_t)(((unsigned __int128)slice << bits) / (uint64_t)slices);
 }
 
 }  // namespace
@@ -52,23 +53,21 @@ uint64_t slice_start(int64_t slice, int64_t slices) {
 int64_t chunk_between(const ChunkCall& call, int64_t number, const ChunkRange& in,
                       int64_t* found) {
   const ChunkStore& store = call.stores[number];
-  const uint64_t* keys = keys_of(store);
-  const uint64_t first = slice_start(in.slice, in.slices), last = slice_start(in.slice + 1,
-                                                                              in.slices);
+  const uint64_t first = slice_start(store, in.slice, in.slices);
+  const uint64_t last = slice_start(store, in.slice + 1, in.slices);
   const bool is_last = in.slice + 1 >= in.slices;
-  int64_t only = 0, count = 0;  // a wide store's block
-  while (only < call.num_blocks && call.blocks[only].store != number) ++only;
-  const int64_t span = span_of(store.slots), home = (int64_t)scaled(last, store.slots);
-  for (int64_t s = (int64_t)scaled(first, store.slots); s < span; ++s) {
-    if (!keys[s]) {
+  const RowNames names(call, number);
+  int64_t count = 0;
+  const int64_t span = span_of(store.slots), home = home_of(store, last);
+  for (int64_t s = home_of(store, first); s < span; ++s) {
+    const uint64_t key = key_at(store, s);
+    if (!key) {
       if (!is_last && s >= home) break;
       continue;
     }
-    if (keys[s] < first) continue;
-    if (!is_last && keys[s] >= last) break;
-    const uint64_t at = chunk_unmix(keys[s]) - 1;
-    const int64_t block = store.wide ? only : (int64_t)(at >> kTagShift);
-    const int64_t row = (int64_t)(store.wide ? at : at & ((1ULL << kTagShift) - 1));
+    if (key < first) continue;
+    if (!is_last && key >= last) break;
+    const auto [block, row] = names.of(key);
     if ((in.block >= 0 && block != in.block) || row < in.low || row >= in.high) continue;
     if (in.marks != Marks::kAny
         && is_marked(store, value_at(store, s)) != (in.marks == Marks::kSet))
@@ -104,7 +103,7 @@ void chunk_redecay(const ChunkDecisions& decisions, int64_t n, uint8_t* cells, i
 void chunk_unmark(const ChunkStore& store) {
   const int64_t span = span_of(store.slots);
   for (int64_t s = 0; s < span; ++s) {
-    if (!keys_of(store)[s]) continue;
+    if (!key_at(store, s)) continue;
     uint16_t* utilities = utilities_of(store, value_at(store, s));
     for (int64_t k = 0; k < store.chunks; ++k) utilities[k] &= (uint16_t)(kMarked - 1);
   }

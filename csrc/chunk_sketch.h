@@ -44,17 +44,17 @@ struct Cells {
   }
 };
 
-inline uint64_t line_number(const ChunkStore& s, uint64_t key) {
-  return scaled(key << 32 | key >> 32, s.sketch_lines);
+inline uint64_t line_number(const ChunkStore& s, uint64_t hash) {
+  return scaled(hash << 32 | hash >> 32, s.sketch_lines);
 }
-inline uint8_t* line_of(const ChunkStore& s, uint64_t key) {
-  return (uint8_t*)s.sketch + kLine * line_number(s, key);
+inline uint8_t* line_of(const ChunkStore& s, uint64_t hash) {
+  return (uint8_t*)s.sketch + kLine * line_number(s, hash);
 }
-inline void mark_line(const ChunkStore& s, uint64_t key) {
-  if (s.line_marks) ((uint8_t*)s.line_marks)[line_number(s, key)] = 1;
+inline void mark_line(const ChunkStore& s, uint64_t hash) {
+  if (s.line_marks) ((uint8_t*)s.line_marks)[line_number(s, hash)] = 1;
 }
-inline Cells cells_of(uint8_t* line, uint64_t key, int64_t chunk) {
-  const uint64_t word = chunk_mix(key + (uint64_t)(chunk + 1) * kGolden);
+inline Cells cells_of(uint8_t* line, uint64_t hash, int64_t chunk) {
+  const uint64_t word = chunk_mix(hash + (uint64_t)(chunk + 1) * kGolden);
   const int64_t first = word % kLine, second = (first + 1 + word / kLine % (kLine - 1)) % kLine;
   return {line + first, line + second};
 }

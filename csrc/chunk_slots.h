@@ -25,42 +25,95 @@ inline uint64_t scaled(uint64_t hash, uint64_t size) {
   return (uint64_t)(((unsigned __int128)hash * size) >> 64);
 }
 
-// Zero marks an empty slot; the mix of a number is zero for zero alone.
-inline uint64_t chunk_key(const ChunkStore& store, int64_t block, int64_t row) {
+// A mixer of 32 bits of little bias (C. Wellons, "Hash function prospector", 2018), and back.
+inline uint32_t chunk_mix32(uint32_t x) {
+  x = (x ^ (x >> 16)) * 0x7FEB352Du;
+  x = (x ^ (x >> 15)) * 0x846CA68Bu;
+  return x ^ (x >> 16);
+}
+
+inline uint32_t chunk_unmix32(uint32_t x) {
+  x = (x ^ (x >> 16)) * 0x43021123u;
+  x = (x ^ (x >> 15) ^ (x >> 30)) * 0x1D69E2A5u;
+  return x ^ (x >> 16);
+}
+
+inline bool is_narrow(const ChunkStore& store) { return store.key_bytes == 4; }
+
+// What cells of the sketch and draws go by.
+inline uint64_t chunk_hash(const ChunkStore& store, int64_t block, int64_t row) {
   return chunk_mix((store.wide ? (uint64_t)row : (uint64_t)block << kTagShift | (uint64_t)row) + 1);
 }
 
-// Places, utilities, and padding to whole words.
-inline int64_t value_bytes(const ChunkStore& store) { return (6 * store.chunks + 3) / 4 * 4; }
-inline uint64_t* keys_of(const ChunkStore& store) { return (uint64_t*)store.keys; }
-inline char* value_at(const ChunkStore& store, int64_t slot) {
-  return (char*)store.values + slot * value_bytes(store);
+// Zero marks an empty slot; the mix of a number is zero for zero alone.
+inline uint64_t chunk_key(const ChunkCall& call, const ChunkStore& store, int64_t block,
+                          int64_t row) {
+  if (is_narrow(store)) return chunk_mix32((uint32_t)(call.blocks[block].rows_before + row + 1));
+  return chunk_hash(store, block, row);
 }
-inline int32_t* places_of(char* value) { return (int32_t*)value; }
+
+// Keys of one chunk's rows lie beside their values, at any even address.
+typedef uint32_t __attribute__((aligned(2), may_alias)) NarrowKey;
+typedef uint64_t __attribute__((aligned(2), may_alias)) WideKey;
+typedef int32_t __attribute__((aligned(2), may_alias)) Place;
+
+// Places and utilities of a slot.
+inline int64_t value_bytes(const ChunkStore& store) { return 6 * store.chunks; }
+inline char* key_address(const ChunkStore& store, int64_t slot) {
+  return (char*)store.keys + slot * store.key_stride;
+}
+inline uint64_t key_at(const ChunkStore& store, int64_t slot) {
+  const char* at = key_address(store, slot);
+  return is_narrow(store) ? *(const NarrowKey*)at : *(const WideKey*)at;
+}
+inline void set_key(const ChunkStore& store, int64_t slot, uint64_t key) {
+  char* at = key_address(store, slot);
+  if (is_narrow(store))
+    *(NarrowKey*)at = (uint32_t)key;
+  else
+    *(WideKey*)at = key;
+}
+inline char* value_at(const ChunkStore& store, int64_t slot) {
+  return (char*)store.values + slot * store.value_stride;
+}
+inline Place* places_of(char* value) { return (Place*)value; }
 inline uint16_t* utilities_of(const ChunkStore& store, char* value) {
   return (uint16_t*)(value + 4 * store.chunks);
 }
 
-// The first slot from a hash's home on that holds it, a greater one, or none.
-inline int64_t first_slot(const ChunkStore& store, uint64_t hash) {
-  const uint64_t* keys = keys_of(store);
-  int64_t s = (int64_t)scaled(hash, store.slots);
-  while (keys[s] && keys[s] < hash) ++s;  // the array ends with a gap
-  return s;
+// Where a key would lie if it were alone.
+inline int64_t home_of(const ChunkStore& store, uint64_t key) {
+  return is_narrow(store) ? (int64_t)(key * (uint64_t)store.slots >> 32)
+                          : (int64_t)scaled(key, store.slots);
 }
 
-// The line of a hash's home and the next one: with 7 of 8 slots taken, every other run crosses over.
-inline void prefetch_run(const ChunkStore& store, uint64_t hash) {
-  constexpr int64_t kLineKeys = 64 / sizeof(uint64_t);
-  const uint64_t* home = keys_of(store) + scaled(hash, store.slots);
+template <class Key>
+inline int64_t first_slot_from(const ChunkStore& store, int64_t slot, uint64_t key) {
+  const char* at = key_address(store, slot);
+  const int64_t stride = store.key_stride;
+  for (uint64_t found; (found = *(const Key*)at) && found < key; ++slot) at += stride;
+  return slot;
+}
+
+// The first slot from a key's home on that holds it, a greater one, or none.
+inline int64_t first_slot(const ChunkStore& store, uint64_t key) {
+  const int64_t home = home_of(store, key);  // the array ends with a gap
+  return is_narrow(store) ? first_slot_from<NarrowKey>(store, home, key)
+                          : first_slot_from<WideKey>(store, home, key);
+}
+
+// The line of a key's home and the next one: with 7 of 8 slots taken, many runs cross over.
+inline void prefetch_run(const ChunkStore& store, uint64_t key) {
+  constexpr int64_t kLineBytes = 64;
+  const char* home = key_address(store, home_of(store, key));
   __builtin_prefetch(home);
-  __builtin_prefetch(home + kLineKeys);
+  __builtin_prefetch(home + kLineBytes);
 }
 
 // Slot of a key, or -1.
 inline int64_t find_slot(const ChunkStore& store, uint64_t key) {
   const int64_t s = first_slot(store, key);
-  return keys_of(store)[s] == key ? s : -1;
+  return key_at(store, s) == key ? s : -1;
 }
 
 inline float float_of(uint32_t bits) {

@@ -30,15 +30,15 @@ constexpr int64_t kTile = 32;
 
 // Calls body(i, key, slot) for ids [begin, end): homes of a tile are fetched before it is searched.
 template <class Body>
-void find_tile(const ChunkStore& store, int64_t block, const int64_t* ids, int64_t begin,
-               int64_t end, const Body& body) {
+void find_tile(const ChunkCall& call, const ChunkStore& store, int64_t block, const int64_t* ids,
+               int64_t begin, int64_t end, const Body& body) {
   uint64_t keys[kTile];
   int64_t slots[kTile];
   for (int64_t tile = begin; tile < end; tile += kTile) {
     const int64_t n = std::min(kTile, end - tile);
     for (int64_t i = 0; i < n; ++i) {
-      keys[i] = chunk_key(store, block, ids[tile + i]);
-      __builtin_prefetch(keys_of(store) + scaled(keys[i], store.slots));
+      keys[i] = chunk_key(call, store, block, ids[tile + i]);
+      __builtin_prefetch(key_address(store, home_of(store, keys[i])));
     }
     for (int64_t i = 0; i < n; ++i) {
       slots[i] = find_slot(store, keys[i]);
@@ -58,7 +58,7 @@ void chunk_find(const ChunkCall& call, const ChunkSegment* segments, int64_t num
                 const int64_t* ids, int64_t* slots, int threads) {
   for_ids(call, segments, num_segments, threads,
           [&](const ChunkStore& store, int64_t block, int64_t begin, int64_t end) {
-            find_tile(store, block, ids, begin, end,
+            find_tile(call, store, block, ids, begin, end,
                       [&](int64_t i, uint64_t, int64_t slot) { slots[i] = slot; });
           });
 }
@@ -67,8 +67,8 @@ void chunk_places(const ChunkCall& call, const ChunkSegment* segments, int64_t n
                   const int64_t* ids, int64_t stride, int64_t* places, int threads) {
   for_ids(call, segments, num_segments, threads,
           [&](const ChunkStore& store, int64_t block, int64_t begin, int64_t end) {
-            find_tile(store, block, ids, begin, end, [&](int64_t i, uint64_t, int64_t slot) {
-              const int32_t* from = slot < 0 ? nullptr : places_of(value_at(store, slot));
+            find_tile(call, store, block, ids, begin, end, [&](int64_t i, uint64_t, int64_t slot) {
+              const Place* from = slot < 0 ? nullptr : places_of(value_at(store, slot));
               for (int64_t k = 0; k < store.chunks; ++k)
                 places[k * stride + i] = from ? from[k] : -1;
             });
@@ -78,7 +78,7 @@ void chunk_places(const ChunkCall& call, const ChunkSegment* segments, int64_t n
 void chunk_touch(const ChunkCall& call, const ChunkOffers& in, int threads) {
   for_ids(call, in.segments, in.num_segments, threads,
           [&](const ChunkStore& store, int64_t b, int64_t begin, int64_t end) {
-            find_tile(store, b, in.ids, begin, end, [&](int64_t i, uint64_t, int64_t slot) {
+            find_tile(call, store, b, in.ids, begin, end, [&](int64_t i, uint64_t, int64_t slot) {
               if (slot < 0) return;
               char* value = value_at(store, slot);
               uint16_t* utilities = utilities_of(store, value);
@@ -125,8 +125,7 @@ void chunk_decide(const ChunkCall& call, int64_t number, float decay, const floa
     int64_t present = 0, gone = 0;
     int64_t* entry = log ? note_row(*log, store, b, row, slot) : nullptr;
     for (int64_t k = 0; k < store.chunks; ++k) {
-      int32_t& place = places_of(value)[k];
-      if (place < 0) continue;
+      if (places_of(value)[k] < 0) continue;
       const float utility = utility_of(utilities[k]);
       if (ranked(utility, decay, block, row, k) >= thresholds[b]) {
         const uint16_t mark = utilities[k] & kMarked;
@@ -134,13 +133,13 @@ void chunk_decide(const ChunkCall& call, int64_t number, float decay, const floa
         ++present;
         continue;
       }
-      leave(store, slot, k, utility * decay);
+      leave(store, chunk_hash(store, b, row), slot, k, utility * decay);
       ++gone;
     }
     evicted[b] += gone;
     if (entry && gone) entry[2] = present, ++log->count;
     if (!present) {
-      keys_of(store)[slot] = 0;
+      set_key(store, slot, 0);
       ++empty;
     }
   });
@@ -158,9 +157,9 @@ int64_t chunk_compact(ChunkStore& store, bool tight, int64_t* moves) {
   std::sort(holes, end);
   const int64_t span = span_of(store.slots);
   for (int64_t s = 0; holes < end && s < span; ++s) {
-    if (!keys_of(store)[s]) continue;
+    if (!key_at(store, s)) continue;
     for (int64_t k = 0; k < store.chunks; ++k) {
-      int32_t& place = places_of(value_at(store, s))[k];
+      Place& place = places_of(value_at(store, s))[k];
       if (place < taken) continue;
       const int64_t to = *holes++;
       if (store.payload) {
@@ -198,8 +197,10 @@ void chunk_load(ChunkStore& store, const uint64_t* keys, const char* values, int
   store.rows = n;
   store.slots = fitting_slots(store, n);
   const int64_t start = span_of(store.slots) - 1 - n;
-  std::memcpy(keys_of(store) + start, keys, 8 * n);
-  std::memcpy(value_at(store, start), values, value_bytes(store) * n);
+  for (int64_t i = 0; i < n; ++i) {
+    set_key(store, start + i, keys[i]);
+    std::memcpy(value_at(store, start + i), values + i * value_bytes(store), value_bytes(store));
+  }
   if (!spread(store, n)) resize(store, store.slots + store.slots / kGrowth + kFewSlots);
 }
 
@@ -207,7 +208,7 @@ void chunk_insert(const ChunkCall& call, int64_t block, const int64_t* rows, int
                   int32_t* places, const uint16_t* utilities) {
   ChunkStore& store = call.stores[call.blocks[block].store];
   for (int64_t i = 0; i < n; ++i) {
-    const uint64_t key = chunk_key(store, block, rows[i]);
+    const uint64_t key = chunk_key(call, store, block, rows[i]);
     int64_t slot = find_slot(store, key);
     for (int64_t k = 0; k < store.chunks; ++k) {
       int32_t& place = places[i * store.chunks + k];

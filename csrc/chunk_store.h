@@ -3,9 +3,11 @@
 // A store holds the rows of several shards whose rows have K chunks of one size. Its index is an
 // array sorted by hash, with gaps: a row's slot is the first one from floor(hash * slots / 2^64) on
 // that holds its hash, and no hash behind a greater one or a gap. The hash is a bijection of (shard,
-// row), so it is the key itself. Sorted, the array grows and shrinks in place, in two passes over
+// row), so it is the key itself: of 32 bits where the rows of a store can be numbered with them, else
+// of 64. Sorted, the array grows and shrinks in place, in two passes over
 // it, and a miss ends as early as a hit. A slot carries K places in the pool of chunks (-1: absent)
-// and K utilities.
+// and K utilities. Where K is 1 these lie behind the key, so that a row is found in one run of
+// lines; else in an array of their own, so that keys of several rows share a line.
 //
 // The pool hands out places from a stack of free ones, the most recently freed first, and takes
 // slabs of new ones while the budget lasts. The first places are never handed out: there lie the
@@ -20,11 +22,11 @@
 namespace shardlab {
 
 struct ChunkStore {
-  // Addresses: uint64 [span], value_bytes [span], payloads and states (0 where another device has
+  // Addresses: keys [span] and values [span], at their strides, payloads and states (0 where another device has
   // them: the caller then clears and moves chunks), int32 stack, sketch lines.
   int64_t keys, values, payload, state, stack, sketch;
   int64_t chunks, payload_bytes, state_bytes, slab, max_chunks, max_slots, sketch_lines, wide,
-      shared;
+      shared, key_bytes, key_stride, value_stride;
   // Address of a byte a line of the sketch, set where cells change but by decay; 0: nobody asks.
   int64_t line_marks;
   // What moves.
@@ -33,9 +35,9 @@ struct ChunkStore {
 
 // A shard: number of its store; where it lies in its table, in rows and in chunks; chunks of a row
 // of the table; key of the table's random bits; place of what its first chunk reads as where it is
-// absent, the others' behind it, -1 for zeros.
+// absent, the others' behind it, -1 for zeros; rows of the shards before it in its store.
 struct ChunkBlock {
-  int64_t store, row_start, first_chunk, table_chunks, table_key, shared;
+  int64_t store, row_start, first_chunk, table_chunks, table_key, shared, rows_before;
 };
 
 // Rows ids[start, start + count) of a block.
@@ -105,7 +107,7 @@ void chunk_decide(const ChunkCall& call, int64_t store, float decay, const float
 // are empty (tight), or those that the budget has no room for. moves: [store.free, 2] places
 // (from, to), or null. Returns how many moved.
 int64_t chunk_compact(ChunkStore& store, bool tight, int64_t* moves);
-// Replaces the index by n rows sorted by key; values as slots hold them.
+// Replaces the index by n rows sorted by key; values as slots hold them, one behind the other.
 void chunk_load(ChunkStore& store, const uint64_t* keys, const char* values, int64_t n);
 // Takes rows in while there is room. places [n, chunks]: any number from 0 on where a chunk is
 // wanted; replaced by its place, or -1. utilities [n, chunks]: bf16.

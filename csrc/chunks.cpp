@@ -29,14 +29,15 @@ constexpr float kMostNorm = 1e30f;  // keeps a utility finite
 class Lookup {
  public:
   // known: slots of all ids, where they were found before; or null.
-  Lookup(const ChunkStore& store, int64_t block, const int64_t* ids, int64_t end,
+  Lookup(const ChunkCall& call, int64_t block, const int64_t* ids, int64_t end,
          const int64_t* known = nullptr)
-      : store_(store),
+      : call_(call),
+        store_(call.stores[call.blocks[block].store]),
         block_(block),
         ids_(ids),
         known_(known),
         end_(end),
-        bytes_(value_bytes(store)) {}
+        bytes_(value_bytes(store_)) {}
 
   // Calls fetch(i, slot) for the first rows; slots are -1 where no chunk is present.
   template <class Fetch>
@@ -61,7 +62,7 @@ class Lookup {
 
   SHARDLAB_INLINE void home(int64_t i) {
     if (known_ || i >= end_) return;
-    const uint64_t key = keys_[i & kMask] = chunk_key(store_, block_, ids_[i]);
+    const uint64_t key = keys_[i & kMask] = chunk_key(call_, store_, block_, ids_[i]);
     prefetch_run(store_, key);
   }
   SHARDLAB_INLINE void find(int64_t i) {
@@ -75,6 +76,7 @@ class Lookup {
     if (i < end_) fetch(i, slots_[i & kMask]);
   }
 
+  const ChunkCall& call_;
   const ChunkStore& store_;
   int64_t block_;
   const int64_t *ids_, *known_;
@@ -87,7 +89,7 @@ class Lookup {
 template <class Fetch>
 SHARDLAB_INLINE inline void for_present(const ChunkStore& store, int64_t slot, const Fetch& fetch) {
   if (slot < 0) return;
-  const int32_t* places = places_of(value_at(store, slot));
+  const Place* places = places_of(value_at(store, slot));
   for (int64_t k = 0; k < store.chunks; ++k)
     if (places[k] >= 0) fetch(places[k]);
 }
@@ -96,7 +98,7 @@ SHARDLAB_INLINE inline void for_present(const ChunkStore& store, int64_t slot, c
 // shared: place of what chunk 0 reads as where it is absent, -1 for zeros.
 template <class Reader>
 SHARDLAB_INLINE inline void write_row(const ChunkStore& store, int64_t width, const char* payloads,
-                                      const int32_t* places, int64_t shared, float weight,
+                                      const Place* places, int64_t shared, float weight,
                                       float* target) {
   for (int64_t k = 0; k < store.chunks; ++k, target += width) {
     int64_t place = places ? places[k] : -1;
@@ -128,12 +130,12 @@ void read_rows(const ChunkCall& call, const Arena& arena, const ChunkRead& read,
       prefetch_read(payloads + place * store.payload_bytes, store.payload_bytes);
     });
   };
-  Lookup lookup(store, read.block, ids, end);
+  Lookup lookup(call, read.block, ids, end);
   lookup.begin(begin, fetch);
   for (int64_t i = begin; i < end; ++i) {
     const int64_t slot = lookup.next(i, fetch);
     if (slots) slots[i] = slot;
-    const int32_t* places = slot < 0 ? nullptr : places_of(value_at(store, slot));
+    const Place* places = slot < 0 ? nullptr : places_of(value_at(store, slot));
     if (!entries) {
       write_row<Reader>(store, width, payloads, places, shared, 1.0f,
                         out + read.out_start + (i - read.start) * columns);
@@ -323,7 +325,7 @@ void update_rows(const ChunkCall& call, const Arena& arena, int64_t b, const Upd
                      block.state_bytes);
     });
   };
-  Lookup lookup(store, b, updates.ids, end, gains.slots);
+  Lookup lookup(call, b, updates.ids, end, gains.slots);
   lookup.begin(begin, fetch);
   for (int64_t first = begin; first < end; first += kTile) {
     const int64_t n = std::min(kTile, end - first);

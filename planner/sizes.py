@@ -138,7 +138,7 @@ def shard_bytes(spec: StorageSpec, rows: int, columns: int, optimizer: str) -> S
     whole = tier_bytes(spec, rows, columns, optimizer)
     bare = tier_bytes(spec, rows, columns, "sgd")
     if isinstance(spec, PrunedSpec):  # the budget holds both
-        layout = chunk_layout(spec, columns, optimizer)
+        layout = chunk_layout(spec, rows, columns, optimizer)
         part = whole.total * layout.state_bytes // layout.record_bytes
         state = TierBytes.on(spec.tier, part)
         return ShardBytes(tables=_less(whole, state), state=state)

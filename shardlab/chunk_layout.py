@@ -1,6 +1,7 @@
 """Bytes of pruned tables: the index of rows, the pool of chunks, the sketch; without torch.
 
-    index   a key (8 B), K places (4 B) and K utilities (2 B) a slot; 8 slots for 7 rows
+    index   a key (4 B, or 8 B where there may be 2^32 rows), K places (4 B) and K utilities (2 B)
+            a slot; 8 slots for 7 rows
     pool    payload and optimiser state of chunks, in slabs; a stack of free places (4 B each)
     sketch  a byte a cell, in lines of 64
 
@@ -14,7 +15,8 @@ from dataclasses import dataclass
 
 PAGE_BYTES = 4096
 LINE_BYTES = 64
-_KEY_BYTES, _PLACE_BYTES, _UTILITY_BYTES = 8, 4, 2
+_PLACE_BYTES, _UTILITY_BYTES = 4, 2
+_NARROW_KEY_BYTES, _KEY_BYTES = 4, 8
 #: Slots are added so that at most LOAD of them are taken, a sixteenth of them at a time.
 LOAD_NUMBER, LOAD_OF, GROWTH, FEW_SLOTS = 7, 8, 16, 32
 _TAIL_SHIFT, _MOST_TAIL = 4, 1024
@@ -43,8 +45,13 @@ def fitting_slots(rows: int) -> int:
 
 
 def value_bytes(chunks: int) -> int:
-    """Bytes of a slot beside its key, in whole words."""
-    return -(-chunks * (_PLACE_BYTES + _UTILITY_BYTES) // 4) * 4
+    """Bytes of a slot beside its key."""
+    return chunks * (_PLACE_BYTES + _UTILITY_BYTES)
+
+
+def key_bytes(rows: int) -> int:
+    """Bytes of the keys of a store of some rows, which are numbered from 1."""
+    return _NARROW_KEY_BYTES if rows < 1 << 8 * _NARROW_KEY_BYTES else _KEY_BYTES
 
 
 def slab_chunks(budget: int, record_bytes: int) -> int:
@@ -62,6 +69,7 @@ class ChunkLayout:
         payload_bytes, state_bytes: of a chunk.
         sketch_lines: lines of 64 cells.
         shared: chunks that absent ones read as; they take the first places of the pool.
+        key_bytes: of a row's key, as `key_bytes` tells.
     """
 
     chunks: int
@@ -69,6 +77,7 @@ class ChunkLayout:
     state_bytes: int
     sketch_lines: int = 0
     shared: int = 0
+    key_bytes: int = _NARROW_KEY_BYTES
 
     @property
     def record_bytes(self) -> int:
@@ -93,13 +102,31 @@ class ChunkLayout:
             and ``state`` of chunks, and the ``sketch``.
         """
         span = span_of(slots)
-        values = in_pages(value_bytes(self.chunks) * span)
         utilities = _UTILITY_BYTES * self.chunks * span
-        return {"index": in_pages(_KEY_BYTES * span) + values - utilities, "utilities": utilities,
+        return {"index": sum(self.index_bytes(span)) - utilities, "utilities": utilities,
                 "free_places": in_pages(_PLACE_BYTES * free),
                 "payload": in_pages(committed * self.payload_bytes),
                 "state": in_pages(committed * self.state_bytes),
                 "sketch": in_pages(self.sketch_lines * LINE_BYTES)}
+
+    @property
+    def is_narrow(self) -> bool:
+        """Whether keys are of 32 bits."""
+        return self.key_bytes == _NARROW_KEY_BYTES
+
+    @property
+    def strides(self) -> tuple[int, int]:
+        """Bytes from key to key and from value to value; the same where they lie together."""
+        value = value_bytes(self.chunks)
+        return (self.key_bytes + value,) * 2 if self.chunks == 1 else (self.key_bytes, value)
+
+    def index_bytes(self, span: int) -> tuple[int, int]:
+        """Bytes of the arrays of keys and of values of a span of slots.
+
+        Values of rows of one chunk lie behind their keys, and take none of their own.
+        """
+        key, value = self.strides
+        return in_pages(key * span), 0 if self.chunks == 1 else in_pages(value * span)
 
     def grown_bytes(self, slots: int, committed: int, free: int) -> int:
         """Bytes that a store must have before it grows to this; arguments as of `held_bytes`.
@@ -131,4 +158,4 @@ class ChunkLayout:
     @property
     def slot_bytes(self) -> float:
         """Bytes of the index that a row takes."""
-        return (_KEY_BYTES + value_bytes(self.chunks)) * LOAD_OF / LOAD_NUMBER
+        return (self.key_bytes + value_bytes(self.chunks)) * LOAD_OF / LOAD_NUMBER

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from shardlab.cache_layout import cache_layout
-from shardlab.chunk_layout import LINE_BYTES, ChunkLayout
+from shardlab.chunk_layout import LINE_BYTES, ChunkLayout, key_bytes
 from shardlab.log_layout import log_layout
 from shardlab.storage_specs import (
     DTYPES,
@@ -137,18 +137,21 @@ def _pruned_bytes(spec: PrunedSpec, rows: int, columns: int, optimizer: str) -> 
     """
     budget = spec.budget(rows, columns)
     if spec.is_full:
-        return TierBytes.on(spec.tier, chunk_layout(spec, columns, optimizer).full_bytes(rows))
+        layout = chunk_layout(spec, rows, columns, optimizer)
+        return TierBytes.on(spec.tier, layout.full_bytes(rows))
     if spec.start == "dense":
-        layout = chunk_layout(spec, columns, optimizer, budget)
+        layout = chunk_layout(spec, rows, columns, optimizer, budget)
         budget = max(budget, layout.full_bytes(rows))
     return TierBytes.on(spec.tier, budget)
 
 
-def chunk_layout(spec: PrunedSpec, columns: int, optimizer: str, budget: int = 0) -> ChunkLayout:
+def chunk_layout(spec: PrunedSpec, rows: int, columns: int, optimizer: str,
+                 budget: int = 0) -> ChunkLayout:
     """What a store of chunks of a table, or of a shard, is made of.
 
     Args:
         spec: the storage.
+        rows: of all its shards.
         columns: of the shard.
         optimizer: a key of `OPTIMIZER_STATE`.
         budget: bytes that the sketch is sized by; 0: there is none.
@@ -156,7 +159,8 @@ def chunk_layout(spec: PrunedSpec, columns: int, optimizer: str, budget: int = 0
     per_column, per_row = OPTIMIZER_STATE[optimizer]
     width = spec.chunk_columns(columns)
     layout = ChunkLayout(max(1, columns // width), payload_bytes(spec.dtype, width),
-                         payload_bytes("fp32", per_column * width + per_row))
+                         payload_bytes("fp32", per_column * width + per_row),
+                         key_bytes=key_bytes(rows))
     cells = spec.sketch * layout.likely_chunks(budget, spec.sketch) if budget else 0
     return replace(layout, sketch_lines=math.ceil(cells / LINE_BYTES),
                    shared=layout.chunks if spec.shares_absent else 0)

@@ -109,9 +109,9 @@ class ChunkIndex(Protocol):
 
     Attributes:
         shapes: of the stores.
-        blocks: int64 [B, 6] on CPU: (store, first row, first chunk, chunks of a row of the table,
+        blocks: int64 [B, 7] on CPU: (store, first row, first chunk, chunks of a row of the table,
             key of the table, place of what the first chunk reads as where it is absent, the others'
-            behind it, -1 for zeros).
+            behind it, -1 for zeros, rows of the blocks before it in its store).
         notes_losses: `offer` and `decide` note what `take_losses` gives.
         keeps_places: places that are handed out hold what they held: the caller clears them.
         changes: how often rows may have moved.

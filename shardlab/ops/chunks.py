@@ -61,7 +61,8 @@ def build_chunk_index(shapes: Sequence[StoreShape], blocks: Tensor, memory: Tens
 
 _STATE = ("keys", "values", "payload", "state", "stack", "sketch", "chunks", "payload_bytes",
           "state_bytes", "slab", "max_chunks", "max_slots", "sketch_lines", "wide", "shared",
-          "line_marks", "budget", "slots", "rows", "used", "top", "committed", "free", "refused")
+          "key_bytes", "key_stride", "value_stride", "line_marks", "budget", "slots", "rows",
+          "used", "top", "committed", "free", "refused")
 _COLUMN = {name: column for column, name in enumerate(_STATE)}
 _POOLS = [_COLUMN["payload"], _COLUMN["state"]]
 
@@ -89,11 +90,13 @@ class NativeChunkIndex:
             layout = shape.layout
             cells = self._memory[offset + keys + values + stack:][:layout.sketch_lines * LINE_BYTES]
             self._sketches.append(cells)
+            beside = keys if values else layout.key_bytes
             row[:_COLUMN["budget"]] = torch.tensor([
-                at + offset, at + offset + keys, *pool, at + offset + keys + values,
+                at + offset, at + offset + beside, *pool, at + offset + keys + values,
                 at + offset + keys + values + stack, layout.chunks, layout.payload_bytes,
                 layout.state_bytes, shape.slab, shape.max_chunks, _max_slots(shape),
-                layout.sketch_lines, int(shape.wide), layout.shared, 0])
+                layout.sketch_lines, int(shape.wide), layout.shared, layout.key_bytes,
+                *layout.strides, 0])
             row[_COLUMN["slots"]] = fitting_slots(0)
             row[_COLUMN["top"]] = layout.shared
             row[_COLUMN["committed"]] = shape.in_slabs(layout.shared)
@@ -175,7 +178,7 @@ class NativeChunkIndex:
     def load(self, store: int, blocks: Tensor, rows: ChunkRows) -> None:
         self.changes += 1
         shape = self.shapes[store]
-        order, keys = sorted_keys(blocks, rows.rows, wide=shape.wide)
+        order, keys = self._sorted_keys(store, blocks, rows.rows)
         size = value_bytes(shape.layout.chunks)
         values = torch.zeros(keys.numel(), size, dtype=torch.uint8)
         end = 6 * shape.layout.chunks
@@ -189,6 +192,16 @@ class NativeChunkIndex:
         assert used + shape.layout.shared == top, "places of loaded rows leave no gap"
         self._state[store, _COLUMN["used"]:] = torch.tensor(
             [used, top, shape.in_slabs(top), 0, 0])
+
+    def _sorted_keys(self, store: int, blocks: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Order of rows by their key, and keys in that order: int64 with the bits of uint64."""
+        shape = self.shapes[store]
+        if shape.layout.is_narrow:
+            keys = mixed32(self.blocks[blocks, 6] + rows + 1)
+        else:
+            keys = mixed((rows if shape.wide else (blocks << _TAG_SHIFT) | rows) + 1)
+        order = torch.argsort(keys ^ torch.iinfo(torch.int64).min)
+        return order, keys[order].contiguous()
 
     def insert(self, block: int, rows: ChunkRows) -> Tensor:
         self.changes += 1
@@ -207,8 +220,9 @@ class NativeChunkIndex:
                             address(values))
         rows, order = rows.sort()
         values = values[order]
-        return ChunkRows(rows, values[:, :4 * chunks].contiguous().view(torch.int32),
-                         _unmarked(values[:, 4 * chunks:6 * chunks].contiguous().view(torch.int16)))
+        places, codes = values[:, :4 * chunks], values[:, 4 * chunks:]
+        return ChunkRows(rows, places.flatten().view(torch.int32).view(-1, chunks),
+                         _unmarked(codes.flatten().view(torch.int16).view(-1, chunks)))
 
     def look_up(self, block: int, rows: Tensor) -> ChunkRows:
         rows, chunks = rows.contiguous(), self._chunks(block)
@@ -281,8 +295,9 @@ def index_used_spans(shapes: Sequence[StoreShape],
     for shape, count in zip(shapes, chunks, strict=True):
         keys, values, stack, sketch = _spans(shape)
         slots = fitting_slots(count // shape.layout.chunks)
-        found += [(offset, offset + 8 * slots),
-                  (offset + keys, offset + keys + value_bytes(shape.layout.chunks) * slots),
+        key_stride, value_stride = shape.layout.strides
+        found += [(offset, offset + key_stride * slots),
+                  (offset + keys, offset + keys + (value_stride * slots if values else 0)),
                   (offset + keys + values + stack, offset + keys + values + stack + sketch)]
         offset += keys + values + stack + sketch
     return found
@@ -290,19 +305,11 @@ def index_used_spans(shapes: Sequence[StoreShape],
 
 def _spans(shape: StoreShape) -> tuple[int, int, int, int]:
     """Bytes of addresses for keys, values, stack and sketch."""
-    span = span_of(_SPARE * _max_slots(shape))
-    return (in_pages(8 * span), in_pages(value_bytes(shape.layout.chunks) * span),
+    return (*shape.layout.index_bytes(span_of(_SPARE * _max_slots(shape))),
             in_pages(4 * shape.max_chunks), in_pages(shape.layout.sketch_lines * LINE_BYTES))
 
 
-_TAG_SHIFT = 44
-
-
-def sorted_keys(blocks: Tensor, rows: Tensor, *, wide: bool) -> tuple[Tensor, Tensor]:
-    """Order of rows by their hash, and the hashes in that order (int64 with the bits of uint64)."""
-    keys = mixed((rows if wide else (blocks << _TAG_SHIFT) | rows) + 1)
-    order = torch.argsort(keys ^ torch.iinfo(torch.int64).min)
-    return order, keys[order].contiguous()
+_TAG_SHIFT, _NARROW = 44, (1 << 32) - 1
 
 
 def spread_ids(ids: Tensor, rows: int) -> Tensor:
@@ -316,6 +323,13 @@ def mixed(x: Tensor) -> Tensor:
     x = (x ^ _shift(x, 30)) * -0x40A7B892E31B1A47
     x = (x ^ _shift(x, 27)) * -0x6B2FB644ECCEEE15
     return x ^ _shift(x, 31)
+
+
+def mixed32(x: Tensor) -> Tensor:
+    """A mixer of 32 bits (`csrc/chunk_slots.h`) of int64 in [0, 2^32), a bijection."""
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & _NARROW
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & _NARROW
+    return x ^ (x >> 16)
 
 
 def _shift(x: Tensor, bits: int) -> Tensor:

@@ -26,7 +26,7 @@ from shardlab.ops.chunk_index import ChunkRows, Offers, StoreNumbers, StoreShape
 from shardlab.ops.chunk_marks import MARK, Losses, Marks, RowRange
 from shardlab.ops.chunks import _CELL_BIAS, _CELL_SHIFT, _TAG_SHIFT, BINS, DRAWN, _max_slots
 
-_WORD = (1 << 64) - 1
+_WORD, _NARROW = (1 << 64) - 1, (1 << 32) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 _LEAST_UTILITY = np.float32(2.0 ** -48)
 
@@ -135,11 +135,17 @@ class ReferenceChunkIndex:
         return self._stores[self._blocks[block][0]]
 
     def _key(self, block: int, row: int) -> int:
+        if self._store_of(block).shape.layout.is_narrow:
+            return _mix32(self._blocks[block][6] + row + 1)
+        return self._hash(block, row)
+
+    def _hash(self, block: int, row: int) -> int:
+        """What cells of the sketch and draws go by."""
         wide = self._store_of(block).shape.wide
         return mix64((row if wide else block << _TAG_SHIFT | row) + 1)
 
     def _word(self, block: int, key: int, row: int, chunk: int) -> int:
-        _, row_start, first, chunks, table_key, _ = self._blocks[block]
+        _, row_start, first, chunks, table_key, *_ = self._blocks[block]
         at = (row_start + row) * chunks + first + chunk
         return mix64(((key ^ table_key) & _WORD) + at * _GOLDEN)
 
@@ -202,7 +208,7 @@ class ReferenceChunkIndex:
         if found is not None and found[2].places[k] >= 0:
             return None
         word = self._word(block, offers.key, row, k)
-        cells = self._cells(store, key, k)
+        cells = self._cells(store, self._hash(block, row), k)
         utility = gain + (cell_value(int(store.cells[cells].min())) if cells
                           else np.float32(0))
         if utility >= threshold and self._make_room(store, at, utility, offers):
@@ -220,12 +226,13 @@ class ReferenceChunkIndex:
     def _make_room(self, store: _Store, at: tuple[int, int, int], utility: np.float32,
                    offers: Offers) -> bool:
         """Room for one more chunk of a row: free room, or that of a chunk worth less."""
-        block, key = at[0], self._key(*at[:2])
+        block, key, hashed = at[0], self._key(*at[:2]), self._hash(*at[:2])
         slot = key in store.rows or store.has_slot()
         if slot and store.has_place():
             return True
         store.refused += 1
-        drawn = self._draw(store, key, mix64(key ^ (offers.key & _WORD)), not slot)
+        start = mix64(hashed ^ (offers.key & _WORD)) >> (64 - 8 * store.shape.layout.key_bytes)
+        drawn = self._draw(store, key, start, not slot)
         if not drawn:
             return False
         worth, victim, chunk = min(drawn, key=lambda one: one[0])
@@ -289,7 +296,8 @@ class ReferenceChunkIndex:
 
     def _leave(self, store: _Store, key: int, chunk: int, utility: np.float32) -> None:
         """A chunk goes: its place is free, its utility counted in the sketch."""
-        cells, chunks = self._cells(store, key, chunk), store.rows[key][2]
+        block, row, chunks = store.rows[key]
+        cells = self._cells(store, self._hash(block, row), chunk)
         if cells:
             _raise(store, cells, cell_code(utility, 0))
         store.stack.append(chunks.places[chunk])
@@ -297,14 +305,14 @@ class ReferenceChunkIndex:
         store.used -= 1
 
     @staticmethod
-    def _cells(store: _Store, key: int, chunk: int) -> list[int]:
+    def _cells(store: _Store, hashed: int, chunk: int) -> list[int]:
         """The chunk's two cells of the sketch; none where there is no sketch."""
         lines = store.shape.layout.sketch_lines
         if not lines:
             return []
-        turned = (key << 32 | key >> 32) & _WORD
+        turned = (hashed << 32 | hashed >> 32) & _WORD
         line = (turned * lines) >> 64
-        word = mix64(key + (chunk + 1) * _GOLDEN)
+        word = mix64(hashed + (chunk + 1) * _GOLDEN)
         first = word % LINE_BYTES
         second = (first + 1 + word // LINE_BYTES % (LINE_BYTES - 1)) % LINE_BYTES
         return [line * LINE_BYTES + first, line * LINE_BYTES + second]
@@ -428,7 +436,8 @@ class ReferenceChunkIndex:
                                             dtype=torch.int32).view(shape), _int16(codes))
 
     def list_between(self, store: int, where: RowRange) -> Tensor:
-        first, last = ((n << 64) // where.slices for n in (where.slice, where.slice + 1))
+        bits = 8 * self.shapes[store].layout.key_bytes
+        first, last = ((n << bits) // where.slices for n in (where.slice, where.slice + 1))
         found = [(block, row) for key, block, row, chunks in self._stores[store].in_order()
                  if first <= key < last and where.low <= row < where.high
                  and where.block in (-1, block)
@@ -451,6 +460,13 @@ class ReferenceChunkIndex:
 
     def sketch(self, store: int) -> Tensor:
         return self._stores[store].cells
+
+
+def _mix32(x: int) -> int:
+    """`shardlab.ops.chunks.mixed32` of one number."""
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & _NARROW
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & _NARROW
+    return x ^ (x >> 16)
 
 
 def _raise(store: _Store, at: list[int], code: int) -> None:

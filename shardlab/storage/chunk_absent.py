@@ -58,7 +58,7 @@ class SharedChunks:
     def _table(self, block: int, stride: int) -> Tensor:
         """int64 [chunks, 5] of a shard."""
         pools, chunks = self._pools, torch.arange(self._pools.chunks(block))
-        _, _, first, table_chunks, _, shared = pools.index.blocks[block].tolist()
+        _, _, first, table_chunks, _, shared, _ = pools.index.blocks[block].tolist()
         start = block * stride
         columns = self._shards[block].shard.columns
         return torch.stack([
@@ -97,7 +97,7 @@ class SharedChunks:
     def _parts(self, block: int) -> tuple[slice, slice]:
         """Columns and counts of a shard among those of its table."""
         local = self._shards[block]
-        _, _, first, _, _, _ = self._pools.index.blocks[block].tolist()
+        _, _, first, *_ = self._pools.index.blocks[block].tolist()
         start = local.table.embedding_dim + first
         return (slice(local.shard.col_start, local.shard.col_end),
                 slice(start, start + self._pools.chunks(block)))

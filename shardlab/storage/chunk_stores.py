@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 
@@ -121,7 +122,7 @@ def _plan(shards: Sequence[LocalShard], blocks: list[int], shared: dict[tuple[ob
     rows = sum(shards[block].shard.rows for block in blocks)
     target = sum(shard_budget(shards[block]) for block in blocks)
     columns = first.shard.columns
-    layout = chunk_layout(spec, columns, optimizer, 0 if spec.is_full else target)
+    layout = chunk_layout(spec, rows, columns, optimizer, 0 if spec.is_full else target)
     layout = replace(layout, shared=layout.shared * len(blocks))
     full = layout.full_bytes(rows)
     if spec.is_full or target >= full:
@@ -140,11 +141,17 @@ def _plan(shards: Sequence[LocalShard], blocks: list[int], shared: dict[tuple[ob
     return StorePlan(spec, tuple(blocks), shape, target, full)
 
 
+def _rows_before(shards: Sequence[LocalShard]) -> torch.Tensor:
+    """int64 [n]: rows of the shards before each."""
+    rows = [local.shard.rows for local in shards]
+    return torch.tensor([0, *accumulate(rows[:-1])])
+
+
 def build_pools(shards: Sequence[LocalShard], plans: Sequence[StorePlan],
                 options: StorageOptions) -> ChunkPools:
     """An empty index and the pools of all stores, in one arena."""
     table = torch.zeros(len(shards), 6, dtype=torch.int64)
-    blocks = torch.zeros(len(shards), 6, dtype=torch.int64)
+    blocks = torch.zeros(len(shards), 7, dtype=torch.int64)
     encodings: list[Encoding] = [Encoding()] * len(shards)
     used: list[tuple[int, int]] = []
     offset, pools = 0, []
@@ -164,10 +171,11 @@ def build_pools(shards: Sequence[LocalShard], plans: Sequence[StorePlan],
             blocks[block] = torch.tensor([
                 number, local.shard.row_start, local.shard.col_start // width,
                 local.table.embedding_dim // width, key,
-                place * layout.chunks if layout.shared else -1])
+                place * layout.chunks if layout.shared else -1, 0])
             encodings[block] = Encoding(plan.spec.dtype, "fp32", per_column, per_row,
                                         table_key=key)
         pools.append((offset, state))
+        blocks[list(plan.blocks), 6] = _rows_before([shards[block] for block in plan.blocks])
         offset = end
     device = options.device
     _check_tiers(shards, device)

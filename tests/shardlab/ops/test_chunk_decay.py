@@ -17,8 +17,9 @@ ROWS, CHUNKS, FIRST_ROW, FIRST_CHUNK, OF_ROW = 200, 3, 1000, 3, 9
 
 
 def build(face: str, *, wide: bool) -> NativeChunkIndex | ReferenceChunkIndex:
-    shape = StoreShape(ChunkLayout(CHUNKS, 8, 4, 2), 16, 4 * ROWS * CHUNKS, 4 * ROWS, wide)
-    blocks = torch.tensor([[0, FIRST_ROW, FIRST_CHUNK, OF_ROW, table_key("t"), -1]])
+    layout = ChunkLayout(CHUNKS, 8, 4, 2, key_bytes=8 if wide else 4)
+    shape = StoreShape(layout, 16, 4 * ROWS * CHUNKS, 4 * ROWS, wide)
+    blocks = torch.tensor([[0, FIRST_ROW, FIRST_CHUNK, OF_ROW, table_key("t"), -1, 0]])
     if face == "reference":
         return ReferenceChunkIndex([shape], blocks)
     if native() is None:

@@ -10,10 +10,17 @@ import hypothesis.strategies as st
 import pytest
 import torch
 
-from shardlab.chunk_layout import ChunkLayout, fitting_slots
+from shardlab.chunk_layout import ChunkLayout, fitting_slots, key_bytes
 from shardlab.ops.chunk_index import ChunkRows, Offers, StoreShape
 from shardlab.ops.chunk_marks import Marks, RowRange
-from shardlab.ops.chunks import BINS, NativeChunkIndex, bin_edges, index_span_bytes, mixed
+from shardlab.ops.chunks import (
+    BINS,
+    NativeChunkIndex,
+    bin_edges,
+    index_span_bytes,
+    mixed,
+    mixed32,
+)
 from shardlab.ops.chunks_reference import ReferenceChunkIndex, cell_value
 from shardlab.ops.registry import native
 
@@ -23,9 +30,9 @@ ROWS = (50, 2000)
 PAYLOAD, STATE = 8, 4
 
 
-def shape(chunks=3, *, sketch=2, most=6000, rows=2050, wide=False, slab=16, shared=0):
-    layout = ChunkLayout(chunks, PAYLOAD, STATE, sketch, shared)
-    return StoreShape(layout, slab, most, rows, wide)
+def shape(chunks=3, *, sketch=2, most=6000, rows=2050, wide=False, shared=0, key_bytes=4):
+    layout = ChunkLayout(chunks, PAYLOAD, STATE, sketch, shared, 8 if wide else key_bytes)
+    return StoreShape(layout, 16, most, rows, wide)
 
 
 class Pair:
@@ -33,9 +40,10 @@ class Pair:
 
     def __init__(self, budget, **options):
         one = shape(**options)
-        places = (0, 3) if one.layout.shared else (-1, -1)
-        blocks = torch.tensor([[0, 0, 0, 3, 77, places[0]],
-                               [0, 100, 0, 3, -5, places[1]]])[:1 if one.wide else 2]
+        places = (0, one.layout.chunks) if one.layout.shared else (-1, -1)
+        chunks = one.layout.chunks
+        blocks = torch.tensor([[0, 0, 0, chunks, 77, places[0], 0],
+                               [0, 100, 0, chunks, -5, places[1], ROWS[0]]])[:1 if one.wide else 2]
         self.arena = torch.zeros(one.max_chunks * (PAYLOAD + STATE), dtype=torch.uint8)
         at = self.arena.data_ptr()
         memory = torch.zeros(index_span_bytes([one]), dtype=torch.uint8)
@@ -126,15 +134,17 @@ ACTIONS = st.one_of(
 
 
 @hypothesis.given(st.lists(ACTIONS, max_size=25), st.integers(0, 1 << 17),
-                  st.sampled_from([0, 2]), st.sampled_from([0, 6]))
-@hypothesis.settings(max_examples=60, deadline=None)
-def test_faces_agree_over_any_history(actions, budget, sketch, shared):
-    pair = Pair(budget, sketch=sketch, shared=shared)
+                  st.sampled_from([0, 2]), st.sampled_from([1, 3]), st.booleans(),
+                  st.sampled_from([4, 8]))
+@hypothesis.settings(max_examples=80, deadline=None)
+def test_faces_agree_over_any_history(actions, budget, sketch, chunks, is_shared, key_bytes):
+    pair = Pair(budget, sketch=sketch, chunks=chunks, shared=2 * chunks * is_shared,
+                key_bytes=key_bytes)
     for action, *rest in actions:
         if action == "step":
             ids, seed, threshold = rest
             generator = torch.Generator().manual_seed(seed)
-            norms = torch.rand(sum(map(len, ids)), 3, generator=generator) - 0.1
+            norms = torch.rand(sum(map(len, ids)), chunks, generator=generator) - 0.1
             pair.step(ids, norms, threshold=threshold, weight=1.25, key=seed)
         elif action == "decide":
             pair.decide(*rest)
@@ -247,6 +257,37 @@ def test_wide_stores_take_any_row():
     pair.check()
 
 
+def test_keys_of_32_bits_are_a_bijection_up_to_the_last_row():
+    last = (1 << 32) - 1
+    numbers = torch.cat([torch.arange(100_000), torch.arange(last - 100_000, last + 1)])
+    keys = mixed32(numbers)
+    assert keys.unique().numel() == numbers.numel()
+    assert 0 <= int(keys.min()) < 1 << 18
+    assert last - (1 << 18) < int(keys.max()) <= last
+    assert mixed32(torch.tensor(0)) == 0
+    assert key_bytes(last) == 4
+    assert key_bytes(last + 1) == 8
+
+
+def test_rows_of_many_shards_and_of_one_chunk_are_found_by_keys_of_32_bits():
+    rows = (3_000_000_000, 0, 1_200_000_000)
+    one = shape(1, most=4000, rows=4000)
+    before = [0, rows[0], rows[0]]
+    blocks = torch.tensor([[0, 0, 0, 1, 5, -1, first] for first in before])
+    memory = torch.zeros(index_span_bytes([one]), dtype=torch.uint8)
+    index = NativeChunkIndex([one], blocks, memory, [(0, 0)])
+    index.set_budget(0, 1 << 30)
+    wanted = [torch.tensor([0, 7, rows[0] - 1]), None, torch.tensor([0, 9, rows[2] - 1])]
+    for block in (0, 2):
+        index.insert(block, ChunkRows(wanted[block], torch.zeros(3, 1, dtype=torch.int32),
+                                      torch.full((3, 1), 7, dtype=torch.int16)))
+    for block in (0, 2):
+        assert torch.equal(index.list_rows(block).rows, wanted[block])
+        assert (index.look_up(block, wanted[block]).places >= 0).all()
+        assert (index.look_up(block, wanted[block][1:] - 1).places < 0).all()
+    assert index.list_rows(1).rows.numel() == 0
+
+
 def test_mixed_is_a_bijection_that_keeps_zero():
     values = torch.arange(-500, 500)
     assert torch.unique(mixed(values)).numel() == 1000
@@ -263,7 +304,7 @@ def test_a_million_operations_against_a_dictionary(seed):
     rows, chunks, batch = 200_000, 2, 4096
     one = shape(chunks, sketch=0, most=rows * chunks, rows=rows)
     memory = torch.zeros(index_span_bytes([one]), dtype=torch.uint8)
-    index = NativeChunkIndex([one], torch.tensor([[0, 0, 0, chunks, 1]]), memory, [(0, 0)])
+    index = NativeChunkIndex([one], torch.tensor([[0, 0, 0, chunks, 1, -1, 0]]), memory, [(0, 0)])
     index.set_budget(0, 1 << 40)
     worth: dict[tuple[int, int], float] = {}
     for number in range(130):

@@ -101,11 +101,12 @@ def test_one_chunk_rows_of_narrow_dtypes_are_those_of_the_plain_table():
 @pytest.mark.parametrize("length", [1, -1], ids=["one", "jagged"])
 def test_faces_agree(monkeypatch, dtype, absent, length):
     options = {"dtype": dtype, "chunks": 2, "period": 4, "start": "empty", "absent": absent}
-    mine = build(tables(pruned(0.02, **options)))
-    plain = train(mine, 13, length=length, size=128)
+    ratio = 0.022 if dtype == "int8" else 0.02
+    mine = build(tables(pruned(ratio, **options)))
+    plain = train(mine, 9, length=length, size=256)
     monkeypatch.setenv("SHARDLAB_FACE", "reference")
-    reference = build(tables(pruned(0.02, **options)))
-    for a, b in zip(plain, train(reference, 13, length=length, size=128), strict=True):
+    reference = build(tables(pruned(ratio, **options)))
+    for a, b in zip(plain, train(reference, 9, length=length, size=256), strict=True):
         torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-4)
     one, two = mine[2].storage, reference[2].storage
     assert one.tier_bytes() == two.tier_bytes()
