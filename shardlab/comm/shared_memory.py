@@ -26,8 +26,8 @@ from shardlab.comm.lanes import Finish
 _PAGE = 4096
 #: Bytes of one lane's rings of one rank; pages are taken as they are first used.
 _LANE_BYTES = 32 << 20
-#: A ring that fits a second-level cache is read out of it, not out of memory. The largest holds half
-#: of a bucket of dense gradients with its length, so that a sum of two ranks starts without a wait.
+#: A ring that fits a second-level cache is read out of it, not out of memory. The largest holds
+#: half of a bucket of dense gradients and its length: a sum of two ranks starts without a wait.
 _MAX_RING_BYTES, _MIN_RING_BYTES = (1 << 20) + _PAGE, 256 << 10
 #: How long a wait sleeps before it looks whether its peers are alive.
 _LOOK_MS = 100
