@@ -121,12 +121,17 @@ class BackwardSample {
  private:
   // The symmetric matrix of the products' gradients; its diagonal and its padding stay zero.
   void fill_pairs(const float* grad) {
-    for (int64_t i = 0; i + 1 < l_.vectors; ++i)
-      for (int64_t j = i + 1; j < l_.vectors; ++j) {
-        const float g = *grad++;
-        pairs_.data()[i * l_.wide + j] = g;
-        pairs_.data()[j * l_.wide + i] = g;
+    for (int64_t i = 0; i + 1 < l_.vectors; ++i) {
+      float* across = pairs_.data() + i * l_.wide + i + 1;
+      float* down = pairs_.data() + (i + 1) * l_.wide + i;
+      const int64_t count = l_.vectors - 1 - i;
+      for (int64_t c = 0; c < count; c += kWidth) {
+        const int64_t n = std::min<int64_t>(kWidth, count - c);
+        wide_store_part(across + c, wide_load_part(grad + c, n), n);
       }
+      for (int64_t c = 0; c < count; ++c) down[c * l_.wide] = grad[c];
+      grad += count;
+    }
   }
 
   void copy_rows(const float* from, int64_t from_stride, float* to, int64_t to_stride,

@@ -70,15 +70,17 @@ void narrow_grad_x(const LinearShape& s, const typename Io::Y* grad, const typen
                    const float* weight, typename Io::X* grad_x, int threads) {
   const float* weights = narrow_weights<Io>(s, weight);
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
-  for (int64_t b = 0; b < s.batch; ++b)
+  for (int64_t b = 0; b < s.batch; ++b) {
+    float g[kNarrowOutputs];
+    for (int64_t o = 0; o < s.outputs; ++o) g[o] = narrow_grad<Io>(grad, out, b * s.outputs + o);
     for (int64_t k = 0; k < s.inputs; k += kWidth) {
       const int64_t n = std::min<int64_t>(kWidth, s.inputs - k);
       Wide sum{};
       for (int64_t o = 0; o < s.outputs; ++o)
-        sum += narrow_grad<Io>(grad, out, b * s.outputs + o) *
-               wide_load_part(weights + o * s.inputs + k, n);
+        sum += g[o] * wide_load_part(weights + o * s.inputs + k, n);
       Io::store(grad_x + b * s.inputs + k, sum, n);
     }
+  }
 }
 
 // A thread sums some columns over all samples, in the gradient itself.
