@@ -46,6 +46,12 @@ void bind_cells(nb::module_& m) {
     return shardlab::read_heads({at<int32_t>(heads), parts, slots, at<int64_t>(table)},
                                 at<int64_t>(counts), at<int64_t>(pieces));
   });
+  m.def("select_columns", [](const std::vector<Address>& columns, Address index, int64_t count,
+                             Address out) {
+    std::vector<const int64_t*> from;
+    for (const Address column : columns) from.push_back(at<int64_t>(column));
+    shardlab::select_columns(from, at<int64_t>(index), count, at<int64_t>(out));
+  });
   m.def("take_affine", [](Address pieces, int64_t num_pieces, int64_t total, Address inverse,
                           int64_t count, Address out) {
     nb::gil_scoped_release release;

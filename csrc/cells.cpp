@@ -102,6 +102,12 @@ Sizes read_heads(const Heads& h, int64_t* counts, int64_t* pieces) {
   return sizes;
 }
 
+void select_columns(const std::vector<const int64_t*>& columns, const int64_t* index,
+                    int64_t count, int64_t* out) {
+  for (int64_t k = 0; k < count; ++k)
+    for (const int64_t* column : columns) *out++ = column[index[k]];
+}
+
 void take_affine(const int64_t* pieces, int64_t num_pieces, int64_t total, const int64_t* inverse,
                  int64_t count, int64_t* out) {
   static thread_local std::vector<int64_t> values;

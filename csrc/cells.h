@@ -44,6 +44,10 @@ struct Heads {
 // other. Returns the bytes of every message.
 Sizes read_heads(const Heads& h, int64_t* counts, int64_t* pieces);
 
+// out[k][c] = columns[c][index[k]]: [count, columns] from columns that lie apart.
+void select_columns(const std::vector<const int64_t*>& columns, const int64_t* index,
+                    int64_t count, int64_t* out);
+
 // out[i] = -1 where inverse[i] is -1, else the value at inverse[i] of a row of `total` values that
 // pieces (start, count, base, step) fill: base + j * step at start + j.
 void take_affine(const int64_t* pieces, int64_t num_pieces, int64_t total, const int64_t* inverse,

@@ -167,6 +167,25 @@ def read_heads(heads: Tensor, table: Tensor) -> tuple[Tensor, Tensor, list[int]]
     return counts, pieces, sizes
 
 
+def select_columns(columns: Sequence[Tensor], index: Tensor) -> Tensor:
+    """Rows of a matrix whose columns lie apart.
+
+    Args:
+        columns: int64 [n] on CPU each.
+        index: int64 [k] on CPU, in [0, n).
+
+    Returns:
+        int64 [k, columns] on CPU.
+    """
+    if face_of("select_columns", "cpu") == "native":
+        whole = [column.contiguous() for column in columns]
+        out = torch.empty(index.numel(), len(whole), dtype=torch.int64)
+        native().select_columns([*map(address, whole)],  # type: ignore[union-attr]
+                                address(index), index.numel(), address(out))
+        return out
+    return torch.stack([column[index] for column in columns], 1)
+
+
 def sum_parts(counts: Tensor, factors: Tensor, cells_of: list[int]) -> list[int]:
     """Sums of counts * factors over consecutive parts.
 

@@ -32,6 +32,7 @@ OPS: dict[str, tuple[str, ...]] = {
     "place_cells": ("native",),
     "route_slots": ("native",),
     "read_heads": ("native",),
+    "select_columns": ("native",),
     "take_affine": ("native",),
     "sum_parts": ("native",),
     "sum_by_key": ("native",),

@@ -68,6 +68,7 @@ class CellIndex:
         self.pooled = column([slot.feature >= 0 for slot in layout.slots]).bool()
         self.my_columns = column([slot.shard.columns for slot in self.mine])
         self.my_pooled = column([slot.feature >= 0 for slot in self.mine]).bool()
+        self.any_pooled = any(slot.feature >= 0 for slot in self.mine)
         replicated = [layout.plans[slot.table].replicated for slot in self.mine]
         # A replica is read at home only; its gradients come from everywhere.
         self.my_read = torch.ones(len(self.peers), len(self.mine), dtype=torch.int64)
@@ -115,16 +116,15 @@ class CellIndex:
                                    (self.backward_slots, self.backward_cells))
 
     def _set_up_merge(self) -> None:
-        """Order in which an owner merges its cells, and the static columns of their chunks."""
+        """Order in which an owner merges its cells, and what its chunks hold of them."""
         slots = len(self.mine)
         by_rank = sorted(range(len(self.peers)), key=self.peers.__getitem__)
         cells = sorted(range(slots * len(self.peers)),
                        key=lambda cell: (self.mine[cell % slots].block,
                                          cell % slots, by_rank.index(cell // slots)))
         self.merge_order = column(cells)
-        self.merge_chunks = column([[self.mine[cell % slots].block, 0, 0, 0,
-                                     self.mine[cell % slots].shard.columns]
-                                    for cell in cells]).reshape(-1, 5)
+        self.cell_blocks = column([slot.block for slot in self.mine] * len(self.peers))
+        self.cell_columns = self.my_columns.repeat(len(self.peers))
 
     def forward(self, outgoing: Outgoing, incoming: Incoming) -> Buffer:
         """Rows: owners send, sources receive."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from shardlab.comm import Work
+from shardlab.ops.cells import select_columns
 from shardlab.ops.rows import sum_rows
 from shardlab.ops.unique import Uniques
 from shardlab.sharded.cells import CellIndex
@@ -53,14 +54,9 @@ def owner_chunks(cells: CellIndex, incoming: Incoming, base: Tensor, step: int |
         base: int64, source offset of every cell's first gradient row.
         step: elements between gradient rows; None: the cell's columns.
     """
-    counts = incoming.counts.reshape(-1)
-    order, chunks = cells.merge_order, cells.merge_chunks.clone()
-    chunks[:, 1] = (counts.cumsum(0) - counts)[order]
-    chunks[:, 2] = counts[order]
-    chunks[:, 3] = base[order]
-    if step is not None:
-        chunks[:, 4] = step
-    return chunks
+    steps = cells.cell_columns if step is None else torch.full_like(cells.cell_columns, step)
+    return select_columns([cells.cell_blocks, incoming.starts, incoming.counts.view(-1), base,
+                           steps], cells.merge_order)
 
 
 def bag_offsets(incoming: Incoming, starts: Tensor, slots: int) -> Tensor:
@@ -84,7 +80,7 @@ def bag_offsets(incoming: Incoming, starts: Tensor, slots: int) -> Tensor:
 
 def entry_bags(incoming: Incoming, cells: CellIndex) -> Tensor | None:
     """Sample of every entry; None when entry i of every cell is sample (or unique) i."""
-    if not bool(cells.my_pooled.any()):
+    if not cells.any_pooled:
         return None
     if all(isinstance(length, int) and length == 1 for length in incoming.bag_lengths):
         return None

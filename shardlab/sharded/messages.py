@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -34,6 +35,12 @@ class Incoming:
     sizes: list[int]
     bag_lengths: list[int | Tensor]
     weights: list[Tensor | None]
+
+    @cached_property
+    def starts(self) -> Tensor:
+        """int64 [ranks * slots] on CPU: first id of every cell."""
+        counts = self.counts.view(-1)
+        return counts.cumsum(0) - counts
 
 
 class IdExchange:

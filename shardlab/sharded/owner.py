@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from shardlab.ops.cells import select_columns
 from shardlab.ops.unique import fill_affine
 from shardlab.sharded.cells import Buffer, CellIndex
 from shardlab.sharded.gradients import bag_offsets, entry_weights
@@ -33,15 +34,13 @@ class OwnerReads:
         self._device, self._direct = device, direct
         self._has_rows = any(slot.feature < 0 for slot in layout.slots)
         self._has_pooled = any(slot.feature >= 0 for slot in layout.slots)
-        self._blocks = column([slot.block for slot in cells.mine])
+        self._cell_blocks = cells.cell_blocks
         self._set_up_reads()
 
     def prefetch(self, incoming: Incoming) -> None:
         """Tells the storage what will be read."""
-        counts = incoming.counts.view(-1)
-        blocks = self._blocks.repeat(len(incoming.counts))
-        self.storage.prefetch(torch.stack([blocks, counts.cumsum(0) - counts, counts], 1),
-                              incoming.ids)
+        self.storage.prefetch(torch.stack([self._cell_blocks, incoming.starts,
+                                           incoming.counts.view(-1)], 1), incoming.ids)
 
     def _set_up_reads(self) -> None:
         mine = self._cells.mine
@@ -50,7 +49,6 @@ class OwnerReads:
                   if slot.feature < 0 and bool(self._cells.my_read[rank, i])]
         bags = [(rank, i) for rank in ranks for i, slot in enumerate(mine) if slot.feature >= 0]
         self._gather_cells = column([rank * len(mine) + i for rank, i in gather])
-        self._gather_blocks = column([mine[i].block for _, i in gather])
         self._bag_cells = column([rank * len(mine) + i for rank, i in bags])
         self._bag_ranks = column([rank for rank, _ in bags])
         jobs = [[mine[i].block, 0, mine[i].shard.columns, 0, 0, 0, -1, 0, 0,
@@ -74,19 +72,18 @@ class OwnerReads:
         """
         codec = self._cells.forward_cells
         if self._has_rows:
-            counts = incoming.counts.view(-1)
-            cells = self._gather_cells
-            starts = (counts.cumsum(0) - counts)[cells]
+            counts, starts, cells = incoming.counts.view(-1), incoming.starts, self._gather_cells
             if codec.is_plain:
-                segments = torch.stack([self._gather_blocks, starts, counts[cells],
-                                        place.cell_offsets[cells] // _FP32_BYTES], 1)
+                segments = select_columns([self._cell_blocks, starts, counts,
+                                           place.cell_offsets // _FP32_BYTES], cells)
                 self.storage.read(segments, incoming.ids, rows.view(torch.float32))
             else:
-                pieces = torch.stack([starts, counts[cells], torch.zeros_like(cells),
+                pieces = torch.stack([starts[cells], counts[cells], torch.zeros_like(cells),
                                       torch.ones_like(cells)], 1)
                 places = fill_affine(pieces, incoming.ids.numel(), rows.device)
                 end = codec.coded_end(rows, place.cell_offsets, place.cell_vectors, places)
-                segments = torch.stack([self._gather_blocks, cells, starts, counts[cells]], 1)
+                segments = torch.stack([self._cell_blocks[cells], cells, starts[cells],
+                                        counts[cells]], 1)
                 read_codes(self.storage, segments, incoming.ids, end)
                 self._watch_read(watch, incoming, segments)
         bags_too = self._has_pooled and pooled
@@ -127,8 +124,7 @@ class OwnerReads:
 
     def read_bags(self, incoming: Incoming, cell_start: Tensor | None, out: Tensor) -> None:
         """Pools every asked bag to its cell's first element in ``out``, or to the output."""
-        counts = incoming.counts.view(-1)
-        starts = (counts.cumsum(0) - counts)[self._bag_cells]
+        starts = incoming.starts[self._bag_cells]
         jobs = self._bag_jobs.clone()
         sizes = column(incoming.sizes)[self._bag_ranks]
         jobs[:, 3], jobs[:, 4] = sizes, starts

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from shardlab.comm.wire import gradient_bound
+from shardlab.ops.cells import select_columns
 from shardlab.ops.rows import pool_rows, sum_rows
 from shardlab.ops.unique import pack_ids
 from shardlab.sharded.cells import Buffer, CellIndex
@@ -26,9 +27,8 @@ class SourceSlots:
 
     def __init__(self, layout: Layout, cells: CellIndex) -> None:
         self.cells, self.hot = cells, HotIds(layout)
-        every = [i for i, slot in enumerate(layout.slots) if slot.feature < 0]
-        self.rows_slots = column(every)
-        self.rows_shift = column([layout.slots[i].shard.col_start for i in every])
+        self.rows_slots = column([i for i, slot in enumerate(layout.slots) if slot.feature < 0])
+        self.first_columns = column([slot.shard.col_start for slot in layout.slots])
         bags = bag_slots(layout)
         self.bag_slots = column([i for i, _ in bags])
         self.bag_columns = column([layout.first_column(slot) for _, slot in bags])
@@ -70,10 +70,10 @@ class SourceSums:
         batch, uniques = outgoing.batch, outgoing.uniques
         if uniques is not None:
             weights = None if batch.weights is None else batch.weights[uniques.positions]
-            slots = self._slots.rows_slots
-            columns = cells.columns[slots]
-            pieces = torch.stack([outgoing.starts[slots], outgoing.counts[slots], columns,
-                                  self._slots.rows_shift, start[slots], columns], 1)
+            columns = cells.columns
+            pieces = select_columns([outgoing.starts, outgoing.counts, columns,
+                                     self._slots.first_columns, start, columns],
+                                    self._slots.rows_slots)
             sum_rows(grad.view(-1), uniques, weights, pieces, scale, out)
         if len(self._slots.bag_slots):
             slots = self._slots.bag_slots

@@ -118,6 +118,15 @@ def test_read_heads_equals_reference(data):
 
 
 @pytest.mark.parametrize("face", ["reference", "native"])
+def test_select_columns(face, monkeypatch):
+    monkeypatch.setenv("SHARDLAB_FACE", face)
+    pairs = _column([[1, 10], [2, 20], [3, 2**40]])
+    found = cells.select_columns([pairs[:, 1], pairs[:, 0], pairs[:, 1]], _column([2, 0, 0]))
+    assert found.tolist() == [[2**40, 3, 2**40], [10, 1, 10], [10, 1, 10]]
+    assert cells.select_columns([pairs[:, 0]], _column([])).shape == (0, 1)
+
+
+@pytest.mark.parametrize("face", ["reference", "native"])
 def test_sums(face, monkeypatch):
     monkeypatch.setenv("SHARDLAB_FACE", face)
     counts, factors = _column([3, 2**40, 1, 5]), _column([2, 3, 10, 1])
