@@ -129,6 +129,11 @@ void bind_rows(nb::module_& m) {
     active_kernels().spans->decode(spans, at<char>(records), at<float>(values), factor, add,
                                    threads);
   });
+  m.def("sum_pieces", [](Address parts, int64_t ranks, int64_t rank, int64_t count, float scale,
+                         Address own) {
+    nb::gil_scoped_release release;
+    active_kernels().spans->sum(at<float>(parts), ranks, rank, count, scale, at<float>(own));
+  });
   m.def("move_rows", [](const std::vector<Address>& source, const std::vector<Address>& target,
                         Address segments, int64_t num_segments, int64_t key, Address row_ids,
                         int threads) {

@@ -106,8 +106,21 @@ void decode(const Spans& spans, const char* records, float* values, float factor
   });
 }
 
+void sum(const float* parts, int64_t ranks, int64_t rank, int64_t count, float scale,
+         float* own) {
+  for (int64_t first = 0; first < count; first += kSpanElements) {
+    const int64_t n = std::min(kSpanElements, count - first);
+    float total[kSpanElements] = {};
+    for (int64_t r = 0; r < ranks; ++r) {
+      const float* from = r == rank ? own : parts + (r < rank ? r : r - 1) * count;
+      for (int64_t i = 0; i < n; ++i) total[i] += from[first + i];
+    }
+    for (int64_t i = 0; i < n; ++i) own[first + i] = total[i] * scale;
+  }
+}
+
 }  // namespace
 
-extern const SpanKernels span_kernels{encode, decode};
+extern const SpanKernels span_kernels{encode, decode, sum};
 
 }  // namespace shardlab::SHARDLAB_ISA

@@ -24,6 +24,9 @@ struct SpanKernels {
   // Writes decoded * factor, or adds it to what is there.
   void (*decode)(const Spans& spans, const char* records, float* values, float factor, bool add,
                  int threads);
+  // own = (sum over all ranks, in their order) * scale; parts [ranks - 1, count] are the others'.
+  void (*sum)(const float* parts, int64_t ranks, int64_t rank, int64_t count, float scale,
+              float* own);
 };
 
 }  // namespace shardlab

@@ -176,12 +176,8 @@ def start_all_reduce(tensor: Tensor, groups: Groups, scale: float = 1.0) -> Work
 def _start_shared_sum(tensor: Tensor, groups: Groups, lane: SharedMemoryLane,
                       scale: float) -> Work:
     """Of ranks that share memory; every rank scales the piece that it adds up."""
-    def scaled(piece: Tensor, _: int) -> None:
-        piece.mul_(scale)
-
     with naming(groups, "dense", "all_reduce"):
-        started = start_sum(tensor, lane, groups.rank, groups.world_size,
-                            None if scale == 1.0 else scaled)
+        started = start_sum(tensor, lane, groups.rank, groups.world_size, scale=scale)
 
     def named(part: Callable[[], None]) -> Callable[[], None]:
         def call() -> None:

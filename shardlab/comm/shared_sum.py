@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Protocol
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from shardlab.comm.lanes import Finish
 from shardlab.comm.worker import LaneWorker
+from shardlab.ops.piece_sum import sum_pieces_
 
 #: Pieces begin on a cache line of fp32.
 _ALIGN_ELEMENTS = 16
@@ -58,7 +58,8 @@ class StartedSum:
 
 
 def start_sum(tensor: Tensor, lane: SumLane, rank: int, world_size: int,
-              then: OverHosts | None = None, unit: int = _ALIGN_ELEMENTS) -> StartedSum:
+              then: OverHosts | None = None, unit: int = _ALIGN_ELEMENTS,
+              *, scale: float = 1.0) -> StartedSum:
     """Starts adding up ``tensor`` over all ranks, in place.
 
     Every rank adds up one piece, in the order of ranks, and sends the sum to all: all have the same
@@ -72,6 +73,7 @@ def start_sum(tensor: Tensor, lane: SumLane, rank: int, world_size: int,
         then: what is done with this rank's piece of the sum, and where it begins, before all get
             it.
         unit: pieces begin at multiples of so many elements.
+        scale: multiplies the sums.
 
     Returns:
         A call that waits; raises RuntimeError if a peer ended or is late. First halves must be in
@@ -85,12 +87,13 @@ def start_sum(tensor: Tensor, lane: SumLane, rank: int, world_size: int,
     sizes = [end - begin for begin, end in zip([0, *ends], ends, strict=False)]
     begin = ends[rank] - sizes[rank]
     own = flat[begin:ends[rank]]
-    parts = own.new_empty(world_size, sizes[rank])
-    scattered = lane.all_to_all(parts.view(-1), flat, [sizes[rank]] * world_size, sizes)
+    parts = own.new_empty(world_size - 1, sizes[rank])
+    due = [0 if r == rank else sizes[rank] for r in range(world_size)]
+    scattered = lane.all_to_all(parts.view(-1), flat, due, sizes)
 
     def add_up() -> Finish:
         scattered()
-        torch.sum(parts, 0, out=own)
+        sum_pieces_(own, parts, rank, scale)
         if then is not None:
             then(own, begin)
         return lane.all_gather(flat, own, sizes)

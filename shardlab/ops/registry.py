@@ -56,6 +56,7 @@ OPS: dict[str, tuple[str, ...]] = {
     "decode_rows": ("native", "triton"),
     "encode_spans": ("native",),
     "decode_spans": ("native",),
+    "sum_pieces": ("native",),
     "dot_interaction": ("native", "triton"),
     "linear_relu": ("native",),
     "tensor_train_rows": ("native", "triton"),
