@@ -1,12 +1,16 @@
 """Quality of pruned tables beside other ways to save the same bytes, on a Criteo sample.
 
     python benchmarks/pruned_quality.py --data criteo_kaggle_123k.parquet --seeds 0 1 2
+    python benchmarks/pruned_quality.py --synthetic 400000 --seeds 0 1 2
 
-Tables have a row for every distinct id of the sample. All methods train one epoch of the same DLRM
-on the same batches with row-wise Adagrad, and are validated on the last ninth in time. Budgets are
-shares of the dense fp32 weights and count everything that a method holds: weights, optimiser state,
-and for pruned tables the index, utilities and the sketch. `--dtype` is that of the rows of every
-method but the dense table; `--index` counts what finds the rows of frequency and magnitude, too.
+Tables have a row for every distinct id of the sample. With `--synthetic ROWS`, clicks of the
+planted teacher, tables are as large as Criteo's, 33.8 million rows, of which the training part
+touches some. All methods train one epoch of the same DLRM on the same batches with row-wise
+Adagrad, and are validated on the last ninth in time, or on 100,000 more clicks. Budgets are shares
+of the dense fp32 weights, of rows that the training part touches alone where clicks are synthetic,
+and count everything that a method holds: weights, optimiser state, and for pruned tables the index,
+utilities and the sketch. `--dtype` is that of the rows of every method but the dense table;
+`--index` counts what finds the rows of frequency and magnitude, too.
 
     pruned       this project, K chunks
     rows         this project, K = 1: rows are admitted and evicted whole
@@ -33,6 +37,8 @@ import torch
 from torch import Tensor, nn
 
 import shardlab as sl
+from shardlab.data.synthetic import SyntheticCriteoSource
+from shardlab.presets import CRITEO_KAGGLE_CARDINALITIES, CRITEO_SPARSE_NAMES
 from shardlab.train.metrics import exact_auc
 
 DIM, STATE_BYTES = 16, 4
@@ -42,18 +48,23 @@ ROW_BYTES = {dtype: DIM * each + (dtype == "int8") + STATE_BYTES
              for dtype, each in ELEMENT_BYTES.items()}
 #: Of a key and a place, in 8 slots for 7 rows.
 INDEX_BYTES = 12 * 8 / 7
+#: Clicks of the teacher that validate.
+SYNTHETIC_VALIDATION = 100_000
 METHODS = ("pruned", "rows", "dimension", "hashing", "qr", "frequency", "magnitude")
 
 
 @dataclass(frozen=True)
 class Sample:
-    """The whole sample: dense fp32 [n, 13], ids int64 [26, n], labels fp32 [n], rows by feature."""
+    """The whole sample: dense fp32 [n, 13], ids int64 [26, n], labels fp32 [n], rows by feature;
+    rows that train, of the sample and of all tables.
+    """
 
     dense: Tensor
     ids: Tensor
     labels: Tensor
     rows: list[int]
     train: int
+    touched: int
 
 
 def read_sample(path: str, *, tune: bool = False) -> Sample:
@@ -76,7 +87,18 @@ def read_sample(path: str, *, tune: bool = False) -> Sample:
         count = count * 8 // 9
     labels = torch.tensor(table["label"].to_numpy()[:count], dtype=torch.float32)
     return Sample(torch.tensor(dense[:count], dtype=torch.float32),
-                  torch.tensor(np.stack(ids)[:, :count]).long(), labels, rows, count * 8 // 9)
+                  torch.tensor(np.stack(ids)[:, :count]).long(), labels, rows, count * 8 // 9,
+                  sum(rows))
+
+
+def draw_sample(count: int) -> Sample:
+    """Clicks of the planted teacher (`shardlab.data.synthetic`), ``count`` of them to train."""
+    sizes = dict(zip(CRITEO_SPARSE_NAMES, CRITEO_KAGGLE_CARDINALITIES, strict=True))
+    drawn = SyntheticCriteoSource(sizes).read(0, count + SYNTHETIC_VALIDATION)
+    ids = torch.stack([torch.from_numpy(bags.values) for bags in drawn.bags])
+    touched = sum(each[:count].unique().numel() for each in ids)
+    return Sample(torch.from_numpy(drawn.dense), ids, torch.from_numpy(drawn.labels),
+                  list(sizes.values()), count, touched)
 
 
 def mlp(*sizes: int) -> nn.Sequential:
@@ -122,9 +144,10 @@ def build_method(name: str, sample: Sample, ratio: float, options: argparse.Name
     """A method at a share of the dense bytes."""
     total = sum(sample.rows)
     storage: Any = "fp32" if name == "dense" else options.dtype
-    room = int(ratio * total * 4 * DIM / (ROW_BYTES[storage] + index_bytes(name, options)))
+    room = int(ratio * sample.touched * 4 * DIM / (ROW_BYTES[storage] + index_bytes(name, options)))
     if name in ("pruned", "rows"):
-        storage = {"kind": "pruned", "budget": {"ratio": ratio}, "dtype": storage,
+        storage = {"kind": "pruned", "dtype": storage,
+                   "budget": {"ratio": ratio * sample.touched / total},
                    "chunks": 1 if name == "rows" else options.chunks, "start": options.start,
                    "warmup": options.warmup, "ramp": options.ramp, "period": options.period,
                    "gamma": options.gamma, **json.loads(options.storage)}
@@ -227,7 +250,7 @@ def run(name: str, sample: Sample, ratio: float, seed: int,
                             for part in torch.arange(sample.train, len(sample.labels)).split(4096)])
     labels = sample.labels[sample.train:]
     loss = nn.functional.binary_cross_entropy_with_logits(logits, labels)
-    dense = sum(sample.rows) * 4 * DIM
+    dense = sample.touched * 4 * DIM
     return {"method": name, "ratio": ratio, "seed": seed, "auc": exact_auc(logits, labels),
             "logloss": float(loss), "bytes_ratio": held / dense, "seconds": seconds}
 
@@ -246,7 +269,9 @@ def keep_largest(collection: Any, room: int) -> None:
 def main() -> None:
     """Runs all cases; one JSON line each, then a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", required=True)
+    data = parser.add_mutually_exclusive_group(required=True)
+    data.add_argument("--data", help="the sample, a parquet file")
+    data.add_argument("--synthetic", type=int, help="rows of the teacher's clicks to train on")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.2, 0.0625, 0.01])
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
@@ -265,7 +290,8 @@ def main() -> None:
     parser.add_argument("--tune", action="store_true",
                         help="validate on the last ninth of the training part")
     options = parser.parse_args()
-    sample = read_sample(options.data, tune=options.tune)
+    sample = draw_sample(options.synthetic) if options.synthetic else \
+        read_sample(options.data, tune=options.tune)
     found: dict[tuple[float, str], list[dict[str, Any]]] = {}
     for seed in options.seeds:
         for ratio, name in [(1.0, "dense"), *((ratio, name) for ratio in options.ratios
