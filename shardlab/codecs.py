@@ -47,6 +47,13 @@ SCALE_COUNTER = _LOW_HALF ^ _SECOND
 
 
 # ---------------------------------------------------------------- keys
+def mix32(x: int) -> int:
+    """A mixer of 32 bits, a bijection. Source: C. Wellons, "Hash function prospector", 2018."""
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & 0xFFFFFFFF
+    return x ^ (x >> 16)
+
+
 def mix64(x: int) -> int:
     """The finaliser of splitmix64 on 64 bits."""
     x %= _WORD

@@ -197,7 +197,7 @@ class PrunedSpec:
     gamma: float = 0.996
     hysteresis: float = 0.25
     headroom: float = 0.01
-    sketch: float = 4.0
+    sketch: float = 2.0
     slack: float = 0.1
     normalize: bool | str = TOGETHER
     absent: str = "zeros"

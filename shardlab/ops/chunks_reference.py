@@ -21,12 +21,12 @@ from shardlab.chunk_layout import (
     LOAD_OF,
     fitting_slots,
 )
-from shardlab.codecs import mix64
+from shardlab.codecs import mix32, mix64
 from shardlab.ops.chunk_index import ChunkRows, Offers, StoreNumbers, StoreShape
 from shardlab.ops.chunk_marks import MARK, Losses, Marks, RowRange
 from shardlab.ops.chunks import _CELL_BIAS, _CELL_SHIFT, _TAG_SHIFT, BINS, DRAWN, _max_slots
 
-_WORD, _NARROW = (1 << 64) - 1, (1 << 32) - 1
+_WORD = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 _LEAST_UTILITY = np.float32(2.0 ** -48)
 
@@ -136,7 +136,7 @@ class ReferenceChunkIndex:
 
     def _key(self, block: int, row: int) -> int:
         if self._store_of(block).shape.layout.is_narrow:
-            return _mix32(self._blocks[block][6] + row + 1)
+            return mix32(self._blocks[block][6] + row + 1)
         return self._hash(block, row)
 
     def _hash(self, block: int, row: int) -> int:
@@ -460,13 +460,6 @@ class ReferenceChunkIndex:
 
     def sketch(self, store: int) -> Tensor:
         return self._stores[store].cells
-
-
-def _mix32(x: int) -> int:
-    """`shardlab.ops.chunks.mixed32` of one number."""
-    x = ((x ^ (x >> 16)) * 0x7FEB352D) & _NARROW
-    x = ((x ^ (x >> 15)) * 0x846CA68B) & _NARROW
-    return x ^ (x >> 16)
 
 
 def _raise(store: _Store, at: list[int], code: int) -> None:

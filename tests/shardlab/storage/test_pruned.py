@@ -206,7 +206,7 @@ def test_new_rows_of_few_chunks_find_a_slot_before_the_next_decision(ratio):
     rows = 200_000
     storage = _storage([EmbeddingBagConfig(rows, 16, "t", storage=pruned(ratio, start="empty"))])
     budget, missed = storage.stores[0].target, 0
-    full = int(1.2 * storage.stores[0].shape.layout.likely_chunks(budget, 4) / 4)
+    full = int(1.2 * storage.stores[0].shape.layout.likely_chunks(budget, 2) / 4)
     batch = full // 6
     for step, first in enumerate(range(0, 6 * full, batch), 1):
         grads = torch.full((batch, 4, 4), 1.5 ** step)
