@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from shardlab.ops.chunks import _CELL_BIAS, _CELL_SHIFT, BINS, mixed
+from shardlab.ops.chunk_numbers import BINS, CELL_BIAS, CELL_SHIFT, mixed
 from shardlab.ops.registry import address, face_of, native
 
 #: Cells of a sketch at a time, so that what is reckoned in between stays small.
@@ -115,9 +115,9 @@ def _decay(cells: Tensor, decay: Tensor, key: int) -> Tensor:
     found = torch.zeros_like(cells)
     for first in range(0, cells.numel(), _PIECE):
         at = cells[first:first + _PIECE].nonzero()[:, 0] + first
-        random = (mixed(at * _GOLDEN + key) >> 16).int() & ((1 << _CELL_SHIFT) - 1)
-        value = ((cells[at].int() + _CELL_BIAS) << _CELL_SHIFT).view(torch.float32) * decay
-        code = ((value.view(torch.int32) + random) >> _CELL_SHIFT) - _CELL_BIAS
+        random = (mixed(at * _GOLDEN + key) >> 16).int() & ((1 << CELL_SHIFT) - 1)
+        value = ((cells[at].int() + CELL_BIAS) << CELL_SHIFT).view(torch.float32) * decay
+        code = ((value.view(torch.int32) + random) >> CELL_SHIFT) - CELL_BIAS
         found[at] = code.clamp_(0, BINS - 1).to(torch.uint8)
     return found
 

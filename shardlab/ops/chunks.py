@@ -23,22 +23,8 @@ from shardlab.chunk_layout import (
 )
 from shardlab.ops.chunk_index import ChunkIndex, ChunkRows, Offers, StoreNumbers, StoreShape
 from shardlab.ops.chunk_marks import MARK, Losses, LossLog, RowRange
+from shardlab.ops.chunk_numbers import BINS, SPARE, TAG_SHIFT, max_slots, mixed, mixed32
 from shardlab.ops.registry import address, face_of, native
-
-#: Bins of utilities: bin c begins at `bin_edges()[c]`.
-BINS = 256
-_CELL_SHIFT, _CELL_BIAS = 21, 316
-#: Rows from which a chunk that is replaced is chosen.
-DRAWN = 8
-_SPARE = 2  # the array may grow beyond what its rows need, where a run reaches its end
-
-
-def bin_edges() -> Tensor:
-    """fp64 [BINS + 1]: where bins of utilities begin: 0, then four to an octave from 2^-48 on."""
-    codes = torch.arange(BINS, dtype=torch.int32) + _CELL_BIAS
-    edges = (codes << _CELL_SHIFT).view(torch.float32).double()
-    edges[0] = 0.0
-    return torch.cat([edges, torch.tensor([2.0 ** 16], dtype=torch.float64)])
 
 
 def build_chunk_index(shapes: Sequence[StoreShape], blocks: Tensor, memory: Tensor,
@@ -94,7 +80,7 @@ class NativeChunkIndex:
             row[:_COLUMN["budget"]] = torch.tensor([
                 at + offset, at + offset + beside, *pool, at + offset + keys + values,
                 at + offset + keys + values + stack, layout.chunks, layout.payload_bytes,
-                layout.state_bytes, shape.slab, shape.max_chunks, _max_slots(shape),
+                layout.state_bytes, shape.slab, shape.max_chunks, max_slots(shape),
                 layout.sketch_lines, int(shape.wide), layout.shared, layout.key_bytes,
                 *layout.strides, 0])
             row[_COLUMN["slots"]] = fitting_slots(0)
@@ -199,7 +185,7 @@ class NativeChunkIndex:
         if shape.layout.is_narrow:
             keys = mixed32(self.blocks[blocks, 6] + rows + 1)
         else:
-            keys = mixed((rows if shape.wide else (blocks << _TAG_SHIFT) | rows) + 1)
+            keys = mixed((rows if shape.wide else (blocks << TAG_SHIFT) | rows) + 1)
         order = torch.argsort(keys ^ torch.iinfo(torch.int64).min)
         return order, keys[order].contiguous()
 
@@ -274,10 +260,6 @@ def _offer_tuple(offers: Offers) -> tuple[object, ...]:
             address(offers.evicted))
 
 
-def _max_slots(shape: StoreShape) -> int:
-    return _SPARE * fitting_slots(shape.max_rows)
-
-
 def index_span_bytes(shapes: Sequence[StoreShape]) -> int:
     """Bytes of addresses that the native index needs; few of them are ever touched."""
     return sum(sum(_spans(shape)) for shape in shapes)
@@ -305,32 +287,5 @@ def index_used_spans(shapes: Sequence[StoreShape],
 
 def _spans(shape: StoreShape) -> tuple[int, int, int, int]:
     """Bytes of addresses for keys, values, stack and sketch."""
-    return (*shape.layout.index_bytes(span_of(_SPARE * _max_slots(shape))),
+    return (*shape.layout.index_bytes(span_of(SPARE * max_slots(shape))),
             in_pages(4 * shape.max_chunks), in_pages(shape.layout.sketch_lines * LINE_BYTES))
-
-
-_TAG_SHIFT, _NARROW = 44, (1 << 32) - 1
-
-
-def spread_ids(ids: Tensor, rows: int) -> Tensor:
-    """Rows of an unbounded table, int64 in [0, rows), of any int64 ids; rows is 2^63 - 1."""
-    found = mixed(ids) & rows
-    return torch.where(found == rows, 0, found)
-
-
-def mixed(x: Tensor) -> Tensor:
-    """splitmix64's finaliser of int64, a bijection."""
-    x = (x ^ _shift(x, 30)) * -0x40A7B892E31B1A47
-    x = (x ^ _shift(x, 27)) * -0x6B2FB644ECCEEE15
-    return x ^ _shift(x, 31)
-
-
-def mixed32(x: Tensor) -> Tensor:
-    """A mixer of 32 bits (`csrc/chunk_slots.h`) of int64 in [0, 2^32), a bijection."""
-    x = ((x ^ (x >> 16)) * 0x7FEB352D) & _NARROW
-    x = ((x ^ (x >> 15)) * 0x846CA68B) & _NARROW
-    return x ^ (x >> 16)
-
-
-def _shift(x: Tensor, bits: int) -> Tensor:
-    return (x >> bits) & ((1 << (64 - bits)) - 1)

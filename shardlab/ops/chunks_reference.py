@@ -24,7 +24,17 @@ from shardlab.chunk_layout import (
 from shardlab.codecs import mix32, mix64
 from shardlab.ops.chunk_index import ChunkRows, Offers, StoreNumbers, StoreShape
 from shardlab.ops.chunk_marks import MARK, Losses, Marks, RowRange
-from shardlab.ops.chunks import _CELL_BIAS, _CELL_SHIFT, _TAG_SHIFT, BINS, DRAWN, _max_slots
+from shardlab.ops.chunk_numbers import (
+    BINS,
+    CELL_SHIFT,
+    DRAWN,
+    TAG_SHIFT,
+    cell_code,
+    cell_value,
+    max_slots,
+    utility_code,
+    utility_value,
+)
 
 _WORD = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -83,7 +93,7 @@ class _Store:
         if (len(self.rows) + 1) * LOAD_OF <= self.slots * LOAD_NUMBER:
             return True
         slots = self.slots + self.slots // GROWTH + FEW_SLOTS
-        if slots > _max_slots(self.shape) or self.grown(slots, self.committed) > self.budget:
+        if slots > max_slots(self.shape) or self.grown(slots, self.committed) > self.budget:
             return False
         self.slots = slots
         return True
@@ -96,7 +106,7 @@ class _Store:
         return self.top - 1
 
     def fit(self) -> int:
-        return min(fitting_slots(len(self.rows)), _max_slots(self.shape))
+        return min(fitting_slots(len(self.rows)), max_slots(self.shape))
 
     def in_order(self) -> Iterator[tuple[int, int, int, _Row]]:
         """(key, block, row, chunks) by hash."""
@@ -142,7 +152,7 @@ class ReferenceChunkIndex:
     def _hash(self, block: int, row: int) -> int:
         """What cells of the sketch and draws go by."""
         wide = self._store_of(block).shape.wide
-        return mix64((row if wide else block << _TAG_SHIFT | row) + 1)
+        return mix64((row if wide else block << TAG_SHIFT | row) + 1)
 
     def _word(self, block: int, key: int, row: int, chunk: int) -> int:
         _, row_start, first, chunks, table_key, *_ = self._blocks[block]
@@ -175,7 +185,7 @@ class ReferenceChunkIndex:
                     chunks.utilities[k] |= MARK
                 if place >= 0 and norms[i, k] > 0:
                     utility = utility_value(chunks.utilities[k]) + norms[i, k] * weights[block]
-                    chunks.utilities[k] = MARK | _utility_code(
+                    chunks.utilities[k] = MARK | utility_code(
                         utility, self._word(block, offers.key, row, k))
 
     def offer(self, offers: Offers) -> Tensor:
@@ -216,10 +226,10 @@ class ReferenceChunkIndex:
                 chunks = store.shape.layout.chunks
                 found = store.rows[key] = (block, row, _Row([-1] * chunks, [0] * chunks))
             place = found[2].places[k] = store.take_place()
-            found[2].utilities[k] = MARK | _utility_code(utility, word)
+            found[2].utilities[k] = MARK | utility_code(utility, word)
             return place
         if cells:
-            code = cell_code(utility, (word >> 16) & ((1 << _CELL_SHIFT) - 1))
+            code = cell_code(utility, (word >> 16) & ((1 << CELL_SHIFT) - 1))
             _raise(store, cells, code)
         return None
 
@@ -340,7 +350,7 @@ class ReferenceChunkIndex:
         for c in one.cells.nonzero().flatten().tolist():
             word = mix64((key & _WORD) + c * _GOLDEN)
             one.cells[c] = cell_code(cell_value(int(one.cells[c])) * factor,
-                                     (word >> 16) & ((1 << _CELL_SHIFT) - 1))
+                                     (word >> 16) & ((1 << CELL_SHIFT) - 1))
         before, one.refused = len(one.rows), 0
         for slot_key, block, row, chunks in list(one.in_order()):
             was = list(chunks.places), list(chunks.utilities)
@@ -349,7 +359,7 @@ class ReferenceChunkIndex:
                     continue
                 utility = utility_value(chunks.utilities[k]) * factor
                 if self._ranked(block, row, k, utility) >= np.float32(float(thresholds[block])):
-                    chunks.utilities[k] = chunks.utilities[k] & MARK | _utility_code(
+                    chunks.utilities[k] = chunks.utilities[k] & MARK | utility_code(
                         utility, self._word(block, key, row, k))
                     continue
                 self._leave(one, slot_key, k, utility)
@@ -468,28 +478,5 @@ def _raise(store: _Store, at: list[int], code: int) -> None:
         store.lines.add(at[0] // LINE_BYTES)
 
 
-def _bits(x: np.float32) -> int:
-    return int(np.float32(x).view(np.uint32))
-
-
 def _int16(codes: Tensor) -> Tensor:
     return torch.where(codes >= MARK, codes - (1 << 16), codes).to(torch.int16)
-
-
-def utility_value(code: int) -> np.float32:
-    """A utility from the bits of bf16, and a mark."""
-    return np.uint32((code & (MARK - 1)) << 16).view(np.float32)
-
-
-def _utility_code(utility: np.float32, word: int) -> int:
-    return ((_bits(utility) + (word & 0xFFFF)) & 0xFFFFFFFF) >> 16
-
-
-def cell_value(code: int) -> np.float32:
-    """What a cell of the sketch counts."""
-    return np.uint32((code + _CELL_BIAS) << _CELL_SHIFT if code else 0).view(np.float32)
-
-
-def cell_code(utility: np.float32, random: int) -> int:
-    """The cell for a utility, rounded down, or stochastically with 21 random bits."""
-    return min(max(((_bits(utility) + random) >> _CELL_SHIFT) - _CELL_BIAS, 0), BINS - 1)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from shardlab.errors import BoundsError, InputError, nearest_name
 from shardlab.jagged import KeyedJaggedTensor, as_kjt
-from shardlab.ops.chunks import spread_ids
+from shardlab.ops.chunk_numbers import spread_ids
 from shardlab.sharded.layout import Layout
 from shardlab.specs import UNBOUNDED, PoolingType
 

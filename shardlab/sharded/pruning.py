@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from shardlab.comm import Groups, all_reduce_
-from shardlab.ops.chunks import BINS
+from shardlab.ops.chunk_numbers import BINS
 from shardlab.plan import ShardingPlan
 from shardlab.specs import EmbeddingBagConfig
 from shardlab.storage.base import LocalShard, Storage

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from shardlab.ops.chunks import BINS, bin_edges
+from shardlab.ops.chunk_numbers import BINS, bin_edges
 
 _HALVINGS = 100
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from shardlab.ops.chunks import BINS, bin_edges
+from shardlab.ops.chunk_numbers import BINS, bin_edges
 from shardlab.storage.chunk_budget import (
     at_least,
     common_threshold,

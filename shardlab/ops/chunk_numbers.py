@@ -1,0 +1,84 @@
+"""Numbers of chunk stores: utilities and cells of sketches as bits, hashes of rows, sizes."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shardlab.chunk_layout import fitting_slots
+from shardlab.ops.chunk_index import StoreShape
+from shardlab.ops.chunk_marks import MARK
+
+#: Bins of utilities: bin c begins at `bin_edges()[c]`.
+BINS = 256
+#: A cell of a sketch counts the fp32 with bits (cell + bias) << shift; 0 counts nothing.
+CELL_SHIFT, CELL_BIAS = 21, 316
+#: Rows from which a chunk that is replaced is chosen.
+DRAWN = 8
+#: The array may grow beyond what its rows need, where a run of slots reaches its end.
+SPARE = 2
+#: Rows of keys of 64 bits lie below the number of their block.
+TAG_SHIFT = 44
+_NARROW = (1 << 32) - 1
+
+
+def bin_edges() -> Tensor:
+    """fp64 [BINS + 1]: where bins of utilities begin: 0, then four to an octave from 2^-48 on."""
+    codes = torch.arange(BINS, dtype=torch.int32) + CELL_BIAS
+    edges = (codes << CELL_SHIFT).view(torch.float32).double()
+    edges[0] = 0.0
+    return torch.cat([edges, torch.tensor([2.0 ** 16], dtype=torch.float64)])
+
+
+def max_slots(shape: StoreShape) -> int:
+    """Most slots that a store may have."""
+    return SPARE * fitting_slots(shape.max_rows)
+
+
+def spread_ids(ids: Tensor, rows: int) -> Tensor:
+    """Rows of an unbounded table, int64 in [0, rows), of any int64 ids; rows is 2^63 - 1."""
+    found = mixed(ids) & rows
+    return torch.where(found == rows, 0, found)
+
+
+def mixed(x: Tensor) -> Tensor:
+    """splitmix64's finaliser of int64, a bijection."""
+    x = (x ^ _shift(x, 30)) * -0x40A7B892E31B1A47
+    x = (x ^ _shift(x, 27)) * -0x6B2FB644ECCEEE15
+    return x ^ _shift(x, 31)
+
+
+def mixed32(x: Tensor) -> Tensor:
+    """A mixer of 32 bits (`csrc/chunk_slots.h`) of int64 in [0, 2^32), a bijection."""
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & _NARROW
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & _NARROW
+    return x ^ (x >> 16)
+
+
+def _shift(x: Tensor, bits: int) -> Tensor:
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _bits(x: np.float32) -> int:
+    return int(np.float32(x).view(np.uint32))
+
+
+def utility_value(code: int) -> np.float32:
+    """A utility from the bits of bf16, and a mark."""
+    return np.uint32((code & (MARK - 1)) << 16).view(np.float32)
+
+
+def utility_code(utility: np.float32, word: int) -> int:
+    """The bits of bf16 for a utility, rounded stochastically with 16 random bits."""
+    return ((_bits(utility) + (word & 0xFFFF)) & 0xFFFFFFFF) >> 16
+
+
+def cell_value(code: int) -> np.float32:
+    """What a cell of the sketch counts."""
+    return np.uint32((code + CELL_BIAS) << CELL_SHIFT if code else 0).view(np.float32)
+
+
+def cell_code(utility: np.float32, random: int) -> int:
+    """The cell for a utility, rounded down, or stochastically with 21 random bits."""
+    return min(max(((_bits(utility) + random) >> CELL_SHIFT) - CELL_BIAS, 0), BINS - 1)
