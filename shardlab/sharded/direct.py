@@ -58,7 +58,7 @@ class DirectExchange:
                  device: torch.device, clock: PhaseClock) -> None:
         self.layout, self.storage, self._router = layout, storage, router
         self._clock = clock
-        self._shapes = PerShape(self._make_shape)
+        self._shapes: PerShape[Shape] = PerShape()
         self._segments = Segments(
             column([local.shard.rows for local in layout.local_shards]),
             column([BOUNDS_CODE[local.table.bounds] for local in layout.local_shards]))
@@ -79,7 +79,7 @@ class DirectExchange:
         Raises:
             BoundsError: an id outside its table.
         """
-        shape = self._shapes.of(batch)
+        shape = self._shapes.of(batch, self._make_shape)
         if training and batch.length == 1 and self._sorted_reads:
             # The update needs the ids sorted anyway. Sorted first, each row is read once, in
             # ascending order, and the sort checks the ids.
@@ -99,7 +99,8 @@ class DirectExchange:
         Raises:
             BoundsError: an id outside its table.
         """
-        self.storage.prefetch(self._shapes.of(batch).chunks[:, :3], self._router.check(batch))
+        shape = self._shapes.of(batch, self._make_shape)
+        self.storage.prefetch(shape.chunks[:, :3], self._router.check(batch))
 
     def backward(self, lookup: DirectLookup, grad: Tensor) -> PendingGradients:
         """Gradients stay where they are: in ``grad``, fp32 [size, total columns]."""

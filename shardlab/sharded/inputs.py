@@ -83,26 +83,27 @@ _MAX_SHAPES = 16
 
 
 class PerShape(Generic[Found]):
-    """What follows from (size, bag length) alone: made once where all bags have one length.
+    """What follows from (size, bag length) alone: made once where all bags have one length."""
 
-    Args:
-        make: finds it for a batch; what it returns is shared, and must stay as it is.
-    """
-
-    def __init__(self, make: Callable[[Batch], Found]) -> None:
-        self._make = make
+    def __init__(self) -> None:
         self._found: dict[tuple[int, int], Found] = {}
 
-    def of(self, batch: Batch) -> Found:
-        """For this batch; made anew where its bags differ in length."""
+    def of(self, batch: Batch, make: Callable[[Batch], Found]) -> Found:
+        """For this batch; made anew where its bags differ in length.
+
+        Args:
+            batch: of any shape.
+            make: finds it for a batch; what it returns is shared, and must stay as it is. Not kept:
+                whoever keeps this would keep itself, and with it files that others wait for.
+        """
         if batch.length < 0:
-            return self._make(batch)
+            return make(batch)
         key = (batch.size, batch.length)
         found = self._found.get(key)
         if found is None:
             if len(self._found) >= _MAX_SHAPES:  # the thread that looks ahead comes here, too
                 self._found.pop(next(iter([*self._found])), None)
-            found = self._found[key] = self._make(batch)
+            found = self._found[key] = make(batch)
         return found
 
 

@@ -53,7 +53,7 @@ class Pooler:
         self.layout, self._cells = layout, cells
         self._set_up_rows_output()
         self._set_up_bags_output()
-        self._jobs = PerShape(self._make_jobs)
+        self._jobs: PerShape[list[tuple[Tensor, Tensor]]] = PerShape()
 
     def _set_up_rows_output(self) -> None:
         """Per column piece c of the ``rows`` tables: its slots, and the pooling jobs."""
@@ -93,7 +93,8 @@ class Pooler:
         source = rows.view(torch.float32) if codec.is_plain else rows
         steps = codec.vector_bytes // unit
         if uniques is not None:
-            for (slots, _), (jobs, codecs) in zip(self._passes, self._jobs.of(batch), strict=True):
+            made = self._jobs.of(batch, self._make_jobs)
+            for (slots, _), (jobs, codecs) in zip(self._passes, made, strict=True):
                 index = self._index(outgoing, came, slots, unit)
                 pool_coded(source, jobs, codecs, index, batch.offsets, batch.weights, out.view(-1))
         if self._bag_slots.numel():

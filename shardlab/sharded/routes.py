@@ -89,7 +89,7 @@ class Router:
         chunks = [[segment[layout.feature_table[f]], 0, 0, layout.feature_columns[f],
                    layout.total_columns] for f in features]
         self._chunks = column(chunks).reshape(-1, 5)
-        self._rows_chunks = PerShape(self._make_chunks)
+        self._rows_chunks: PerShape[Tensor] = PerShape()
         groups = [group for group in layout.groups if group.feature < 0]
         self._queries = column([[segment[g.table], row] for g in groups
                                 for row in (g.row_start, g.row_end)]).reshape(-1, 2)
@@ -181,9 +181,9 @@ class Router:
             raise self.reader.bounds_error(batch, error.position) from None
 
     def _unique(self, batch: Batch) -> Uniques:
-        return unique_segments(self._hot.renumbered(batch), self._rows_chunks.of(batch),
-                               self._segments, batch.bags, positions=batch.weights is not None,
-                               inverse=True)
+        chunks = self._rows_chunks.of(batch, self._make_chunks)
+        return unique_segments(self._hot.renumbered(batch), chunks, self._segments, batch.bags,
+                               positions=batch.weights is not None, inverse=True)
 
     def _make_chunks(self, batch: Batch) -> Tensor:
         """Chunks of `unique_segments`: the features of the ``rows`` tables."""
