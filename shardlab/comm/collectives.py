@@ -155,12 +155,12 @@ def start_all_reduce(tensor: Tensor, groups: Groups, scale: float = 1.0) -> Work
     """
     if groups.process_group is None:
         return Work()
-    staged = groups.stages is not None and groups.stages.sums is not None
-    if groups.sums is not None and not staged:
+    staged = None if groups.stages is None else groups.stages.sums
+    if groups.sums is not None and staged is None:
         return _start_shared_sum(tensor, groups, groups.sums, scale)
     with naming(groups, "dense", "all_reduce"):
-        if groups.stages is not None and groups.stages.sums is not None:
-            done = groups.stages.sums.start(tensor)
+        if staged is not None:
+            done = staged.start(tensor)
         else:
             done = dist.all_reduce(tensor, group=groups.process_group, async_op=True).wait
 
