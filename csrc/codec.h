@@ -24,17 +24,14 @@ inline Vec decode_fp16(Shorts codes) {
 #if defined(__AVX512F__)
   return (Vec)_mm512_cvtph_ps((__m256i)codes);
 #elif defined(__F16C__)
-  __m128i half[2];
-  std::memcpy(half, &codes, sizeof(codes));
-  __m256 wide[2] = {_mm256_cvtph_ps(half[0]), _mm256_cvtph_ps(half[1])};
-  Vec values;
-  std::memcpy(&values, wide, sizeof(values));
-  return values;
+  return {_mm256_cvtph_ps(_mm256_castsi256_si128((__m256i)codes)),
+          _mm256_cvtph_ps(_mm256_extracti128_si256((__m256i)codes, 1))};
 #else
   // The fp16 exponent and fraction as those of an fp32 number 2^112 times too small.
   const Bits bits = widen(codes), magnitude = (bits & 0x7fffu) << 13;
   const Int finite = (Int)((Vec)magnitude * as_float((127 + 112) << 23));
-  const Int value = (Int)magnitude < 0x7c00 << 13 ? finite : (Int)(magnitude | 0x7f800000u);
+  const Int value =
+      pick((Int)magnitude < (0x7c00 << 13), finite, (Int)(magnitude | 0x7f800000u));
   return (Vec)((Bits)value | (bits & 0x8000u) << 16);
 #endif
 }
@@ -54,15 +51,16 @@ inline Vec decode_fp8(Bytes codes) {
 inline Vec decode_fp8_e5m2(Bytes codes) { return decode_fp16(widen(codes) << 8); }
 
 inline Vec decode_int8(Bytes codes) {
-  return __builtin_convertvector(widen_signed(codes), Vec);
+  return to_floats(widen_signed(codes));
 }
 
 // Column 2 j is the low half of byte j.
 inline Vec decode_int4(uint64_t nibbles) {
-  constexpr Int kToTop = {28, 24, 20, 16, 12, 8, 4, 0, 28, 24, 20, 16, 12, 8, 4, 0};
-  constexpr Int kFirst = {-1, -1, -1, -1, -1, -1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0};
+  static constexpr int32_t kToTop[kLanes] = {28, 24, 20, 16, 12, 8, 4, 0, 28, 24, 20, 16, 12, 8, 4, 0};
+  static constexpr int32_t kFirst[kLanes] = {-1, -1, -1, -1, -1, -1, -1, -1};
   const Int low = Int{} + (int32_t)nibbles, high = Int{} + (int32_t)(nibbles >> 32);
-  return __builtin_convertvector((kFirst ? low : high) << kToTop >> 28, Vec);
+  const Int word = pick(load_lanes<Int>(kFirst), low, high);
+  return to_floats(word << load_lanes<Int>(kToTop) >> 28);
 }
 
 // ---------------------------------------------------------------- readers

@@ -31,15 +31,15 @@ struct MiniFloat {
     Int normal, tiny;
     if (kStochastic) {
       normal = bits + (Int)(random >> (32 - kShift));
-      const Vec fixed = (Vec)(subnormal ? bits : 0) * as_float((127 + kSteps + kFraction) << 23);
-      tiny = __builtin_convertvector(fixed, Int) + (Int)(random >> (32 - kFraction));
+      const Vec fixed = (Vec)pick(subnormal, bits, Int{}) * as_float((127 + kSteps + kFraction) << 23);
+      tiny = to_ints(fixed) + (Int)(random >> (32 - kFraction));
       tiny >>= kFraction;
     } else {
       normal = bits + ((1 << (kShift - 1)) - 1) + ((bits >> kShift) & 1);
       const float magic = as_float((127 + 23 - kSteps) << 23);  // its fp32 step is 2^-kSteps
       tiny = (Int)((Vec)bits + magic) - ((127 + 23 - kSteps) << 23);
     }
-    return subnormal ? tiny : (normal >> kShift) - kRebias;
+    return pick(subnormal, tiny, (normal >> kShift) - kRebias);
   }
 };
 
@@ -75,7 +75,7 @@ SHARDLAB_INLINE inline Shorts encode_fp16(Vec v, Bits random) {
 template <bool kStochastic>
 SHARDLAB_INLINE inline Shorts encode_fp16(Vec v, Bits random) {
   Int code = MiniFloat<10, 15, 0x477fe000>::encode<kStochastic>(v, random);
-  code = magnitude_bits(v) > kInfBits ? Int{} + 0x7e00 : code;
+  code = pick(magnitude_bits(v) > kInfBits, Int{} + 0x7e00, code);
   return narrow_to_shorts(code | (((Int)v >> 16) & 0x8000));
 }
 #endif
@@ -99,7 +99,7 @@ SHARDLAB_INLINE inline Shorts encode_bf16(Vec v, Bits random) {
   const Int bits = smaller(magnitude, Int{} + kMaxBits);
   const Int noise = kStochastic ? (Int)(random >> 16) : ((bits >> 16) & 1) + 0x7fff;
   Int code = (bits + noise) >> 16;
-  code = magnitude > kInfBits ? Int{} + 0x7fc0 : code;
+  code = pick(magnitude > kInfBits, Int{} + 0x7fc0, code);
   return narrow_to_shorts(code | (((Int)v >> 16) & 0x8000));
 }
 
@@ -123,15 +123,15 @@ SHARDLAB_INLINE inline Int quantise(Vec v, float scale, float inverse, Bits rand
   Vec q = (v * inverse + kRound) - kRound;
   if (kStochastic) {
     const Vec rest = v - q * scale;
-    const Vec unit = __builtin_convertvector((Int)(random >> 8), Vec);
+    const Vec unit = to_floats((Int)(random >> 8));
     const Int away = (Vec)magnitude_bits(rest) > unit * (scale * 0x1p-24f);
     const Int one = ((Int)rest & kSignBit) | 0x3f800000;  // 1 with the remainder's sign
     q += (Vec)(one & away);
   }
   const Vec top = splat(kLargest), bottom = splat(-kLargest);
-  q = q < top ? q : top;
-  q = q > bottom ? q : bottom;
-  return __builtin_convertvector(q, Int);
+  q = pick(q < top, q, top);
+  q = pick(q > bottom, q, bottom);
+  return to_ints(q);
 }
 
 // ---------------------------------------------------------------- scales
@@ -159,7 +159,7 @@ struct IntScale {
   }
   // The next step of `scale` above low = largest * lower scale.
   static Vec next_step(Vec low, Vec scale) {
-    const Vec steps = __builtin_convertvector(__builtin_convertvector(low / scale, Int), Vec);
+    const Vec steps = to_floats(to_ints(low / scale));
     return (steps + 1.0f) * scale;
   }
 };
@@ -181,8 +181,7 @@ typedef FloatScale<15, 32768> E5m2Scale;
 template <bool kStochastic, class Kind>
 inline void choose_scales(const int32_t* amax_bits, float largest, const uint64_t* words,
                           Scales& out) {
-  Int bits;
-  std::memcpy(&bits, amax_bits, sizeof(bits));
+  const Int bits = load_lanes<Int>(amax_bits);
   const Vec amax = (Vec)bits;
   Int code = Kind::least(amax, largest);
   const Int below = larger(code - Kind::kStep, Int{});
@@ -193,17 +192,18 @@ inline void choose_scales(const int32_t* amax_bits, float largest, const uint64_
   const Vec odds = (amax - low) / (high - low);
   Int up;
   if (kStochastic) {
-    Bits word_low, word_high;
+    uint32_t lows[kLanes], highs[kLanes];
     for (int i = 0; i < kLanes; ++i) {
-      word_low[i] = (uint32_t)words[i];
-      word_high[i] = (uint32_t)(words[i] >> 32);
+      lows[i] = (uint32_t)words[i];
+      highs[i] = (uint32_t)(words[i] >> 32);
     }
-    const Bits random = mixed_lanes(word_low + kScaleCounter * kGolden32, word_high);
-    up = __builtin_convertvector((Int)(random >> 8), Vec) * 0x1p-24f < odds;
+    const Bits random = mixed_lanes(load_lanes<Bits>(lows) + kScaleCounter * kGolden32,
+                                    load_lanes<Bits>(highs));
+    up = to_floats((Int)(random >> 8)) * 0x1p-24f < odds;
   } else {
     up = odds >= 0.5f;
   }
-  code = between & ~up ? below : code;
+  code = pick(between & ~up, below, code);
   const Vec chosen = (Vec)((code << kScaleShift) + kScaleBias);
   store(out.scale, chosen);
   store(out.inverse, 1.0f / chosen);
@@ -211,7 +211,7 @@ inline void choose_scales(const int32_t* amax_bits, float largest, const uint64_
   store(out.low, low);
   store(out.high, high);
   store(out.stretch, (high - low) / (amax - low));
-  code = bits > kInfBits ? Int{} + kNanScale : code;
+  code = pick(bits > kInfBits, Int{} + kNanScale, code);
   std::memcpy(out.code, &code, sizeof(code));
   const Int stretched = kStochastic ? between & up : Int{};
   std::memcpy(out.stretched, &stretched, sizeof(stretched));
@@ -220,8 +220,8 @@ inline void choose_scales(const int32_t* amax_bits, float largest, const uint64_
 inline Vec stretch(Vec v, const Scales& scales, int64_t i) {
   const Vec magnitude = (Vec)magnitude_bits(v);
   Vec wide = (magnitude - scales.low[i]) * scales.stretch[i] + scales.low[i];
-  wide = magnitude < scales.amax[i] ? wide : splat(scales.high[i]);
-  wide = magnitude > scales.low[i] ? wide : magnitude;
+  wide = pick(magnitude < scales.amax[i], wide, splat(scales.high[i]));
+  wide = pick(magnitude > scales.low[i], wide, magnitude);
   return (Vec)((Int)wide | ((Int)v & kSignBit));
 }
 

@@ -20,18 +20,16 @@ SHARDLAB_INLINE inline void for_columns(int64_t columns, const Body& body) {
   }
   if (c < columns) body(c, (int)(columns - c));
 }
-inline Vec read(const float* p, int lanes) {
+SHARDLAB_INLINE inline Vec read(const float* p, int lanes) {
   return lanes == kLanes ? load(p) : load_part(p, lanes);
 }
-inline void write_lanes(float* target, Vec value, int64_t lanes) {
+SHARDLAB_INLINE inline void write_lanes(float* target, Vec value, int64_t lanes) {
   if (lanes == kLanes)
     store(target, value);
   else
     store_part(target, value, lanes);
 }
 
-typedef int32_t Int __attribute__((vector_size(64)));
-typedef uint32_t Bits __attribute__((vector_size(64)));
 typedef uint16_t Shorts __attribute__((vector_size(32)));
 typedef uint8_t Bytes __attribute__((vector_size(16)));
 typedef int8_t SignedBytes __attribute__((vector_size(16)));
@@ -96,55 +94,60 @@ inline Shorts widen(Bytes v) { return (Shorts)_mm256_cvtepu8_epi16((__m128i)v); 
 inline Shorts narrow_to_shorts(Int v) { return (Shorts)_mm512_cvtepi32_epi16((__m512i)v); }
 inline Bytes narrow_to_bytes(Int v) { return (Bytes)_mm512_cvtepi32_epi8((__m512i)v); }
 #elif defined(__AVX2__)
-inline Int widen_signed(Bytes v) {
-  const __m256i wide[2] = {_mm256_cvtepi8_epi32((__m128i)v),
-                           _mm256_cvtepi8_epi32(_mm_srli_si128((__m128i)v, 8))};
-  Int out;
-  std::memcpy(&out, wide, sizeof(out));
-  return out;
+SHARDLAB_INLINE inline Int widen_signed(Bytes v) {
+  return {(Int::Half)_mm256_cvtepi8_epi32((__m128i)v),
+          (Int::Half)_mm256_cvtepi8_epi32(_mm_srli_si128((__m128i)v, 8))};
 }
-inline Bits widen(Shorts v) {
-  const __m256i wide[2] = {_mm256_cvtepu16_epi32(_mm256_castsi256_si128((__m256i)v)),
-                           _mm256_cvtepu16_epi32(_mm256_extracti128_si256((__m256i)v, 1))};
-  Bits out;
-  std::memcpy(&out, wide, sizeof(out));
-  return out;
+SHARDLAB_INLINE inline Bits widen(Shorts v) {
+  return {(Bits::Half)_mm256_cvtepu16_epi32(_mm256_castsi256_si128((__m256i)v)),
+          (Bits::Half)_mm256_cvtepu16_epi32(_mm256_extracti128_si256((__m256i)v, 1))};
 }
-inline Shorts widen(Bytes v) { return (Shorts)_mm256_cvtepu8_epi16((__m128i)v); }
+SHARDLAB_INLINE inline Shorts widen(Bytes v) { return (Shorts)_mm256_cvtepu8_epi16((__m128i)v); }
 // Of the low 16 bits: packing saturates, and works within halves of a register.
-inline Shorts narrow_to_shorts(Int v) {
-  __m256i half[2];
-  std::memcpy(half, &v, sizeof(v));
+SHARDLAB_INLINE inline Shorts narrow_to_shorts(Int v) {
   const __m256i low = _mm256_set1_epi32(0xffff);
-  const __m256i packed =
-      _mm256_packus_epi32(_mm256_and_si256(half[0], low), _mm256_and_si256(half[1], low));
+  const __m256i packed = _mm256_packus_epi32(_mm256_and_si256((__m256i)v.low, low),
+                                             _mm256_and_si256((__m256i)v.high, low));
   return (Shorts)_mm256_permute4x64_epi64(packed, 0xd8);
 }
-inline Bytes narrow_to_bytes(Int v) {
+SHARDLAB_INLINE inline Bytes narrow_to_bytes(Int v) {
   const __m256i shorts = (__m256i)narrow_to_shorts(v & 0xff);
   return (Bytes)_mm_packus_epi16(_mm256_castsi256_si128(shorts),
                                  _mm256_extracti128_si256(shorts, 1));
 }
 #else
-inline Int widen_signed(Bytes v) { return __builtin_convertvector((SignedBytes)v, Int); }
-inline Bits widen(Shorts v) { return __builtin_convertvector(v, Bits); }
-inline Shorts widen(Bytes v) { return __builtin_convertvector(v, Shorts); }
-inline Shorts narrow_to_shorts(Int v) { return __builtin_convertvector(v, Shorts); }
-inline Bytes narrow_to_bytes(Int v) { return __builtin_convertvector(v, Bytes); }
+// One element by itself; loops of a fixed length become what vectors the processor has.
+template <class To, class ToElement, class FromElement, class From>
+SHARDLAB_INLINE inline To convert(From v) {
+  FromElement from[kLanes];
+  ToElement to[kLanes];
+  std::memcpy(from, &v, sizeof(from));
+  for (int i = 0; i < kLanes; ++i) to[i] = (ToElement)from[i];
+  return load_lanes<To>(to);
+}
+inline Int widen_signed(Bytes v) { return convert<Int, int32_t, int8_t>(v); }
+inline Bits widen(Shorts v) { return convert<Bits, uint32_t, uint16_t>(v); }
+inline Shorts widen(Bytes v) { return convert<Shorts, uint16_t, uint8_t>(v); }
+inline Shorts narrow_to_shorts(Int v) { return convert<Shorts, uint16_t, int32_t>(v); }
+inline Bytes narrow_to_bytes(Int v) { return convert<Bytes, uint8_t, int32_t>(v); }
 #endif
 
-inline Int smaller(Int a, Int b) { return a < b ? a : b; }
-inline Int larger(Int a, Int b) { return a > b ? a : b; }
+SHARDLAB_INLINE inline Int smaller(Int a, Int b) { return pick(a < b, a, b); }
+SHARDLAB_INLINE inline Int larger(Int a, Int b) { return pick(a > b, a, b); }
 
 // Largest lane; through register halves, as reduce_add is.
-inline int32_t reduce_max(Int v) {
-  typedef int32_t HalfInt __attribute__((vector_size(32)));
+SHARDLAB_INLINE inline int32_t reduce_max(Int v) {
   typedef int32_t QuarterInt __attribute__((vector_size(16)));
+#if defined(__AVX512F__)
+  typedef int32_t HalfInt __attribute__((vector_size(32)));
   HalfInt half[2];
   std::memcpy(half, &v, sizeof(v));
   half[0] = half[0] > half[1] ? half[0] : half[1];
+#else
+  const Int::Half half[] = {pick(v.low > v.high, v.low, v.high)};
+#endif
   QuarterInt q[2];
-  std::memcpy(q, half, sizeof(half[0]));
+  std::memcpy(q, half, sizeof(q));
   q[0] = q[0] > q[1] ? q[0] : q[1];
   const int32_t a = q[0][0] > q[0][2] ? q[0][0] : q[0][2];
   const int32_t b = q[0][1] > q[0][3] ? q[0][1] : q[0][3];

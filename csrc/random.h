@@ -13,7 +13,10 @@
 namespace shardlab::SHARDLAB_ISA {
 
 constexpr uint32_t kPair = 32;  // columns that share mixes
-constexpr Bits kLaneNumbers = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+inline Bits lane_numbers() {
+  static constexpr uint32_t kNumbers[kLanes] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  return load_lanes<Bits>(kNumbers);
+}
 constexpr uint64_t kGolden64 = 0x9E3779B97F4A7C15u;
 constexpr uint32_t kGolden32 = 0x9E3779B9u;
 
@@ -53,7 +56,7 @@ template <>
 class RandomColumns<true> {
  public:
   SHARDLAB_INLINE RandomColumns(uint64_t word, uint32_t first)
-      : next_(((uint32_t)word + first * kGolden32) + kLaneNumbers * kGolden32),
+      : next_(((uint32_t)word + first * kGolden32) + lane_numbers() * kGolden32),
         high_((uint32_t)(word >> 32)) {}
 
   SHARDLAB_INLINE Bits at(int64_t c) {
@@ -75,10 +78,10 @@ class RandomColumns<false> {
 
   SHARDLAB_INLINE Bits at(int64_t c) {
     constexpr uint32_t kSecond = kPair / 2;
-    const Bits counter = kLaneNumbers + (first_ + (uint32_t)c);
+    const Bits counter = lane_numbers() + (first_ + (uint32_t)c);
     const Bits x = mixed_lanes((uint32_t)word_ + (counter & ~kSecond) * kGolden32,
                                (uint32_t)(word_ >> 32));
-    return (counter & kSecond) != 0 ? second_bits(x) : x;
+    return pick((counter & kSecond) != 0, second_bits(x), x);
   }
 
  private:
