@@ -41,7 +41,9 @@ class HashTable {
     std::fill_n(slots_.begin(), size, Slot{-1, {}});
     mask_ = size - 1;
   }
-  void prefetch(int64_t key) const { __builtin_prefetch(&slots_[home(key)], 1); }
+  __attribute__((always_inline)) void prefetch(int64_t key) const {
+    __builtin_prefetch(&slots_[home(key)], 1);
+  }
   Value* find(int64_t key) {
     Slot& slot = probe(key);
     return slot.key < 0 ? nullptr : &slot.value;

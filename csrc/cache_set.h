@@ -93,7 +93,7 @@ class Sets {
   int64_t set_of(int64_t slot) const { return by_ways_.quotient(slot); }
   uint8_t* tags(int64_t set) const { return base_ + set * stride_; }
   uint8_t* states(int64_t set) const { return tags(set) + ways_ * (int64_t)sizeof(Tag); }
-  void prefetch(int64_t set) const {
+  __attribute__((always_inline)) void prefetch(int64_t set) const {
     __builtin_prefetch(tags(set), 1);
     __builtin_prefetch(tags(set) + stride_ - 1, 1);
   }

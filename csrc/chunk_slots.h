@@ -103,7 +103,7 @@ inline int64_t first_slot(const ChunkStore& store, uint64_t key) {
 }
 
 // The line of a key's home and the next one: with 7 of 8 slots taken, many runs cross over.
-inline void prefetch_run(const ChunkStore& store, uint64_t key) {
+__attribute__((always_inline)) inline void prefetch_run(const ChunkStore& store, uint64_t key) {
   constexpr int64_t kLineBytes = 64;
   const char* home = key_address(store, home_of(store, key));
   __builtin_prefetch(home);

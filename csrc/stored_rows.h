@@ -31,7 +31,7 @@ class Records {
   char* row(int64_t u) const { return rows_ + ids_[u] * block.row_bytes; }
   char* state(int64_t u) const { return states_ + ids_[u] * block.state_bytes; }
   // Of the first batch, and then of row i of the next.
-  void prefetch_first(int64_t first) {
+  SHARDLAB_INLINE void prefetch_first(int64_t first) {
     first_ = first - kLanes;
     for (int64_t i = 0; i < kLanes; ++i) {
       prefetch_row(i);
@@ -197,7 +197,7 @@ class ScaledRows : public Encoded {
     }
   }
   // Encoding takes longest: the next batch is fetched then.
-  void prefetch_row(int64_t) const {}
+  SHARDLAB_INLINE void prefetch_row(int64_t) const {}
   void close(const Batch& batch) {
     ops(code_.codec).encode[code_.stochastic](codes_);
     Encoded::close(batch);

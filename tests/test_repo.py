@@ -204,6 +204,16 @@ def test_cpp_functions_are_short():
     assert not long, f"over {MAX_FUNCTION_LINES} lines:\n" + "\n".join(long)
 
 
+def test_cpp_prefetches_are_inlined():
+    """A function that only prefetches has no effect for a compiler, which drops calls of it."""
+    define = re.compile(r"^.*\b(?:void|auto) prefetch\w*\(.*\{", re.MULTILINE)
+    found = [(path, line) for path in files(".cpp", ".h", folders=("csrc",))
+             for line in define.findall((ROOT / path).read_text())]
+    assert len(found) > 5
+    assert not [f"{path}: {line.strip()}" for path, line in found
+                if "SHARDLAB_INLINE" not in line and "always_inline" not in line]
+
+
 def test_csrc_knows_no_torch():
     wrong = [str(path) for path in files(".cpp", ".h", ".cu", ".cuh", folders=("csrc",))
              if re.search(r"#include\s*[<\"](torch|ATen|c10)/", (ROOT / path).read_text())]
