@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from itertools import product
 from statistics import mean, median
 from typing import Any
 
@@ -119,14 +120,14 @@ def batch(options: argparse.Namespace, seed: int) -> tuple[Any, torch.Tensor]:
 
 
 def pruned(options: argparse.Namespace, share: float, chunks: int,
-           period: int) -> dict[str, Any]:
+           period: int, dtype: str) -> dict[str, Any]:
     """The storage that leaves ``share`` of the chunks, by a budget that counts everything."""
-    spec = PrunedSpec(ratio=0.5, chunks=chunks)
+    spec = PrunedSpec(ratio=0.5, chunks=chunks, dtype=dtype)
     layout = chunk_layout(spec, options.rows * options.tables, options.dim, "row_wise_adagrad")
     ratio = share * (layout.likely_bytes + spec.sketch) * chunks / (4 * options.dim)
     more = {"start": "dense", "warmup": 1 << 30} if options.alike else {}
     return {"kind": "pruned", "budget": {"ratio": ratio / (1 - spec.headroom)}, "chunks": chunks,
-            "period": period, "gamma": options.gamma, **more}
+            "period": period, "gamma": options.gamma, "dtype": dtype, **more}
 
 
 def prune_by_chance(case: Case, share: float) -> None:
@@ -147,9 +148,10 @@ def build_cases(options: argparse.Namespace) -> list[Case]:
     found = [Case(options, "dense fp32", "fp32")]
     for share in options.pruned:
         for chunks in options.chunks:
-            for period in options.periods:
-                name = f"{share:.0%} pruned, K={chunks}, period {period}"
-                found.append(Case(options, name, pruned(options, 1 - share, chunks, period)))
+            for period, dtype in product(options.periods, options.dtypes):
+                name = f"{share:.0%} pruned, {dtype}, K={chunks}, period {period}"
+                storage = pruned(options, 1 - share, chunks, period, dtype)
+                found.append(Case(options, name, storage))
                 if options.alike:
                     prune_by_chance(found[-1], 1 - share)
     return found
@@ -168,6 +170,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--pruned", type=float, nargs="*", default=[0.5, 0.9, 0.99])
     parser.add_argument("--chunks", type=int, nargs="*", default=[4, 1])
+    parser.add_argument("--dtypes", nargs="*", default=["fp32"],
+                        choices=["fp32", "fp16", "int8"], help="of the pruned tables' chunks")
     parser.add_argument("--periods", type=int, nargs="*", default=[100])
     parser.add_argument("--gamma", type=float, default=PrunedSpec().gamma)
     parser.add_argument("--alike", action="store_true", help="the worst case")
