@@ -65,9 +65,10 @@ def _native_op(x: Tensor, weight: Tensor, bias: Tensor | None) -> type[Any] | No
         return None
     if not torch.is_autocast_enabled(device):
         return _NativeLinear if x.dtype == torch.float32 else None
-    takes = x.dtype in (torch.float32, torch.bfloat16) and \
-        torch.get_autocast_dtype(device) == torch.bfloat16
-    return _NativeLinearBf16 if takes and _has_bf16_products() else None
+    if x.dtype not in (torch.float32, torch.bfloat16) or \
+            torch.get_autocast_dtype(device) != torch.bfloat16:
+        return None
+    return _NativeLinearBf16 if _has_bf16_products() else _NativeLinearRounded
 
 
 @cache
@@ -85,6 +86,11 @@ def _empty_grads(wanted: tuple[bool, ...], x: Tensor, weight: Tensor) -> _Grads:
     return (torch.empty_like(x, memory_format=torch.contiguous_format) if wants_x else None,
             torch.empty_like(weight) if wants_weight or wants_bias else None,
             weight.new_empty(weight.shape[0]) if wants_bias else None)
+
+
+def _rounded(x: Tensor) -> Tensor:
+    """fp32 of what bf16 keeps; contiguous."""
+    return x.to(torch.bfloat16).float().contiguous()
 
 
 def _wanted_grads(wanted: tuple[bool, ...], grads: _Grads) -> tuple[Tensor | None, ...]:
@@ -151,3 +157,36 @@ class _NativeLinearBf16(torch.autograd.Function):
             address(weight), *map(address, grads), x.shape[0], x.shape[1], weight.shape[0],
             torch.get_num_threads())
         return _wanted_grads(ctx.needs_input_grad, grads)
+
+
+class _NativeLinearRounded(torch.autograd.Function):
+    """`_NativeLinearBf16` on processors without bf16 products: fp32 products of rounded operands,
+    which is what such a product is. torch multiplies bf16 there element by element.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
+        with torch.no_grad():
+            ctx.dtype = x.dtype
+            x, weight = _rounded(x), _rounded(weight)
+            (batch, inputs), outputs = x.shape, weight.shape[0]
+            out = x.new_empty(batch, outputs)
+            native().linear_relu_forward(  # type: ignore[union-attr]
+                address(x), x.stride(0), address(weight), address(bias), address(out), batch,
+                inputs, outputs, relu, torch.get_num_threads())
+            out = out.to(torch.bfloat16)
+            ctx.save_for_backward(x, weight, out if relu else None)
+            return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, out = ctx.saved_tensors
+        grad, out = grad.float().contiguous(), None if out is None else out.float()
+        grads = _empty_grads(ctx.needs_input_grad, x, weight)
+        native().linear_relu_backward(  # type: ignore[union-attr]
+            address(grad), address(out), address(x), x.stride(0), address(weight),
+            *map(address, grads), x.shape[0], x.shape[1], weight.shape[0],
+            torch.get_num_threads())
+        to_x, *rest = _wanted_grads(ctx.needs_input_grad, grads)
+        return None if to_x is None else to_x.to(ctx.dtype), *rest

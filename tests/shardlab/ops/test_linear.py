@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from shardlab.errors import InputError
-from shardlab.ops import registry
+from shardlab.ops import linear, registry
 from shardlab.ops.linear import linear_relu, linear_relu_reference
 from shardlab.ops.registry import face_of
 
@@ -27,9 +27,12 @@ def native(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.skip("no native face here")
 
 
-@pytest.fixture
-def native_bf16(native: None) -> None:
-    if not registry.native().has_bf16_products():
+@pytest.fixture(params=["bf16 products", "fp32 products"])
+def native_bf16(native: None, monkeypatch: pytest.MonkeyPatch,
+                request: pytest.FixtureRequest) -> None:
+    if request.param == "fp32 products":  # of rounded operands, as on processors without the other
+        monkeypatch.setattr(linear, "_has_bf16_products", lambda: False)
+    elif not registry.native().has_bf16_products():
         pytest.skip("this processor has no bf16 products")
 
 
