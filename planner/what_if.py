@@ -25,8 +25,8 @@ from shardlab.planner import plan
 from shardlab.planner.report_text import grid, number, rate_text, signed
 from shardlab.planner.request import Request
 from shardlab.planner.result import PlanResult
-from shardlab.planner.topology import Link, Topology, read_topology
-from shardlab.planner.topology_file import change_fields, parse_quantity
+from shardlab.planner.topology import Link, Topology
+from shardlab.planner.topology_file import change_fields, parse_quantity, read_topology
 from shardlab.planner.units import format_bytes, format_ms
 from shardlab.table_plan import WireDtypes
 
