@@ -26,10 +26,10 @@ _AT_LEAST_1 = click.IntRange(min=1)
 @click.option("--seconds", type=click.FloatRange(min=0), default=3.0, show_default=True,
               help="Time of each measurement.")
 def bench(seconds: float, **options: Any) -> int:
-    """Measure memory bandwidth and an embedding step: lookup, backward, fused update.
+    """Measure memory bandwidth and a step of embedding tables.
 
-    One process, as many threads as OMP_NUM_THREADS says. For a comparison with other libraries
-    see benchmarks/.
+    Lookup, backward and fused update, in one process with as many threads as OMP_NUM_THREADS
+    says. For a comparison with other libraries see benchmarks/.
     """
     from dataclasses import asdict
 

@@ -37,7 +37,10 @@ _BAR = 40
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def inspect(checkpoint: Path, table: str | None, as_json: bool, verify: bool,
             **asked: Any) -> int:
-    """Show what CHECKPOINT holds, or what is in a TABLE of it; needs no GPU and no model."""
+    """Show what CHECKPOINT holds, or what is in a TABLE of it.
+
+    Needs no GPU and no model.
+    """
     from rich.console import Console
 
     from shardlab.train.checkpoint_reader import CheckpointReader

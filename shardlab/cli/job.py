@@ -48,7 +48,7 @@ def read_job(job: str | None, demo: bool, overrides: tuple[str, ...], *, files: 
         ConfigError: not exactly one of job and demo, or the job's own problems.
     """
     if demo == (job is not None):
-        raise ConfigError("give a job file or --demo, one of them" if job is None
+        raise ConfigError("give a job file, JOB.yaml, or --demo" if job is None
                           else f"both {job} and --demo are given; keep one of them")
     from shardlab.config import load_job
 

@@ -11,7 +11,10 @@ from shardlab.errors import nearest_name
 
 _LONGEST_VALUE = 60
 _EXPECTED = {"model_type": "a mapping", "dict_type": "a mapping", "tuple_type": "a list",
-             "too_short": "longer", "string_type": "a text"}
+             "too_short": "longer", "string_type": "a text", "float_type": "a number",
+             "float_parsing": "a number", "int_type": "a whole number",
+             "int_parsing": "a whole number", "int_from_float": "a whole number",
+             "bool_type": "true or false", "bool_parsing": "true or false"}
 
 
 def problem_lines(model: type[BaseModel], error: ValidationError) -> list[str]:

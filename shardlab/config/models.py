@@ -35,7 +35,7 @@ def _auto_is_none(value: Any) -> Any:
 def _unbounded_is_a_count(value: Any) -> Any:
     if isinstance(value, str) and value != "unbounded" and not value.strip().isdigit():
         raise PydanticCustomError("placed", "{line}", {
-            "line": f"must be a valid integer or 'unbounded', found {value!r}"})
+            "line": f"must be a whole number or 'unbounded', found {value!r}"})
     return UNBOUNDED if value == "unbounded" else value
 
 

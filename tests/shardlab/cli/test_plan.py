@@ -268,7 +268,7 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (("--demo", "--set", "plan=torn.json"), "torn.json: plan is not JSON"),
     (("--demo", "--set", "plan=torn.json", "--explain", "t_C3"), "--set plan= plans anew"),
     (("--demo", "--time-limit", "0"), "--time-limit"),
-    ((), "give a job file or --demo, one of them"),
+    ((), "give a job file, JOB.yaml, or --demo"),
 ])
 def test_mistakes_are_messages(capsys, files, arguments, message):
     code, _, err = run(capsys, *arguments, *SMALL)
