@@ -21,6 +21,7 @@ from shardlab.planner.topology import Topology
 from shardlab.planner.units import format_bytes
 from shardlab.specs import EmbeddingBagConfig
 from shardlab.storage_specs import LevelSpec, RowsSpec, Tier, home_tier
+from shardlab.words import counted
 
 _GIB = 2**30
 # Doublings of hosts, sizes of memory, and tables that are tried before a change is given up.
@@ -77,7 +78,7 @@ def _too_large(request: Request, problem: Problem, table: int) -> str:
     place = f"a rank of {topology.name}" if tier is Tier.HBM else f"a host of {topology.name}"
     where = "one rank" if tier is Tier.HBM else f"one host's {tier.value}"
     return (f"table {config.name!r} ({config.num_embeddings} x {config.embedding_dim}) does not "
-            f"fit{asked} {cut.sharding.value} over {shards} rank{'s' if shards > 1 else ''} needs "
+            f"fit{asked} {cut.sharding.value} over {counted(shards, 'rank')} needs "
             f"{format_bytes(size)} on {where}; {place} holds {format_bytes(capacity)}: short by "
             f"{format_bytes(size - capacity)}")
 
@@ -190,8 +191,8 @@ def _more_hosts(request: Request) -> Iterator[str]:
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if works(middle) else (middle, high)
-    yield (f"{high} hosts of {topology.ranks_per_host} rank"
-           f"{'s' if topology.ranks_per_host > 1 else ''} instead of {topology.hosts}")
+    yield (f"{counted(high, 'host')} of {counted(topology.ranks_per_host, 'rank')} instead of "
+           f"{topology.hosts}")
 
 
 def _more_memory(request: Request, problem: Problem) -> Iterator[str]:

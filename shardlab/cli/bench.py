@@ -6,7 +6,9 @@ from typing import Any
 
 import click
 
-#: Names of `shardlab.specs.OPTIMIZER_STATE`, written out so that --help needs no import.
+from shardlab.words import counted
+
+#: Names of `shardlab.storage_bytes.OPTIMIZER_STATE`, written out so that --help imports little.
 _OPTIMIZERS = ("sgd", "adagrad", "row_wise_adagrad", "adam", "row_wise_adam")
 _AT_LEAST_1 = click.IntRange(min=1)
 
@@ -42,7 +44,7 @@ def bench(seconds: float, **options: Any) -> int:
     shape = Shape(**options)
     console = Console()
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else \
-        f"CPU, {torch.get_num_threads()} threads"
+        f"CPU, {counted(torch.get_num_threads(), 'thread')}"
     named = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in asdict(shape).items())
     table = Table("measurement", title=f"{where}: {named}", title_justify="left")
     for heading in ("ms, median", "million rows/s", "GB/s"):
