@@ -217,6 +217,10 @@ batch_size: 4
     ({"model": 3}, "model: must be a mapping, found 3"),
     ({"model": {"kind": "dlmr"}}, "model.kind: must be 'dlrm', 'deepfm' or 'dcn', found 'dlmr' "
                                   "(did you mean 'dlrm'?)"),
+    ({"tables": [{**TABLE, "sharding": "rowwise"}]},
+     "tables[0].sharding: must be 'data_parallel', "),
+    ({"tables": [{**TABLE, "sharding": ["row_wise", "tablewise"]}]},
+     "tables[0].sharding[1]: must be 'data_parallel', "),
     ({"dense_dtype": "fp16"}, "dense_dtype: must be 'fp32' or 'bf16', found 'fp16'"),
     ({"data": {"kind": "criteo_parquet"}}, "data.path: kind criteo_parquet needs a file"),
     ({"data": {"train_rows": [0, 9], "columns": {"dense": ["x"]}}},
