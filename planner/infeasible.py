@@ -72,13 +72,15 @@ def _too_large(request: Request, problem: Problem, table: int) -> str:
     options = problem.options.of_table(table)
     option = min(options, key=lambda one: float(problem.fullness[one]))
     cut, shards = problem.options.cut(option), int(problem.options.pieces[option])
-    asked = f", the sharding it asks for ({_asked(config)})," if config.sharding \
-        else ", cut as finely as it can be,"
+    least = "cut as finely as it can be"
+    if config.sharding:
+        least = "the sharding it asks for" if len(config.allowed_sharding) == 1 \
+            else f"the least of those it asks for ({_asked(config)})"
     tier, size, capacity = _worst(problem, option)
     place = f"a rank of {topology.name}" if tier is Tier.HBM else f"a host of {topology.name}"
     where = "one rank" if tier is Tier.HBM else f"one host's {tier.value}"
-    return (f"table {config.name!r} ({config.num_embeddings} x {config.embedding_dim}) does not "
-            f"fit{asked} {cut.sharding.value} over {counted(shards, 'rank')} needs "
+    return (f"table {config.name!r} ({config.num_embeddings:,} x {config.embedding_dim}) does not "
+            f"fit: {cut.sharding.value} over {counted(shards, 'rank')}, {least}, needs "
             f"{format_bytes(size)} on {where}; {place} holds {format_bytes(capacity)}: short by "
             f"{format_bytes(size - capacity)}")
 
@@ -109,10 +111,13 @@ def _too_much(request: Request, problem: Problem) -> Iterator[str]:
     lower = [f"{format_bytes(size)} of {tier.value}" for tier, size
              in zip((Tier.DDR, Tier.SSD), problem.room[1:].tolist(), strict=True) if size]
     held += f" and the hosts {', '.join(lower)}" if lower else ""
+    ranks = problem.world_size
+    holders = f"the {ranks} ranks of {topology.name} hold" if ranks > 1 \
+        else f"the rank of {topology.name} holds"
     if np.isfinite(total) and total > room:
         yield (f"the {problem.num_tables} tables need {format_bytes(total)} with optimiser state "
-               f"({request.optimizer}) and exchange buffers; the {problem.world_size} ranks of "
-               f"{topology.name} hold {held}: short by {format_bytes(total - room)}")
+               f"({request.optimizer}) and exchange buffers; {holders} {held}: short by "
+               f"{format_bytes(total - room)}")
         return
     for column, tier in enumerate(Tier):
         needed = float(np.minimum.reduceat(
