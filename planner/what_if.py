@@ -100,8 +100,20 @@ def _changed(scenario: str, request: Request, rebuild: Rebuild) -> Request:
     if topology.name == request.topology.name and topology != request.topology:
         topology = replace(topology, name=f"{topology.name}, {scenario}")
     if overrides:
-        request = rebuild(overrides)
+        request = _rebuilt(overrides, scenario, rebuild)
     return replace(request, topology=topology, settings=replace(request.settings, wire=wire))
+
+
+def _rebuilt(overrides: list[str], scenario: str, rebuild: Rebuild) -> Request:
+    """What is no field of the machine is one of the job, or misspelt: the error helps with both."""
+    try:
+        return rebuild(overrides)
+    except ConfigError as error:
+        names = [override.partition("=")[0] for override in overrides]
+        known = [*_SHORT, *(entry.name for entry in fields(Topology))]
+        hints = "".join(nearest_name(name, known) for name in names)
+        first, *others = error.problems
+        raise ConfigError([f"--what-if {scenario!r}{hints}: {first}", *others]) from None
 
 
 def _wire(wire: WireDtypes, key: str, value: str) -> WireDtypes:
