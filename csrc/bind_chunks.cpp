@@ -10,15 +10,11 @@
 
 namespace nb = nanobind;
 using namespace shardlab;
+using shardlab::binding::Address;
+using shardlab::binding::at;
 using shardlab::binding::step_from;
-using Address = uintptr_t;
 
 namespace {
-
-template <class T>
-T* at(Address address) {
-  return reinterpret_cast<T*>(address);
-}
 
 // (stores, blocks, number of blocks)
 using CallTuple = std::tuple<Address, Address, int64_t>;

@@ -10,7 +10,7 @@ namespace nb = nanobind;
 
 void bind_lane(nb::module_& m) {
   using shardlab::Lane;
-  using Address = uintptr_t;
+  using shardlab::binding::Address;
   using Sizes = std::vector<int64_t>;
   nb::class_<Lane>(m, "Lane")
       .def(nb::init<const std::vector<int>&, int, int64_t>())

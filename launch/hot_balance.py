@@ -62,9 +62,13 @@ def relieving_rows(counts: Mapping[str, HotCounts], plan: ShardingPlan,
         counts: of the tables that may have copies.
         plan: where they lie.
         batch_size: samples per rank.
+
+    Returns:
+        Numbers of rows, for every table of ``counts``.
     """
     world, entries = plan.world_size, {entry.table: entry for entry in plan.tables}
-    load, owned = [0.0] * world, [[] for _ in range(world)]  # type: ignore[var-annotated]
+    load = [0.0] * world
+    owned: list[list[_Row]] = [[] for _ in range(world)]
     for name, found in counts.items():
         for owner, row in _rows(entries[name], found, world, batch_size):
             load[owner] += row.moved
@@ -85,7 +89,8 @@ def _rows(entry: TablePlan, counts: HotCounts, world: int,
     starts, columns = [shard.row_start for shard in shards], shards[0].columns
     travels = payload_bytes(entry.wire.forward, columns) + \
         payload_bytes(entry.wire.backward, columns)
-    copy = 4 * FP32_BYTES * (columns + HOT_MARKS) * (world - 1) / world
+    # Summed and handed back, each of which a rank sends and receives.
+    copy = 2 * 2 * FP32_BYTES * (columns + HOT_MARKS) * (world - 1) / world
     for row, ids in counts.rows:
         held = -math.expm1(-ids * batch_size / counts.samples)
         yield (shards[bisect_right(starts, row) - 1].rank,

@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING
 
 from shardlab.planner.replicas import group_of
 from shardlab.planner.settings import DenseModel, PlanSettings, Replicas
-from shardlab.planner.topology import Topology, local_cpu, read_topology
+from shardlab.planner.this_machine import local_cpu
+from shardlab.planner.topology import Topology
+from shardlab.planner.topology_file import read_topology
 
 if TYPE_CHECKING:
     from shardlab.planner.result import PlanResult

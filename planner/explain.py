@@ -32,6 +32,7 @@ from shardlab.planner.units import format_bytes, format_ms
 from shardlab.planner.why import describe_cut
 from shardlab.specs import ShardingType
 from shardlab.storage_bytes import TierBytes
+from shardlab.words import counted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -148,7 +149,7 @@ def print_explanation(console: Console, request: Request, result: PlanResult, ta
     config = next(one for one in request.tables if one.name == table)
     console.print(f"Table {table}: {_choice(result, table)}", style="bold")
     console.print(f"  size     {config.num_embeddings:,} x {config.embedding_dim}, "
-                  f"{len(config.feature_names)} feature{'s' * (len(config.feature_names) > 1)}, "
+                  f"{counted(len(config.feature_names), 'feature')}, "
                   f"{config.pooling_factor:g} ids per bag")
     console.print(f"  lies on  rank{'s' * (len(entry.ranks) > 1)} {compact(entry.ranks)}; "
                   f"{_tiers(entry.held.total)} with optimiser state "
@@ -189,11 +190,12 @@ def _print_options(console: Console, options: tuple[OptionCost, ...]) -> None:
     """The chosen option, and the others by their work."""
     chosen = next((option for option in options if option.chosen), None)
     one_storage = len({option.storage for option in options}) == 1
-    table = grid(f"Its {len(options)} options, least work first",
+    all_possible = all(option.fits and option.allowed for option in options)
+    table = grid(f"Its {counted(len(options), 'option')}, least work first",
                  ["", "option", *([] if one_storage else ["storage"])],
-                 ["ms", "more", "on a rank", "bytes"], ["" if all(
-                     option.fits and option.allowed for option in options) else "but"])
-    table.columns[2].no_wrap = one_storage
+                 ["ms", "more", "on a rank", "bytes"], ["" if all_possible else "but"])
+    if not one_storage:
+        table.columns[2].no_wrap = False  # a chain of levels is long
     shown = list(options[:_SHOWN_OPTIONS])
     if chosen is not None and chosen not in shown:
         shown.append(chosen)

@@ -28,6 +28,7 @@ from shardlab.planner.report_text import (
 )
 from shardlab.planner.result import PlanResult, RankPrediction, TablePrediction
 from shardlab.planner.units import format_bytes, format_ms
+from shardlab.words import counted
 
 # More ranks than this become slim columns; more columns than this, a choice of them.
 _BARS, _COLUMNS = 32, 512
@@ -75,8 +76,8 @@ def _head(result: PlanResult, title: str) -> str:
     warnings = "".join(f'<div class="warn">Does not fit: {escape(line)}</div>'
                        for line in overfull(result))
     wire = result.settings.wire
-    return (f"<h1>{escape(title)}</h1><p>{topology.hosts} host{'s' * (topology.hosts > 1)} x "
-            f"{topology.ranks_per_host} ranks, batch {result.batch_size} per rank, "
+    return (f"<h1>{escape(title)}</h1><p>{counted(topology.hosts, 'host')} x "
+            f"{counted(topology.ranks_per_host, 'rank')}, batch {result.batch_size} per rank, "
             f"{escape(result.optimizer)}, wire {escape(wire.forward)} and "
             f"{escape(wire.backward)}, dense gradients {escape(result.settings.dense.wire)}. "
             f"Predicted, with {escape(result.assumption)}."

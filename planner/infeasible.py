@@ -21,6 +21,7 @@ from shardlab.planner.topology import Topology
 from shardlab.planner.units import format_bytes
 from shardlab.specs import EmbeddingBagConfig
 from shardlab.storage_specs import LevelSpec, RowsSpec, Tier, home_tier
+from shardlab.words import counted
 
 _GIB = 2**30
 # Doublings of hosts, sizes of memory, and tables that are tried before a change is given up.
@@ -71,13 +72,15 @@ def _too_large(request: Request, problem: Problem, table: int) -> str:
     options = problem.options.of_table(table)
     option = min(options, key=lambda one: float(problem.fullness[one]))
     cut, shards = problem.options.cut(option), int(problem.options.pieces[option])
-    asked = f", the sharding it asks for ({_asked(config)})," if config.sharding \
-        else ", cut as finely as it can be,"
+    least = "cut as finely as it can be"
+    if config.sharding:
+        least = "the sharding it asks for" if len(config.allowed_sharding) == 1 \
+            else f"the least of those it asks for ({_asked(config)})"
     tier, size, capacity = _worst(problem, option)
     place = f"a rank of {topology.name}" if tier is Tier.HBM else f"a host of {topology.name}"
     where = "one rank" if tier is Tier.HBM else f"one host's {tier.value}"
-    return (f"table {config.name!r} ({config.num_embeddings} x {config.embedding_dim}) does not "
-            f"fit{asked} {cut.sharding.value} over {shards} rank{'s' if shards > 1 else ''} needs "
+    return (f"table {config.name!r} ({config.num_embeddings:,} x {config.embedding_dim}) does not "
+            f"fit: {cut.sharding.value} over {counted(shards, 'rank')}, {least}, needs "
             f"{format_bytes(size)} on {where}; {place} holds {format_bytes(capacity)}: short by "
             f"{format_bytes(size - capacity)}")
 
@@ -108,10 +111,13 @@ def _too_much(request: Request, problem: Problem) -> Iterator[str]:
     lower = [f"{format_bytes(size)} of {tier.value}" for tier, size
              in zip((Tier.DDR, Tier.SSD), problem.room[1:].tolist(), strict=True) if size]
     held += f" and the hosts {', '.join(lower)}" if lower else ""
+    ranks = problem.world_size
+    holders = f"the {ranks} ranks of {topology.name} hold" if ranks > 1 \
+        else f"the rank of {topology.name} holds"
     if np.isfinite(total) and total > room:
         yield (f"the {problem.num_tables} tables need {format_bytes(total)} with optimiser state "
-               f"({request.optimizer}) and exchange buffers; the {problem.world_size} ranks of "
-               f"{topology.name} hold {held}: short by {format_bytes(total - room)}")
+               f"({request.optimizer}) and exchange buffers; {holders} {held}: short by "
+               f"{format_bytes(total - room)}")
         return
     for column, tier in enumerate(Tier):
         needed = float(np.minimum.reduceat(
@@ -190,8 +196,8 @@ def _more_hosts(request: Request) -> Iterator[str]:
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if works(middle) else (middle, high)
-    yield (f"{high} hosts of {topology.ranks_per_host} rank"
-           f"{'s' if topology.ranks_per_host > 1 else ''} instead of {topology.hosts}")
+    yield (f"{counted(high, 'host')} of {counted(topology.ranks_per_host, 'rank')} instead of "
+           f"{topology.hosts}")
 
 
 def _more_memory(request: Request, problem: Problem) -> Iterator[str]:

@@ -6,8 +6,10 @@ Data-sheet sizes of HBM are replaced by what ``torch.cuda`` reports as total mem
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 
+from shardlab.errors import ConfigError, nearest_name
 from shardlab.planner.topology import Disk, Link, Memory, Topology
 
 _GB = 10**9
@@ -168,3 +170,24 @@ def nearest_profile(device: str, memory: int) -> Topology:
     gpus = [profile for name, profile in PROFILES.items() if name != "cpu"]
     kin = [profile for profile in gpus if profile.name.split("-")[0] in device.lower()]
     return min(kin or gpus, key=lambda profile: abs(profile.hbm_bytes - memory))
+
+
+_NAME = re.compile(r"(?:(?:(?P<hosts>\d+)x)?(?P<ranks>\d+)x)?(?P<profile>[a-z][a-z0-9-]*)")
+
+
+def read_profile(name: str) -> Topology:
+    """A built-in profile in a size: ``cpu``, ``8xh100``, ``16x8xh100``.
+
+    Raises:
+        ConfigError: no such profile; lists the known ones.
+    """
+    match = _NAME.fullmatch(name)
+    base = PROFILES.get(match["profile"]) if match else None
+    if match is None or base is None:
+        size = name[:match.start("profile")] if match else ""
+        known = [size + profile for profile in PROFILES]
+        raise ConfigError(f"unknown topology {name!r}{nearest_name(name, known)}; known "
+                          f"profiles: {', '.join(PROFILES)}, each with sizes like 8xh100 (one "
+                          "host) or 16x8xh100 (16 hosts); or the path of a YAML file")
+    return replace(base, name=name, hosts=int(match["hosts"] or 1),
+                   ranks_per_host=int(match["ranks"] or 1))

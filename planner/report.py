@@ -22,6 +22,7 @@ from shardlab.planner.report_text import (
 )
 from shardlab.planner.result import PlanResult
 from shardlab.planner.units import format_bytes, format_ms
+from shardlab.words import counted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -57,10 +58,11 @@ def print_report(result: PlanResult, file: IO[str] | None = None, *, width: int 
 
 def _print_summary(console: Console, result: PlanResult) -> None:
     topology = result.topology
-    console.print(f"Plan of {len(result.tables)} tables for {topology.name}", style="bold")
-    hosts = f"{topology.hosts} host{'s' if topology.hosts > 1 else ''} x {topology.ranks_per_host}"
+    console.print(f"Plan of {counted(len(result.tables), 'table')} for {topology.name}",
+                  style="bold")
+    ranks = f"{counted(topology.hosts, 'host')} x {counted(topology.ranks_per_host, 'rank')}"
     lines = {
-        "job": f"{hosts} ranks, batch {result.batch_size} per rank, {result.optimizer}"
+        "job": f"{ranks}, batch {result.batch_size} per rank, {result.optimizer}"
                + _wire(result),
         **_groups(result),
         "step": f"{format_ms(result.step_ms)} on rank {result.slowest.rank}, the slowest: "

@@ -26,6 +26,8 @@ Floats = NDArray[np.float64]
 Points = tuple[tuple[float, ...], ...]
 
 SCHEMA, VERSION = "shardlab-statistics", 1
+#: Stands for 0 where a logarithm is taken.
+_ALMOST_NONE = 1e-9
 
 
 @dataclass(frozen=True)
@@ -76,8 +78,8 @@ class IdStatistics:
         Between measured sizes straight in logarithms. Beyond the largest one the curve goes on as
         steeply as it ended, up to the table's rows.
         """
-        size = np.maximum(np.asarray(samples, dtype=np.float64), 1e-9)
-        (x, y) = np.log(np.maximum(np.array(self.unique), 1e-9)).T
+        size = np.maximum(np.asarray(samples, dtype=np.float64), _ALMOST_NONE)
+        (x, y) = np.log(np.maximum(np.array(self.unique), _ALMOST_NONE)).T
         slope = 0.0 if len(x) < 2 else min(max((y[-1] - y[-2]) / (x[-1] - x[-2]), 0.0), 1.0)
         found = np.exp(np.interp(np.log(size), x, y)
                        + slope * np.maximum(np.log(size) - x[-1], 0.0))

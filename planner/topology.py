@@ -12,24 +12,17 @@ host's ranks share.
 
 from __future__ import annotations
 
-import os
-import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
-from pathlib import Path
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
-from shardlab.errors import ConfigError, nearest_name
+from shardlab.errors import ConfigError
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import ArrayLike, NDArray
 
 Curve = tuple[tuple[float, float], ...]
-
-#: Share of this machine's memory that `local_cpu` gives to the ranks' arenas (the hbm tier); the
-#: ddr tier gets the rest.
-ARENA_SHARE = 0.75
 
 
 @dataclass(frozen=True)
@@ -236,66 +229,3 @@ def _curve_problems(curve: Sequence[tuple[float, float]], key: str) -> Iterator[
     if not curve or sizes != sorted(set(sizes)) or not sizes[0] > 0:
         yield f"{key} needs message sizes above 0, each once, found {sizes}"
     yield from (f"{key} must be above 0, found {speed!r}" for _, speed in curve if not speed > 0)
-
-
-_NAME = re.compile(r"(?:(?:(?P<hosts>\d+)x)?(?P<ranks>\d+)x)?(?P<profile>[a-z][a-z0-9-]*)")
-
-
-def read_topology(name_or_path: str | Path) -> Topology:
-    """Reads a built-in profile by name, or a YAML file.
-
-    ``h100`` is one rank, ``8xh100`` one host of 8, ``16x8xh100`` 16 hosts of 8. A file (name
-    ending in .yaml or .yml, or a path that exists) holds the fields of `Topology`; with
-    ``profile: 8xh100`` it only needs the fields that differ (`topology_file.read_file`).
-
-    Raises:
-        ConfigError: unknown profile (the known ones are listed), unreadable file, or every
-            unknown, missing or unreadable field of the file.
-    """
-    path = Path(name_or_path)
-    if path.suffix in (".yaml", ".yml") or path.is_file():
-        from shardlab.planner.topology_file import read_file
-
-        return read_file(path)
-    return read_profile(str(name_or_path))
-
-
-def read_profile(name: str) -> Topology:
-    """A built-in profile in a size: ``cpu``, ``8xh100``, ``16x8xh100``.
-
-    Raises:
-        ConfigError: no such profile; lists the known ones.
-    """
-    from shardlab.planner.profiles import PROFILES
-
-    match = _NAME.fullmatch(name)
-    base = PROFILES.get(match["profile"]) if match else None
-    if match is None or base is None:
-        size = name[:match.start("profile")] if match else ""
-        known = [size + profile for profile in PROFILES]
-        raise ConfigError(f"unknown topology {name!r}{nearest_name(name, known)}; known "
-                          f"profiles: {', '.join(PROFILES)}, each with sizes like 8xh100 (one "
-                          "host) or 16x8xh100 (16 hosts); or the path of a YAML file")
-    return replace(base, name=name, hosts=int(match["hosts"] or 1),
-                   ranks_per_host=int(match["ranks"] or 1))
-
-
-def local_cpu(ranks: int) -> Topology:
-    """The ``cpu`` profile with this machine's own memory: `ARENA_SHARE` of it for the arenas of
-    ``ranks`` ranks, the rest for the ddr tier."""
-    memory = machine_memory()
-    arenas = int(memory * ARENA_SHARE)
-    return replace(read_profile("cpu"), name=f"{ranks}xcpu (this machine)", ranks_per_host=ranks,
-                   hbm_bytes=arenas // ranks, ddr_bytes=memory - arenas)
-
-
-def machine_memory() -> int:
-    """Bytes of memory that this process may use: the machine's, capped by the container's."""
-    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return min(pages, *(int(text) for text in _cgroup_limits() if text.isdigit()), pages)
-
-
-def _cgroup_limits() -> list[str]:
-    """Memory limits of the container we run in, v2 and v1; "max" when there is none."""
-    paths = ["/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"]
-    return [Path(path).read_text().strip() for path in paths if os.access(path, os.R_OK)]

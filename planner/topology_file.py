@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from shardlab.errors import ConfigError, nearest_name
-from shardlab.planner.topology import Disk, Link, Memory, Topology, read_profile
+from shardlab.planner.profiles import read_profile
+from shardlab.planner.topology import Disk, Link, Memory, Topology
 
 #: Unit -> how many bytes, seconds or things it stands for.
 UNITS: dict[str, float] = {
@@ -40,6 +41,23 @@ _COUNTS = {"hosts", "ranks_per_host"}
 _WHOLE = {*_COUNTS, "hbm_bytes", "ddr_bytes", "capacity_bytes"}
 #: In a file a link's curve is its speed: one number, or one for each message size.
 _FILE_NAMES = {"curve": "bytes_per_s"}
+
+
+def read_topology(name_or_path: str | Path) -> Topology:
+    """Reads a built-in profile by name, or a YAML file.
+
+    ``h100`` is one rank, ``8xh100`` one host of 8, ``16x8xh100`` 16 hosts of 8. A file (name
+    ending in .yaml or .yml, or a path that exists) holds the fields of `Topology`; with
+    ``profile: 8xh100`` it only needs the fields that differ (`read_file`).
+
+    Raises:
+        ConfigError: unknown profile (the known ones are listed), unreadable file, or every
+            unknown, missing or unreadable field of the file.
+    """
+    path = Path(name_or_path)
+    if path.suffix in (".yaml", ".yml") or path.is_file():
+        return read_file(path)
+    return read_profile(str(name_or_path))
 
 
 def read_file(path: Path) -> Topology:

@@ -25,8 +25,8 @@ from shardlab.planner import plan
 from shardlab.planner.report_text import grid, number, rate_text, signed
 from shardlab.planner.request import Request
 from shardlab.planner.result import PlanResult
-from shardlab.planner.topology import Link, Topology, read_topology
-from shardlab.planner.topology_file import change_fields, parse_quantity
+from shardlab.planner.topology import Link, Topology
+from shardlab.planner.topology_file import change_fields, parse_quantity, read_topology
 from shardlab.planner.units import format_bytes, format_ms
 from shardlab.table_plan import WireDtypes
 
@@ -100,8 +100,20 @@ def _changed(scenario: str, request: Request, rebuild: Rebuild) -> Request:
     if topology.name == request.topology.name and topology != request.topology:
         topology = replace(topology, name=f"{topology.name}, {scenario}")
     if overrides:
-        request = rebuild(overrides)
+        request = _rebuilt(overrides, scenario, rebuild)
     return replace(request, topology=topology, settings=replace(request.settings, wire=wire))
+
+
+def _rebuilt(overrides: list[str], scenario: str, rebuild: Rebuild) -> Request:
+    """What is no field of the machine is one of the job, or misspelt: the error helps with both."""
+    try:
+        return rebuild(overrides)
+    except ConfigError as error:
+        names = [override.partition("=")[0] for override in overrides]
+        known = [*_SHORT, *(entry.name for entry in fields(Topology))]
+        hints = "".join(nearest_name(name, known) for name in names)
+        first, *others = error.problems
+        raise ConfigError([f"--what-if {scenario!r}{hints}: {first}", *others]) from None
 
 
 def _wire(wire: WireDtypes, key: str, value: str) -> WireDtypes:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 PAGE_BYTES = 4096
 LINE_BYTES = 64
-_PLACE_BYTES, _UTILITY_BYTES = 4, 2
+PLACE_BYTES, UTILITY_BYTES = 4, 2
 _NARROW_KEY_BYTES, _KEY_BYTES = 4, 8
 #: Slots are added so that at most LOAD of them are taken, a sixteenth of them at a time.
 LOAD_NUMBER, LOAD_OF, GROWTH, FEW_SLOTS = 7, 8, 16, 32
@@ -46,7 +46,7 @@ def fitting_slots(rows: int) -> int:
 
 def value_bytes(chunks: int) -> int:
     """Bytes of a slot beside its key."""
-    return chunks * (_PLACE_BYTES + _UTILITY_BYTES)
+    return chunks * (PLACE_BYTES + UTILITY_BYTES)
 
 
 def key_bytes(rows: int) -> int:
@@ -102,9 +102,9 @@ class ChunkLayout:
             and ``state`` of chunks, and the ``sketch``.
         """
         span = span_of(slots)
-        utilities = _UTILITY_BYTES * self.chunks * span
+        utilities = UTILITY_BYTES * self.chunks * span
         return {"index": sum(self.index_bytes(span)) - utilities, "utilities": utilities,
-                "free_places": in_pages(_PLACE_BYTES * free),
+                "free_places": in_pages(PLACE_BYTES * free),
                 "payload": in_pages(committed * self.payload_bytes),
                 "state": in_pages(committed * self.state_bytes),
                 "sketch": in_pages(self.sketch_lines * LINE_BYTES)}

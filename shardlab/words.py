@@ -1,4 +1,4 @@
-"""Checks of what users write: words of a list, known keys, shares."""
+"""Checks of what users write: words of a list, known keys, shares; and nouns that are counted."""
 
 from __future__ import annotations
 
@@ -7,6 +7,11 @@ from enum import Enum
 from typing import Any
 
 from shardlab.errors import ConfigError, nearest_name
+
+
+def counted(number: int, noun: str) -> str:
+    """``1 rank``, ``1,024 ranks``."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def check_word(value: Any, known: Sequence[str] | Mapping[str, Any], where: str,

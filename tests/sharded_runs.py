@@ -25,6 +25,20 @@ from tests.tolerances import ADAPTIVE, LOOKUP, STATE, TRAINED, assert_within
 OPTIMIZERS = {"sgd": sl.optim.SGD, "adagrad": sl.optim.Adagrad,
               "row_wise_adagrad": sl.optim.RowWiseAdagrad, "adam": sl.optim.Adam,
               "row_wise_adam": sl.optim.RowWiseAdam}
+#: One of each kind, by kind, as the oracle takes them.
+PLAIN = {one.kind: one for one in (
+    PlainOptimizer("sgd", lr=0.05, weight_decay=0.1),
+    PlainOptimizer("adagrad", lr=0.05, eps=1e-10),
+    PlainOptimizer("row_wise_adagrad", lr=0.05, eps=1e-10),
+    PlainOptimizer("adam", lr=0.05, eps=1e-8),
+    PlainOptimizer("row_wise_adam", lr=0.05, betas=(0.8, 0.99), eps=1e-3))}
+EXCHANGES = (ExchangeKind.ROWS, ExchangeKind.POOLED)
+#: Samples per step and rank, by ranks: unequal ranks, an empty rank, an empty batch.
+SIZES = {
+    1: [[7], [4], [0], [9], [1], [6]],
+    2: [[5, 3], [0, 6], [4, 4], [0, 0], [7, 2], [3, 3]],
+    4: [[4, 0, 3, 2], [1, 2, 0, 5], [2, 2, 2, 2], [0, 0, 0, 0], [5, 1, 4, 0], [0, 0, 0, 3]],
+}
 
 
 @dataclass(frozen=True)
@@ -232,6 +246,24 @@ def table_plan(table: EmbeddingBagConfig, kind: ShardingType, world: int, *,
         ShardingType.TABLE_COLUMN_WISE: host[:table.embedding_dim],
     }.get(kind, ranks)
     return build_table_plan(table, kind, chosen, columns=columns, exchange=exchange)
+
+
+def sharding_plan(tables: Sequence[EmbeddingBagConfig], world: int,
+                  kind: ShardingType | None = None,
+                  exchange: ExchangeKind | None = None) -> ShardingPlan:
+    """Lays tables as they ask, or all in one way, each from another rank on."""
+    return ShardingPlan(world, tuple(
+        table_plan(table, kind or table.sharding, world, exchange=exchange or table.exchange,
+                   first=i) for i, table in enumerate(tables)))
+
+
+def mixed_tables(**changes: object) -> list[EmbeddingBagConfig]:
+    """One table for every sharding type and exchange, of odd sizes."""
+    widths = [6, 5, 16, 2, 24, 9, 8]
+    return [EmbeddingBagConfig(3 + 5 * i, widths[i], f"{kind.value}_{exchange.value}",
+                               exchange=exchange, sharding=kind,
+                               pooling=["sum", "mean"][(i + j) % 2], **changes)
+            for j, exchange in enumerate(EXCHANGES) for i, kind in enumerate(ShardingType)]
 
 
 def random_steps(tables: Sequence[EmbeddingBagConfig], sizes: Sequence[Sequence[int]], *,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import os
 import re
 import subprocess
@@ -50,10 +51,21 @@ def layer_of(path: Path) -> str:
     return parts[1] if parts[0] == "shardlab" else parts[0]
 
 
-def imports(path: Path) -> Iterator[tuple[int, str]]:
-    """(line, module) of every import, wherever it stands; ``from a import b`` gives a.b."""
-    package = ("shardlab", *path.parts) if path.parts[0] != "shardlab" else path.parts
-    for node in ast.walk(tree(path)):
+def package_parts(path: Path) -> tuple[str, ...]:
+    return path.parts if path.parts[0] == "shardlab" else ("shardlab", *path.parts)
+
+
+def imports(path: Path, *, of_module: bool = False) -> Iterator[tuple[int, str]]:
+    """(line, module) of every import; ``from a import b`` gives a.b.
+
+    Args:
+        path: of the source file.
+        of_module: only those that stand in no function; those for types alone count.
+    """
+    package = package_parts(path)
+    top = [node for part in tree(path).body
+           for node in (part.body if isinstance(part, ast.If) else [part])]
+    for node in top if of_module else ast.walk(tree(path)):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -91,6 +103,18 @@ def test_imports_go_one_way():
         wrong += [f"{path}:{line}: {layer} may not import {other}"
                   for line, other in imported_layers(path) if other not in before]
     assert not wrong, "\n".join(wrong)
+
+
+def test_no_modules_import_each_other():
+    """Also not for types: who reads one of them need not know the other."""
+    names = {".".join(package_parts(path.with_suffix(""))).removesuffix(".__init__"): path
+             for path in modules()}
+    graph = {}
+    for name, path in names.items():
+        found = {module if module in names else module.rpartition(".")[0]
+                 for _, module in imports(path, of_module=True)}
+        graph[name] = found & names.keys() - {name}
+    graphlib.TopologicalSorter(graph).prepare()  # raises a CycleError that names the circle
 
 
 def test_planner_imports_only_plain_data():

@@ -20,7 +20,8 @@ from shardlab.launch.probe.exchange import FEW_TABLES, MANY_TABLES, STEP_COLLECT
 from shardlab.launch.probe.memory import ROW_BYTES, RowFit, RowSpeed, fit_rows
 from shardlab.launch.probe.rank import Options
 from shardlab.planner.profiles import PROFILES, nearest_profile
-from shardlab.planner.topology import ARENA_SHARE, Disk, Link, Memory, Topology, machine_memory
+from shardlab.planner.this_machine import ARENA_SHARE, machine_memory
+from shardlab.planner.topology import Disk, Link, Memory, Topology
 from shardlab.planner.topology_file import to_yaml
 
 RESERVED_FRACTION = 0.10

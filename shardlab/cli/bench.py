@@ -6,7 +6,9 @@ from typing import Any
 
 import click
 
-#: Names of `shardlab.specs.OPTIMIZER_STATE`, written out so that --help needs no import.
+from shardlab.words import counted
+
+#: Names of `shardlab.storage_bytes.OPTIMIZER_STATE`, written out so that --help imports little.
 _OPTIMIZERS = ("sgd", "adagrad", "row_wise_adagrad", "adam", "row_wise_adam")
 _AT_LEAST_1 = click.IntRange(min=1)
 
@@ -26,10 +28,10 @@ _AT_LEAST_1 = click.IntRange(min=1)
 @click.option("--seconds", type=click.FloatRange(min=0), default=3.0, show_default=True,
               help="Time of each measurement.")
 def bench(seconds: float, **options: Any) -> int:
-    """Measure memory bandwidth and an embedding step: lookup, backward, fused update.
+    """Measure memory bandwidth and a step of embedding tables.
 
-    One process, as many threads as OMP_NUM_THREADS says. For a comparison with other libraries
-    see benchmarks/.
+    Lookup, backward and fused update, in one process with as many threads as OMP_NUM_THREADS
+    says. For a comparison with other libraries see benchmarks/.
     """
     from dataclasses import asdict
 
@@ -42,7 +44,7 @@ def bench(seconds: float, **options: Any) -> int:
     shape = Shape(**options)
     console = Console()
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else \
-        f"CPU, {torch.get_num_threads()} threads"
+        f"CPU, {counted(torch.get_num_threads(), 'thread')}"
     named = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in asdict(shape).items())
     table = Table("measurement", title=f"{where}: {named}", title_justify="left")
     for heading in ("ms, median", "million rows/s", "GB/s"):

@@ -20,7 +20,10 @@ FORMATS = ("torch", "torchrec", "parquet", "npy", "safetensors")
               help="Rows as codes with a scale and a bias; safetensors is what inference loads.")
 def export(checkpoint: Path, out: Path, kind: str, tables: str | None,
            quantize: str | None) -> int:
-    """Write the tables of CHECKPOINT into the new folder OUT, for other programs."""
+    """Write the tables of CHECKPOINT for other programs.
+
+    OUT is a folder that does not exist yet.
+    """
     from shardlab.interop import export as write
 
     names = tuple(name.strip() for name in tables.split(",")) if tables else ()
@@ -52,7 +55,10 @@ def import_(source: Path, out: Path, optimizer: Path | None) -> int:
 @click.command()
 @click.argument("checkpoint", type=_PATH)
 def compact(checkpoint: Path) -> int:
-    """Make an incremental CHECKPOINT a full one, in place and at any instant loadable."""
+    """Make an incremental CHECKPOINT a full one, in place.
+
+    It can be loaded at any instant, also after a crash in between.
+    """
     from shardlab.train.checkpoint_reader import CheckpointReader
     from shardlab.train.retention import compact as merge
 

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from shardlab.words import counted
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -37,7 +39,10 @@ _BAR = 40
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def inspect(checkpoint: Path, table: str | None, as_json: bool, verify: bool,
             **asked: Any) -> int:
-    """Show what CHECKPOINT holds, or what is in a TABLE of it; needs no GPU and no model."""
+    """Show what CHECKPOINT holds, or what is in a TABLE of it.
+
+    Needs no GPU and no model.
+    """
     from rich.console import Console
 
     from shardlab.train.checkpoint_reader import CheckpointReader
@@ -138,8 +143,8 @@ def _show_overview(console: Console, reader: CheckpointReader, as_json: bool) ->
         return
     base = f", builds on {found.base}" if found.base else ""
     console.print(f"{found.path}: step {found.steps:,}, {found.optimizer}, saved by "
-                  f"{found.world_size} ranks, {found.files} files of {found.file_bytes:,} bytes"
-                  f"{base}", highlight=False, soft_wrap=True)
+                  f"{counted(found.world_size, 'rank')}, {counted(found.files, 'file')} of "
+                  f"{found.file_bytes:,} bytes{base}", highlight=False, soft_wrap=True)
     grid = Table("table", "rows", "columns", "storage", "pooling", "features")
     for entry in found.tables:
         grid.add_row(entry["name"], f"{entry['rows']:,}", str(entry["columns"]), entry["storage"],

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from shardlab.errors import ConfigError
+from shardlab.words import counted
 
 if TYPE_CHECKING:
     from shardlab.config import JobConfig
@@ -48,7 +49,7 @@ def read_job(job: str | None, demo: bool, overrides: tuple[str, ...], *, files: 
         ConfigError: not exactly one of job and demo, or the job's own problems.
     """
     if demo == (job is not None):
-        raise ConfigError("give a job file or --demo, one of them" if job is None
+        raise ConfigError("give a job file, JOB.yaml, or --demo" if job is None
                           else f"both {job} and --demo are given; keep one of them")
     from shardlab.config import load_job
 
@@ -58,6 +59,5 @@ def read_job(job: str | None, demo: bool, overrides: tuple[str, ...], *, files: 
         return load_job(job, [*overrides, *given], files)
     except ConfigError as error:
         name = job or "the demo job"
-        count = len(error.problems)
-        title = f"{name} has {count} problem{'s' if count > 1 else ''}:"
+        title = f"{name} has {counted(len(error.problems), 'problem')}:"
         raise ConfigError([title, *(f"  {line}" for line in error.problems)]) from None

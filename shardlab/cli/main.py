@@ -21,7 +21,10 @@ INTERRUPTED = 130  # what shells report for a program that Ctrl-C ended
 
 
 class _Commands(click.Group):
-    """A group that suggests the nearest command for a misspelt one."""
+    """A group that suggests the nearest command for a misspelt one, and keeps their order."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
 
     def resolve_command(
         self, ctx: click.Context, args: list[str],
@@ -33,7 +36,8 @@ class _Commands(click.Group):
         return super().resolve_command(ctx, args)
 
 
-@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]},
+             epilog="Start with `shardlab train --demo`. docs/job_file.md has every key of a job.")
 @click.version_option(package_name="shardlab")
 def app() -> None:
     """Train recommendation models whose embedding tables outgrow a device."""

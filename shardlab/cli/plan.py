@@ -76,7 +76,7 @@ class _Asked:
 @click.option("--all", "everything", is_flag=True, help="Show every rank and table.")
 def plan(job: str | None, demo: bool, ranks: int | None, overrides: tuple[str, ...],
          **options: object) -> int:
-    """Show where every table of a job would go, and what each rank would hold and do.
+    """Show where tables would go, what ranks would hold and do.
 
     Exit code 2 where nothing fits: the message says what, by how much, and what would help.
     """

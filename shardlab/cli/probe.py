@@ -23,9 +23,10 @@ if TYPE_CHECKING:
               help="Also measure the disk that this directory lies on, with a file of 1 GiB.")
 @click.option("--quick", is_flag=True, help="Rough figures in seconds, to try things out.")
 def probe(output: str, ranks: int | None, ssd: str | None, quick: bool) -> int:
-    """Measure this machine in about a minute: memory, exchange, products, disk.
+    """Measure this machine for the planner, in about a minute.
 
-    Run it while nothing else runs: all figures are those of ranks that work at the same time.
+    Memory, exchange, products and, with --ssd, the disk. Run it while nothing else runs: all
+    figures are those of ranks that work at the same time.
     """
     from shardlab.errors import ConfigError
 

@@ -39,10 +39,11 @@ _BLOCKS = 8
               help="Override a value of the job. Can be repeated.")
 def stats(data: str, output: str | None, samples: int | None, features: tuple[str, ...],
           label: str, **options: object) -> int:
-    """Read data once and describe its ids: pooling, repetition, hot rows, cache misses, skew.
+    """Read data once and describe its ids.
 
-    DATA is a raw Criteo log (.tsv, .txt) or Parquet, a file or a quoted pattern. With a job
-    file the rows are those that train in it, hashed to its tables.
+    Pooling, repetition, hot rows, cache misses and skew. DATA is a raw Criteo log (.tsv, .txt) or
+    Parquet, a file or a quoted pattern. With a job file the rows are those that train in it, hashed
+    to its tables.
     """
     from rich.console import Console
 

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 @job_arguments
 @click.option("--plan", metavar="FILE", help="Execute this plan (JSON of `shardlab plan --json`).")
 @click.option("--resume", metavar="auto|never|PATH",
-              help="Continue from the run folder's newest checkpoint, never, or from this one.")
+              help="auto: continue from the run folder's newest checkpoint, if any; never: start "
+                   "anew; PATH: continue from this checkpoint. Default: the job's, else auto.")
 def train(job: str | None, demo: bool, ranks: int | None, overrides: tuple[str, ...],
           plan: str | None, resume: str | None) -> int:
     """Train a job.

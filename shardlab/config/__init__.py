@@ -112,7 +112,7 @@ def load_job(path: str | Path | None, overrides: list[str] | None = None,
     try:
         job = JobConfig.model_validate(data, context={_FILES: files})
     except ValidationError as error:
-        problems += problem_lines(JobConfig, error)
+        problems += problem_lines(JobConfig, data, error)
         problems += run_checks(valid_parts_of(JobConfig, data), files)
     if job is None or problems:
         raise ConfigError(list(dict.fromkeys(problems)))

@@ -11,14 +11,18 @@ from shardlab.errors import nearest_name
 
 _LONGEST_VALUE = 60
 _EXPECTED = {"model_type": "a mapping", "dict_type": "a mapping", "tuple_type": "a list",
-             "too_short": "longer", "string_type": "a text"}
+             "too_short": "longer", "string_type": "a text", "float_type": "a number",
+             "float_parsing": "a number", "int_type": "a whole number",
+             "int_parsing": "a whole number", "int_from_float": "a whole number",
+             "bool_type": "true or false", "bool_parsing": "true or false"}
 
 
-def problem_lines(model: type[BaseModel], error: ValidationError) -> list[str]:
+def problem_lines(model: type[BaseModel], data: Any, error: ValidationError) -> list[str]:
     """One line per finding, such as ``tables[3].embedding_dim: must be greater than 0, found 0``.
 
     Args:
         model: the model that refused the data; its fields are the known keys.
+        data: what it refused, as it was written.
         error: what it found.
     """
     lines: list[str] = []
@@ -26,17 +30,27 @@ def problem_lines(model: type[BaseModel], error: ValidationError) -> list[str]:
         if found["type"] == "job":  # the checks across fields write whole lines themselves
             lines += found["msg"].split("\n")
         elif found["type"] == "placed":  # starts with ":" or with a deeper place
-            lines.append(f"{_place(found['loc'])}{found['msg']}")
+            lines.append(f"{_place(found['loc'], data)}{found['msg']}")
         else:
-            lines.append(f"{_place(found['loc'])}: {_reason(model, found)}")
+            lines.append(f"{_place(found['loc'], data)}: {_reason(model, found)}")
     return lines
 
 
-def _place(loc: tuple[int | str, ...]) -> str:
+def _place(loc: tuple[int | str, ...], data: Any) -> str:
     """("tables", "@TableConfig", 3, "name") as ``tables[3].name``."""
-    steps = [f"[{step}]" if isinstance(step, int) else f".{step}" for step in loc
-             if not str(step).startswith("@")]
-    return "".join(steps).removeprefix(".")
+    text = ""
+    for step in loc:
+        if str(step).startswith("@"):
+            continue
+        if isinstance(step, int):
+            if isinstance(data, str):
+                break  # one word was written where a list may stand
+            text += f"[{step}]"
+            data = data[step] if isinstance(data, list) and step < len(data) else None
+        else:
+            text += f".{step}"
+            data = data.get(step) if isinstance(data, dict) else None
+    return text.removeprefix(".")
 
 
 def _reason(model: type[BaseModel], found: Any) -> str:

@@ -35,8 +35,19 @@ def _auto_is_none(value: Any) -> Any:
 def _unbounded_is_a_count(value: Any) -> Any:
     if isinstance(value, str) and value != "unbounded" and not value.strip().isdigit():
         raise PydanticCustomError("placed", "{line}", {
-            "line": f"must be a valid integer or 'unbounded', found {value!r}"})
+            "line": f": must be a whole number or 'unbounded', found {value!r}"})
     return UNBOUNDED if value == "unbounded" else value
+
+
+def _count_or_auto(value: Any) -> Any:
+    """One message for a union, whose arms would each refuse the value under a name of their own."""
+    if isinstance(value, str) and value.strip().isdigit():
+        value = int(value)
+    is_count = isinstance(value, int) and not isinstance(value, bool) and value > 0
+    if not is_count and value not in ("auto", None):
+        raise PydanticCustomError("placed", "{line}", {
+            "line": f": must be a whole number above 0 or 'auto', found {value!r}"})
+    return value
 
 
 def _one_or_many(value: Any) -> Any:
@@ -64,7 +75,8 @@ NotNegative = Annotated[float, BeforeValidator(_refuse_bool), Field(ge=0)]
 Share = Annotated[float, BeforeValidator(_refuse_bool), Field(ge=0, lt=1)]
 Name = Annotated[str, Field(min_length=1)]
 RowRange = tuple[Index, Index | None]
-HotRowCount = Annotated[Count | Literal["auto"] | None, Field(description=(
+HotRowCount = Annotated[int | Literal["auto"] | None, BeforeValidator(_count_or_auto),
+                        Field(description=(
     "rows copied to every rank, those that ids take most often: how many, or auto: as many as "
     "relieve the busiest rank; docs/exchange.md"))]
 Sharding = Annotated[tuple[ShardingType, ...] | None, BeforeValidator(_one_or_many),

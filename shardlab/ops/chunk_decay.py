@@ -12,13 +12,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from shardlab.ops.chunk_numbers import BINS, CELL_BIAS, CELL_SHIFT, mixed
+from shardlab.ops.chunk_numbers import (
+    BINS,
+    CELL_BIAS,
+    CELL_SHIFT,
+    GOLDEN,
+    LEAST_UTILITY,
+    mixed,
+)
 from shardlab.ops.registry import address, face_of, native
 
 #: Cells of a sketch at a time, so that what is reckoned in between stays small.
 _PIECE = 1 << 20
-_GOLDEN = -0x61C8864680B583EB
-_LEAST_UTILITY = 2.0 ** -48
+_GOLDEN = GOLDEN - (1 << 64)  # the same bits, as an int64
 _WORD_BITS, _RANK_BITS, _LOW = 64, 24, (1 << 16) - 1
 
 
@@ -105,7 +111,7 @@ def _decide(codes: Tensor, rows: Tensor, grid: ChunkGrid,
     at = (rows[:, None] * grid.of_row + chunks) * _GOLDEN
     value = (codes.int() << 16).view(torch.float32) * decay
     rank = _shifted(mixed(grid.key + at), _WORD_BITS - _RANK_BITS).float() * 2.0 ** -_RANK_BITS
-    stays = (codes >= 0) & (torch.maximum(value, rank * _LEAST_UTILITY) >= threshold)
+    stays = (codes >= 0) & (torch.maximum(value, rank * LEAST_UTILITY) >= threshold)
     random = (mixed((key ^ grid.key) + at) & _LOW).int()
     code = ((value.view(torch.int32) + random) >> 16).to(torch.int16)
     return torch.where(stays, code, -1).to(torch.int16)

@@ -14,6 +14,10 @@ from shardlab.ops.chunk_marks import MARK
 BINS = 256
 #: A cell of a sketch counts the fp32 with bits (cell + bias) << shift; 0 counts nothing.
 CELL_SHIFT, CELL_BIAS = 21, 316
+#: The least utility that a cell counts; below it chunks that nobody asked for differ by chance.
+LEAST_UTILITY = 2.0 ** -48
+#: 2^64 over the golden ratio: consecutive numbers times it lie far apart.
+GOLDEN = 0x9E3779B97F4A7C15
 #: Rows from which a chunk that is replaced is chosen.
 DRAWN = 8
 #: The array may grow beyond what its rows need, where a run of slots reaches its end.

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from shardlab.chunk_layout import (
     LINE_BYTES,
+    PLACE_BYTES,
     fitting_slots,
     in_pages,
     span_of,
@@ -45,6 +46,7 @@ def build_chunk_index(shapes: Sequence[StoreShape], blocks: Tensor, memory: Tens
     return ReferenceChunkIndex(shapes, blocks)
 
 
+#: Fields of `ChunkStore` in csrc/chunk_store.h, in its order, 8 B each.
 _STATE = ("keys", "values", "payload", "state", "stack", "sketch", "chunks", "payload_bytes",
           "state_bytes", "slab", "max_chunks", "max_slots", "sketch_lines", "wide", "shared",
           "key_bytes", "key_stride", "value_stride", "line_marks", "budget", "slots", "rows",
@@ -55,6 +57,8 @@ _POOLS = [_COLUMN["payload"], _COLUMN["state"]]
 
 class NativeChunkIndex:
     """The native face of `ChunkIndex`: arrays in one span of memory, in pages as they are needed.
+
+    `ChunkIndex` says what methods do.
 
     Args:
         shapes, blocks, memory, pools: as `build_chunk_index` takes them.
@@ -165,12 +169,8 @@ class NativeChunkIndex:
         self.changes += 1
         shape = self.shapes[store]
         order, keys = self._sorted_keys(store, blocks, rows.rows)
-        size = value_bytes(shape.layout.chunks)
-        values = torch.zeros(keys.numel(), size, dtype=torch.uint8)
-        end = 6 * shape.layout.chunks
-        values[:, :4 * shape.layout.chunks] = rows.places[order].contiguous().view(torch.uint8)
-        values[:, 4 * shape.layout.chunks:end] = rows.utilities[order].contiguous().view(
-            torch.uint8)
+        values = torch.cat([rows.places[order].contiguous().view(torch.uint8),
+                            rows.utilities[order].contiguous().view(torch.uint8)], dim=1)
         native().chunk_load(address(self._state[store]), address(keys),  # type: ignore[union-attr]
                             address(values), keys.numel())
         used = int((rows.places >= 0).sum())
@@ -206,7 +206,7 @@ class NativeChunkIndex:
                             address(values))
         rows, order = rows.sort()
         values = values[order]
-        places, codes = values[:, :4 * chunks], values[:, 4 * chunks:]
+        places, codes = values[:, :PLACE_BYTES * chunks], values[:, PLACE_BYTES * chunks:]
         return ChunkRows(rows, places.flatten().view(torch.int32).view(-1, chunks),
                          _unmarked(codes.flatten().view(torch.int16).view(-1, chunks)))
 
@@ -288,4 +288,5 @@ def index_used_spans(shapes: Sequence[StoreShape],
 def _spans(shape: StoreShape) -> tuple[int, int, int, int]:
     """Bytes of addresses for keys, values, stack and sketch."""
     return (*shape.layout.index_bytes(span_of(SPARE * max_slots(shape))),
-            in_pages(4 * shape.max_chunks), in_pages(shape.layout.sketch_lines * LINE_BYTES))
+            in_pages(PLACE_BYTES * shape.max_chunks),
+            in_pages(shape.layout.sketch_lines * LINE_BYTES))

@@ -28,6 +28,8 @@ from shardlab.ops.chunk_numbers import (
     BINS,
     CELL_SHIFT,
     DRAWN,
+    GOLDEN,
+    LEAST_UTILITY,
     TAG_SHIFT,
     cell_code,
     cell_value,
@@ -37,12 +39,12 @@ from shardlab.ops.chunk_numbers import (
 )
 
 _WORD = (1 << 64) - 1
-_GOLDEN = 0x9E3779B97F4A7C15
-_LEAST_UTILITY = np.float32(2.0 ** -48)
 
 
 @dataclass
 class _Row:
+    """By chunk: places, -1 for absent ones, and bits of utilities with their mark."""
+
     places: list[int]
     utilities: list[int]
 
@@ -57,11 +59,13 @@ class _Row:
 
 @dataclass
 class _Store:
+    """Fields that move are those of `StoreNumbers`; ``cells`` are the sketch's."""
+
     shape: StoreShape
     cells: Tensor
     budget: int = 0
     slots: int = field(default_factory=lambda: fitting_slots(0))
-    rows: dict[int, tuple[int, int, _Row]] = field(default_factory=dict)  # by key
+    rows: dict[int, tuple[int, int, _Row]] = field(default_factory=dict)  # key: block, row, chunks
     used: int = 0
     top: int = 0
     committed: int = 0
@@ -115,7 +119,7 @@ class _Store:
 
 
 class ReferenceChunkIndex:
-    """Plain face of `ChunkIndex`.
+    """Plain face of `ChunkIndex`, which says what methods do.
 
     Args:
         shapes, blocks: as `build_chunk_index` takes them.
@@ -157,7 +161,7 @@ class ReferenceChunkIndex:
     def _word(self, block: int, key: int, row: int, chunk: int) -> int:
         _, row_start, first, chunks, table_key, *_ = self._blocks[block]
         at = (row_start + row) * chunks + first + chunk
-        return mix64(((key ^ table_key) & _WORD) + at * _GOLDEN)
+        return mix64(((key ^ table_key) & _WORD) + at * GOLDEN)
 
     def _ids(self, segments: Tensor, ids: Tensor) -> Iterator[tuple[int, int, int]]:
         """(block, position, row) of every id."""
@@ -322,14 +326,15 @@ class ReferenceChunkIndex:
             return []
         turned = (hashed << 32 | hashed >> 32) & _WORD
         line = (turned * lines) >> 64
-        word = mix64(hashed + (chunk + 1) * _GOLDEN)
+        word = mix64(hashed + (chunk + 1) * GOLDEN)
         first = word % LINE_BYTES
         second = (first + 1 + word // LINE_BYTES % (LINE_BYTES - 1)) % LINE_BYTES
         return [line * LINE_BYTES + first, line * LINE_BYTES + second]
 
     def _ranked(self, block: int, row: int, chunk: int, utility: np.float32) -> np.float32:
         word = self._word(block, 0, row, chunk)
-        return max(utility, np.float32(word >> 40) * np.float32(2.0 ** -24) * _LEAST_UTILITY)
+        drawn = np.float32(word >> 40) * np.float32(2.0 ** -24)  # in [0, 1)
+        return max(utility, drawn * np.float32(LEAST_UTILITY))
 
     def count(self, store: int, decay: float) -> tuple[Tensor, Tensor]:
         bins = torch.zeros(len(self._blocks), BINS, dtype=torch.int64)
@@ -348,7 +353,7 @@ class ReferenceChunkIndex:
         one, factor = self._stores[store], np.float32(decay)
         evicted = torch.zeros(len(self._blocks), dtype=torch.int64)
         for c in one.cells.nonzero().flatten().tolist():
-            word = mix64((key & _WORD) + c * _GOLDEN)
+            word = mix64((key & _WORD) + c * GOLDEN)
             one.cells[c] = cell_code(cell_value(int(one.cells[c])) * factor,
                                      (word >> 16) & ((1 << CELL_SHIFT) - 1))
         before, one.refused = len(one.rows), 0

@@ -33,8 +33,9 @@ class RowSquares:
         owned = {rank: _owned(layout, rank) for rank in range(layout.world_size)}
         mine = owned[layout.rank]
         #: Blocks whose rows have columns elsewhere, or in another block here.
-        self.blocks = [b for b, (t, s) in enumerate(mine)
-                       if _is_cut(layout, t, s)]
+        self.blocks = [block for block, (table, shard) in enumerate(mine)
+                       if _is_cut(layout, table, shard)]
+        #: By rank: the blocks here of whose rows it has other columns.
         self._send = {r: [b for b in self.blocks if _shares(mine[b], theirs)]
                       for r, theirs in owned.items()}
         # What a rank sends here, as (its shard, a block of the same rows here for the size).
@@ -52,10 +53,11 @@ class RowSquares:
 
         Args:
             uniques: rows by block.
-            partial: fp32 sums of squares of every row, for each of `blocks`.
+            partial: for each of `blocks`, fp32 [its rows in ``uniques``]: sums of squares over
+                the columns that lie here.
 
         Returns:
-            fp32 [uniques]; -1 for rows of other blocks, whose mean is the block's own.
+            fp32 [rows in ``uniques``]; -1 for rows of other blocks, whose mean is the block's own.
         """
         received = self._exchange(uniques, partial)
         means = torch.full((uniques.ids.numel(),), -1.0, device=uniques.ids.device)

@@ -29,7 +29,9 @@ class RowMerge(Protocol):
 
 
 class RowUpdater:
-    """Steps 7 and 8 for all shards of this rank.
+    """Merges gradients of all shards of this rank by row and steps the rows.
+
+    Steps 7 and 8 of docs/architecture.md, section 2.
 
     Args:
         layout: the compiled plan.

@@ -2,9 +2,9 @@
 
 A rectangle of such a table is a part of its first core and all of the others. Every owner knows the
 gradients that its rows and columns give to the shared cores; their sum, over all tables in one
-all-reduce, is what all owners step by, so that the copies stay equal. Tables cut by
-columns add the squares of the first core's slices, for row-wise rules. Row blocks of a pruned table
-with ``absent: shared`` do the same for the row that their absent chunks share.
+all-reduce, is what all owners step by, so that the copies stay equal. Tables cut by columns add the
+squares of the first core's slices, for row-wise rules. Row blocks of a pruned table with
+``absent: shared`` do the same for the row that their absent chunks share.
 
 Bytes per step: the parameters of the shared cores, once around (a table of 10 million rows at rank
 32 has 480,000, 1.9 MB); the columns of a pruned table, and a count of every chunk.

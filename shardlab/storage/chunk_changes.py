@@ -10,15 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from shardlab.ops.chunk_marks import Losses, Marks, RowRange
-
-if TYPE_CHECKING:
-    from shardlab.storage.pruned import PrunedStorage
+from shardlab.storage.pruned_state import PrunedState
 
 #: Rows of the index that are looked through at a time.
 SLICE_ROWS = 1 << 18
@@ -26,20 +23,20 @@ SLICE_ROWS = 1 << 18
 _PENDING_ROWS = 1 << 18
 
 
-def listed_rows(storage: PrunedStorage, store: int, marks: Marks,
+def listed_rows(pruned: PrunedState, store: int, marks: Marks,
                 first: Sequence[int] | None = None) -> dict[int, Tensor]:
     """int64 [n], ascending, by shard of a store: rows there, as they are marked.
 
     Args:
-        storage: that holds them.
+        pruned: that holds them.
         store: number of the store.
         marks: which rows.
         first: by shard: rows from there on; None: all.
     """
-    slices = max(1, storage.index.numbers(store).rows // SLICE_ROWS)
-    found: dict[int, list[Tensor]] = {block: [] for block in storage.stores[store].blocks}
+    slices = max(1, pruned.index.numbers(store).rows // SLICE_ROWS)
+    found: dict[int, list[Tensor]] = {block: [] for block in pruned.stores[store].blocks}
     for part in range(slices):
-        pairs = storage.index.list_between(store, RowRange(slice=part, slices=slices, marks=marks))
+        pairs = pruned.index.list_between(store, RowRange(slice=part, slices=slices, marks=marks))
         for block, rows in found.items():
             mine = pairs[pairs[:, 0] == block, 1]
             rows.append(mine if first is None else mine[mine >= first[block]])
@@ -73,26 +70,26 @@ class ChunkChanges:
     """What changed in a storage since `clear`.
 
     Args:
-        storage: to watch; it tells what goes.
+        pruned: what to watch; its storage tells what goes.
     """
 
-    def __init__(self, storage: PrunedStorage) -> None:
-        self._storage = storage
+    def __init__(self, pruned: PrunedState) -> None:
+        self._pruned = pruned
         self.clear()
 
     def clear(self) -> None:
         """Forgets everything: a snapshot of all rows was taken just now."""
-        self._generation = self._storage.watch.generation
-        self._gone: list[list[Tensor]] = [[] for _ in self._storage.shards]
+        self._generation = self._pruned.generation
+        self._gone: list[list[Tensor]] = [[] for _ in self._pruned.shards]
         self._pending, self._num_gone = 0, 0
         #: By store, in their order.
-        self.decisions: list[list[Decision]] = [[] for _ in self._storage.stores]
+        self.decisions: list[list[Decision]] = [[] for _ in self._pruned.stores]
 
     @property
     def is_known(self) -> bool:
         """Whether marks are still those since `clear`: nobody else took a snapshot of all rows, or
         loaded any, and not more rows vanished than there are."""
-        return self._generation == self._storage.watch.generation
+        return self._generation == self._pruned.generation
 
     def note(self, losses: Losses, *, decided: bool) -> None:
         """Takes rows that lost chunks.
@@ -123,17 +120,17 @@ class ChunkChanges:
 
     def rows(self) -> dict[int, Tensor]:
         """int64 [n], ascending, by shard: rows there that changed."""
-        return {block: rows for store in range(len(self._storage.stores))
-                for block, rows in listed_rows(self._storage, store, Marks.SET).items()}
+        return {block: rows for store in range(len(self._pruned.stores))
+                for block, rows in listed_rows(self._pruned, store, Marks.SET).items()}
 
     def count(self) -> int:
         """Rows that changed or vanished."""
-        index = self._storage.index
+        index = self._pruned.index
         marked = sum(index.count_between(store, RowRange(marks=Marks.SET))
-                     for store in range(len(self._storage.stores)))
+                     for store in range(len(self._pruned.stores)))
         return marked + sum(self.gone(block).numel() for block in range(len(self._gone)))
 
     def num_rows(self) -> int:
         """Rows there are."""
-        return sum(self._storage.index.numbers(store).rows
-                   for store in range(len(self._storage.stores)))
+        return sum(self._pruned.index.numbers(store).rows
+                   for store in range(len(self._pruned.stores)))

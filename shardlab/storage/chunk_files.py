@@ -12,7 +12,6 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -26,11 +25,9 @@ from shardlab.storage.base import TableChunk
 from shardlab.storage.chunk_replay import fill_absent, mean_of_chunks
 from shardlab.storage.chunk_start import chunk_numbers
 from shardlab.storage.chunk_stores import NO_BUDGET, pruned_spec
+from shardlab.storage.pruned_state import PrunedState
 from shardlab.storage.rows import STATE_NAMES
 from shardlab.storage_bytes import OPTIMIZER_STATE
-
-if TYPE_CHECKING:
-    from shardlab.storage.pruned import PrunedStorage
 
 _FP32_BYTES = 4
 #: What readers need of every chunk: when it was decided on, and what absent rows read as.
@@ -73,14 +70,17 @@ class RowContent:
 
 
 class ChunkFiles:
-    """Streams a storage's rows out and in.
+    """Streams the rows of pruned shards out and in.
 
     Args:
-        storage: whose rows.
+        pruned: whose rows.
+
+    Attributes:
+        pruned: whose rows.
     """
 
-    def __init__(self, storage: PrunedStorage) -> None:
-        self._storage = storage
+    def __init__(self, pruned: PrunedState) -> None:
+        self.pruned = pruned
         self._loading = False
         self._identities: dict[int, int] = {}
 
@@ -88,17 +88,17 @@ class ChunkFiles:
         """Ends a load: chunks are moved together, as they were when they were saved."""
         if self._loading:
             self._loading = False
-            for store in range(len(self._storage.stores)):
-                self._storage.compact(store)
+            for store in range(len(self.pruned.stores)):
+                self.pruned.compact(store)
 
     # ------------------------------------------------------------------ out
     def chunks(self, max_bytes: int) -> Iterator[TableChunk]:
         """Ranges of rows that tile every shard; see `Storage.chunks`."""
-        storage = self._storage
-        for store in range(len(storage.stores)):
-            storage.compact(store)
-        for block, local in enumerate(storage.shards):
-            found, head = storage.index.list_rows(block), self.head(block)
+        pruned = self.pruned
+        for store in range(len(pruned.stores)):
+            pruned.compact(store)
+        for block, local in enumerate(pruned.shards):
+            found, head = pruned.index.list_rows(block), self.head(block)
             step = max(1, max_bytes // (_FP32_BYTES * self.elements(block)))
             starts = [0, *found.rows[step::step].tolist()]
             for i, first in enumerate(starts):
@@ -110,14 +110,14 @@ class ChunkFiles:
 
     def elements(self, block: int) -> int:
         """fp32 elements of a row of a shard and its state."""
-        storage = self._storage
-        per_column, per_row = OPTIMIZER_STATE[storage.optimizer]
-        return (1 + per_column) * storage.shards[block].shard.columns \
-            + per_row * storage.pools.chunks(block)
+        pruned = self.pruned
+        per_column, per_row = OPTIMIZER_STATE[pruned.optimizer]
+        return (1 + per_column) * pruned.shards[block].shard.columns \
+            + per_row * pruned.pools.chunks(block)
 
     def read(self, block: int, places: Tensor, utilities: Tensor) -> RowContent:
         """Rows whose chunks lie at ``places`` int32 [n, chunks], with their utilities."""
-        pools, (count, chunks) = self._storage.pools, places.shape
+        pools, (count, chunks) = self.pruned.pools, places.shape
         at = places.reshape(-1).long()
         here = (at >= 0).nonzero()[:, 0]
         records = Records(pools.arena, pools.blocks, block, at[here].to(pools.arena.device))
@@ -140,37 +140,37 @@ class ChunkFiles:
             content: of them.
             head: `head`, or `note` of it.
         """
-        storage, local = self._storage, self._storage.shards[block]
-        shard, width = local.shard, storage.pools.width(block)
-        per_column, per_row = OPTIMIZER_STATE[storage.optimizer]
+        pruned, local = self.pruned, self.pruned.shards[block]
+        shard, width = local.shard, pruned.pools.width(block)
+        per_column, per_row = OPTIMIZER_STATE[pruned.optimizer]
         weights, extra = content.weights, {"utilities": content.codes, **head}
         if "absent" in head:
             weights = fill_absent(weights, content.codes, head["absent"])
         if per_row:
             extra["row_states"] = content.states[:, :, per_column * width:].reshape(
-                rows.numel(), storage.pools.chunks(block) * per_row).contiguous()
+                rows.numel(), pruned.pools.chunks(block) * per_row).contiguous()
         return TableChunk(local.table.name, shard.row_start + span[0], shard.col_start,
                           weights, self._split(content.states, width), False,
                           rows - span[0], span[1] - span[0], extra)
 
     def head(self, block: int) -> dict[str, Tensor]:
         """What a shard's first chunk tells of it, and, once for every store, of the store."""
-        storage = self._storage
-        store = int(storage.index.blocks[block, 0])
-        told = {"threshold": storage.thresholds[block:block + 1].clone(),
-                "decided_at": torch.tensor([storage.since[store]]),
-                "scale": storage.scale[block:block + 1].clone(),
-                "measured": storage.measured[block:block + 1].clone(),
-                "admitted": storage.admitted[block:block + 1].clone(),
-                "evicted": storage.evicted[block:block + 1].clone(),
+        pruned = self.pruned
+        store = int(pruned.index.blocks[block, 0])
+        told = {"threshold": pruned.thresholds[block:block + 1].clone(),
+                "decided_at": torch.tensor([pruned.since[store]]),
+                "scale": pruned.scale[block:block + 1].clone(),
+                "measured": pruned.measured[block:block + 1].clone(),
+                "admitted": pruned.admitted[block:block + 1].clone(),
+                "evicted": pruned.evicted[block:block + 1].clone(),
                 "sketch_of": torch.tensor([self._identity(store)])}
-        absent = storage.absent.records(block)
+        absent = pruned.absent.records(block)
         if absent is not None:
             told |= {"absent": absent.read_rows().cpu().flatten(),
                      "absent_states": absent.read_states().cpu()}
-        if block == storage.stores[store].blocks[0]:
-            numbers = storage.index.numbers(store)
-            told |= {"sketch": storage.index.sketch(store).clone(),
+        if block == pruned.stores[store].blocks[0]:
+            numbers = pruned.index.numbers(store)
+            told |= {"sketch": pruned.index.sketch(store).clone(),
                      "budget": torch.tensor([numbers.budget]),
                      "refused": torch.tensor([numbers.refused])}
         return told
@@ -182,10 +182,10 @@ class ChunkFiles:
 
     def _split(self, states: Tensor, width: int) -> dict[str, Tensor]:
         """States [n, chunks, elements] by name: [n, columns], or [n], means of present chunks."""
-        storage, count = self._storage, states.shape[0]
-        per_column, _ = OPTIMIZER_STATE[storage.optimizer]
+        pruned, count = self.pruned, states.shape[0]
+        per_column, _ = OPTIMIZER_STATE[pruned.optimizer]
         parts: dict[str, Tensor] = {}
-        for number, name in enumerate(STATE_NAMES[storage.optimizer]):
+        for number, name in enumerate(STATE_NAMES[pruned.optimizer]):
             if number < per_column:
                 part = states[:, :, number * width:(number + 1) * width]
                 parts[name] = part.reshape(count, states.shape[1] * width).contiguous()
@@ -198,9 +198,9 @@ class ChunkFiles:
         """A number for what a sketch counts: the store's shards and size."""
         if store in self._identities:
             return self._identities[store]
-        storage = self._storage
-        plan = storage.stores[store]
-        parts = [(block, storage.shards[block].table.name, vars(storage.shards[block].shard))
+        pruned = self.pruned
+        plan = pruned.stores[store]
+        parts = [(block, pruned.shards[block].table.name, vars(pruned.shards[block].shard))
                  for block in plan.blocks]
         found = zlib.crc32(repr((parts, plan.shape.layout)).encode())
         self._identities[store] = found
@@ -209,14 +209,14 @@ class ChunkFiles:
     # ------------------------------------------------------------------ in
     def begin_load(self) -> None:
         """Drops all chunks and what is known of absent ones."""
-        storage = self._storage
-        storage.watch.begin_anew()
-        for store in range(len(storage.stores)):
-            none = torch.full((len(storage.shards),), float("inf"))
-            storage.index.decide(store, 0.0, none, 0)
-            storage.index.compact(store, tight=True)
-            storage.index.sketch(store).zero_()
-        storage.index.take_losses()
+        pruned = self.pruned
+        pruned.forget_changes()
+        for store in range(len(pruned.stores)):
+            none = torch.full((len(pruned.shards),), float("inf"))
+            pruned.index.decide(store, 0.0, none, 0)
+            pruned.index.compact(store, tight=True)
+            pruned.index.sketch(store).zero_()
+        pruned.index.take_losses()
         self._loading = True
 
     def load_chunk(self, chunk: TableChunk) -> None:
@@ -226,12 +226,12 @@ class ChunkFiles:
             CheckpointError: the chunk's state is not this optimiser's; its absent rows share one,
                 which this storage cannot hold.
         """
-        wanted = STATE_NAMES[self._storage.optimizer]
+        wanted = STATE_NAMES[self.pruned.optimizer]
         if chunk.state and set(chunk.state) != set(wanted):
             raise CheckpointError(f"table {chunk.table!r}: checkpoint holds optimiser state "
-                                  f"{sorted(chunk.state)}, {self._storage.optimizer} needs "
+                                  f"{sorted(chunk.state)}, {self.pruned.optimizer} needs "
                                   f"{sorted(wanted)}")
-        for block, local in enumerate(self._storage.shards):
+        for block, local in enumerate(self.pruned.shards):
             if local.table.name != chunk.table:
                 continue
             shard = local.shard
@@ -245,7 +245,7 @@ class ChunkFiles:
 
     def _as_read(self, block: int, chunk: TableChunk) -> Iterator[TableChunk]:
         """A chunk as a shard can take it: with all rows, where no other way tells absent ones."""
-        local = self._storage.shards[block]
+        local = self.pruned.shards[block]
         spec = pruned_spec(local)
         if spec.shares_absent or not chunk.extra.get("absent", torch.zeros(1)).any():
             yield chunk
@@ -258,8 +258,8 @@ class ChunkFiles:
     def _load(self, block: int, chunk: TableChunk, rows: tuple[int, int],
               columns: tuple[int, int]) -> None:
         """Takes in the chunks of a rectangle of the table."""
-        storage, local = self._storage, self._storage.shards[block]
-        width, shard = storage.pools.width(block), local.shard
+        pruned, local = self.pruned, self.pruned.shards[block]
+        width, shard = pruned.pools.width(block), local.shard
         if columns[0] % width or columns[1] % width:
             raise CheckpointError(f"table {chunk.table!r}: the checkpoint cuts columns at "
                                   f"{columns}, which are no multiples of chunks of {width}")
@@ -272,7 +272,7 @@ class ChunkFiles:
         weights = chunk.weights[some, source].reshape(-1, width)
         utilities, here = self._utilities(chunk, some, source, weights.view(some.numel(), count,
                                                                             width))
-        places = torch.full((some.numel(), storage.pools.chunks(block)), -1, dtype=torch.int32)
+        places = torch.full((some.numel(), pruned.pools.chunks(block)), -1, dtype=torch.int32)
         places[:, first:first + count] = here.to(torch.int32) - 1
         codes = torch.zeros_like(places, dtype=torch.int16)
         codes[:, first:first + count] = utilities
@@ -301,7 +301,7 @@ class ChunkFiles:
     def _insert(self, block: int, ids: Tensor, places: Tensor, codes: Tensor, *,
                 exact: bool) -> Tensor:
         """Places; a pruned checkpoint's chunks all come in, others while there is room."""
-        index, store = self._storage.index, int(self._storage.index.blocks[block, 0])
+        index, store = self.pruned.index, int(self.pruned.index.blocks[block, 0])
         budget = index.numbers(store).budget
         if exact:
             index.set_budget(store, NO_BUDGET)
@@ -311,10 +311,10 @@ class ChunkFiles:
 
     def _states(self, chunk: TableChunk, some: Tensor, source: slice, width: int) -> Tensor:
         """fp32 [n, chunks, elements]: states of some rows and columns; zeros where unknown."""
-        storage, count = self._storage, (source.stop - source.start) // width
-        per_column, per_row = OPTIMIZER_STATE[storage.optimizer]
+        pruned, count = self.pruned, (source.stop - source.start) // width
+        per_column, per_row = OPTIMIZER_STATE[pruned.optimizer]
         states = torch.zeros(some.numel(), count, per_column * width + per_row)
-        for number, name in enumerate(STATE_NAMES[storage.optimizer] if chunk.state else ()):
+        for number, name in enumerate(STATE_NAMES[pruned.optimizer] if chunk.state else ()):
             value = chunk.state[name]
             if number < per_column:
                 states[:, :, number * width:(number + 1) * width] = \
@@ -332,7 +332,7 @@ class ChunkFiles:
     def _write(self, block: int, ids: Tensor, across: tuple[int, int], kept: Tensor,
                values: tuple[Tensor, Tensor, Tensor]) -> None:
         """Encodes weights and states of the chunks ``kept`` into their places."""
-        pools, (first, count) = self._storage.pools, across
+        pools, (first, count) = self.pruned.pools, across
         at, weights, states = values
         if not kept.numel():
             return
@@ -340,7 +340,7 @@ class ChunkFiles:
         records = Records(pools.arena, pools.blocks, block, at[kept].to(device))
         numbers = chunk_numbers(pools, block, ids).view(ids.numel(), -1)
         mine = numbers[:, first:first + count].reshape(-1)[kept].to(device)
-        words = records.words(rounding_key(self._storage.clock.seed, self._storage.clock.step),
+        words = records.words(rounding_key(self.pruned.clock.seed, self.pruned.clock.step),
                               mine)
         records.write_rows(weights[kept].to(device), words)
         if states.shape[1]:
@@ -348,8 +348,8 @@ class ChunkFiles:
 
     def _take_absent(self, block: int, chunk: TableChunk, source: slice, first: int) -> None:
         """Takes over what absent chunks read as; states only if chunks are as wide there."""
-        storage, width = self._storage, self._storage.pools.width(block)
-        absent = storage.absent.records(block)
+        pruned, width = self.pruned, self.pruned.pools.width(block)
+        absent = pruned.absent.records(block)
         if absent is None or "absent" not in chunk.extra:
             return
         values = chunk.extra["absent"][source].view(-1, width)
@@ -358,23 +358,23 @@ class ChunkFiles:
             states = states[source.start // width:source.stop // width]
         else:
             states = torch.zeros(values.shape[0], elements)
-        storage.absent.write(block, storage.clock.seed, first, values, states)
+        pruned.absent.write(block, pruned.clock.seed, first, values, states)
 
     def _take_store(self, block: int, chunk: TableChunk) -> None:
         """Takes over what decisions left; what counts for a store only if its shards are these."""
-        storage, extra = self._storage, chunk.extra
-        store = int(storage.index.blocks[block, 0])
+        pruned, extra = self.pruned, chunk.extra
+        store = int(pruned.index.blocks[block, 0])
         if "threshold" in extra:
-            storage.thresholds[block] = extra["threshold"][0]
-            storage.since[store] = int(extra["decided_at"])
+            pruned.thresholds[block] = extra["threshold"][0]
+            pruned.since[store] = int(extra["decided_at"])
         if "sketch_of" not in extra or int(extra["sketch_of"]) != self._identity(store):
             return
-        for name, kept in (("scale", storage.scale), ("measured", storage.measured),
-                           ("admitted", storage.admitted), ("evicted", storage.evicted)):
+        for name, kept in (("scale", pruned.scale), ("measured", pruned.measured),
+                           ("admitted", pruned.admitted), ("evicted", pruned.evicted)):
             if name in extra:
                 kept[block] = extra[name][0]
         if "refused" in extra:
-            storage.index.set_refused(store, int(extra["refused"]))
+            pruned.index.set_refused(store, int(extra["refused"]))
         if "sketch" in extra:
-            storage.index.sketch(store).copy_(extra["sketch"])
-            storage.index.set_budget(store, int(extra["budget"]))
+            pruned.index.sketch(store).copy_(extra["sketch"])
+            pruned.index.set_budget(store, int(extra["budget"]))

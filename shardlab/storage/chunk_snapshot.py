@@ -15,9 +15,8 @@ since; in one of changed rows, a list of these does. Source: own.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -27,11 +26,8 @@ from shardlab.ops.chunk_marks import MARK, Losses, Marks, RowRange
 from shardlab.ops.unique import Uniques
 from shardlab.storage.base import TableChunk
 from shardlab.storage.chunk_changes import SLICE_ROWS, ChunkChanges, listed_rows
-from shardlab.storage.chunk_files import RowContent
+from shardlab.storage.chunk_files import ChunkFiles, RowContent
 from shardlab.storage.kept_room import KeptRoom
-
-if TYPE_CHECKING:
-    from shardlab.storage.pruned import PrunedStorage
 
 #: fp32 elements of weights and state of a chunk of a table, and of what is read under the lock.
 _STRIPE_ELEMENTS, _READ_ELEMENTS = 1 << 20, 1 << 18
@@ -52,27 +48,29 @@ class _Kept:
 
 
 class ChunkSnapshot:
-    """The rows of a storage at the moment this is made; the caller holds the storage's lock.
+    """The rows of pruned shards at the moment this is made; the caller holds their lock.
 
     Args:
-        storage: whose rows; compact by now.
+        files: of the shards, whose chunks are compact by now.
         changes: hold only what changed; None: all rows.
         room: for what is kept.
+        end: called once nothing is kept any more.
 
     Attributes:
         room: for what is kept.
     """
 
-    def __init__(self, storage: PrunedStorage, changes: ChunkChanges | None,
-                 room: KeptRoom) -> None:
-        self._storage, self.room = storage, room
-        blocks = range(len(storage.shards))
-        counts = [storage.index.count(store, 1.0)[1].sum(1) for store in range(len(storage.stores))]
+    def __init__(self, files: ChunkFiles, changes: ChunkChanges | None, room: KeptRoom,
+                 end: Callable[[ChunkSnapshot], None]) -> None:
+        pruned = self._pruned = files.pruned
+        self._files, self.room, self._end = files, room, end
+        blocks = range(len(pruned.shards))
+        counts = [pruned.index.count(store, 1.0)[1].sum(1) for store in range(len(pruned.stores))]
         #: Rows that are not written yet, by shard.
         self._left = [int(counts[store][block])
-                      for block, store in enumerate(storage.index.blocks[:, 0].tolist())]
+                      for block, store in enumerate(pruned.index.blocks[:, 0].tolist())]
         self._num_rows = list(self._left)
-        self._heads = [storage.files.head(block) for block in blocks]
+        self._heads = [files.head(block) for block in blocks]
         self._done = [0 for _ in blocks]
         self._kept: list[list[_Kept]] = [[] for _ in blocks]
         self._held: dict[int, tuple[Tensor, Tensor]] = {}
@@ -84,14 +82,14 @@ class ChunkSnapshot:
                              for block, rows in self._wanted.items()}
             self._left = [self._wanted[block].numel() for block in blocks]
             for block in blocks:
-                store = int(storage.index.blocks[block, 0])
+                store = int(pruned.index.blocks[block, 0])
                 self._heads[block] |= _told(changes, block, store)
                 if "sketch" in self._heads[block]:
                     self._shorten(self._heads[block], store)
 
     def _shorten(self, head: dict[str, Tensor], store: int) -> None:
         """Lines of the sketch that changed, in place of all, where these are few."""
-        lines = self._storage.index.changed_lines(store)
+        lines = self._pruned.index.changed_lines(store)
         cells = head["sketch"].view(-1, LINE_BYTES)
         if 2 * len(lines) <= len(cells) and len(head["keys"]) <= _MOST_REPLAYED:
             del head["sketch"]
@@ -104,7 +102,7 @@ class ChunkSnapshot:
 
     def close(self) -> None:
         """Keeps nothing any more."""
-        self._storage.watch.end(self)
+        self._end(self)
 
     # ------------------------------------------------------------------ the training thread
     def keep(self, uniques: Uniques) -> None:
@@ -117,7 +115,7 @@ class ChunkSnapshot:
                 rows = rows[self._unkept(block, rows)]
             if not rows.numel():
                 continue
-            found = self._storage.index.look_up(block, rows)
+            found = self._pruned.index.look_up(block, rows)
             if self._wanted is None:
                 fresh = (found.places >= 0).any(1) & (found.utilities >= 0).all(1)
                 self._keep(block, rows[fresh], found.places[fresh], found.utilities[fresh])
@@ -133,7 +131,7 @@ class ChunkSnapshot:
             at = _first(losses.rows, some.nonzero()[:, 0])
             if self._wanted is not None:
                 at = at[self._unkept(block, losses.rows[at])]
-            chunks = self._storage.pools.chunks(block)
+            chunks = self._pruned.pools.chunks(block)
             self._keep(block, losses.rows[at], losses.places[at, :chunks],
                        losses.utilities[at, :chunks])
 
@@ -151,7 +149,7 @@ class ChunkSnapshot:
     def _keep(self, block: int, rows: Tensor, places: Tensor, utilities: Tensor) -> None:
         if not rows.numel():
             return
-        content = self._storage.files.read(block, places, utilities)
+        content = self._files.read(block, places, utilities)
         num_bytes = rows.nbytes + content.num_bytes
         self._kept[block].append(_Kept(rows, content, num_bytes))
         self.room.take(num_bytes)
@@ -159,22 +157,22 @@ class ChunkSnapshot:
     def decision_bytes(self, stores: Sequence[int]) -> int:
         """What `hold` would keep now, at most; rows that go come on top."""
         return sum(self._left[block] * self._held_bytes(block) for store in stores
-                   if store not in self._decided for block in self._storage.stores[store].blocks)
+                   if store not in self._decided for block in self._pruned.stores[store].blocks)
 
     def _held_bytes(self, block: int) -> int:
-        return _ROW_BYTES + _CODE_BYTES * self._storage.pools.chunks(block)
+        return _ROW_BYTES + _CODE_BYTES * self._pruned.pools.chunks(block)
 
     def hold(self, store: int) -> None:
         """Keeps the utilities of a store's rows, which a decision is about to change."""
         if store in self._decided:
             return  # rows that are not kept or written have theirs kept from the first decision
         self._decided.add(store)
-        index = self._storage.index
+        index = self._pruned.index
         if self._wanted is None:
-            listed = listed_rows(self._storage, store, Marks.CLEAR, self._done)
+            listed = listed_rows(self._pruned, store, Marks.CLEAR, self._done)
         else:
             listed = {block: self._wanted[block][~self._is_kept[block]]
-                      for block in self._storage.stores[store].blocks}
+                      for block in self._pruned.stores[store].blocks}
         for block in list(listed):
             rows = listed.pop(block)
             rows = rows[int(torch.searchsorted(rows, self._done[block])):].clone()
@@ -187,18 +185,18 @@ class ChunkSnapshot:
     # ------------------------------------------------------------------ the writer's thread
     def chunks(self) -> Iterator[tuple[TableChunk, bool]]:
         """Streams (chunk, whether it holds changed rows only), shard by shard, in order of rows."""
-        for block in range(len(self._storage.shards)):
+        for block in range(len(self._pruned.shards)):
             yield from self._block(block)
-            with self._storage.watch.lock:
+            with self._pruned.lock:
                 held = self._held.pop(block, None)
-                self._done[block], self._left[block] = self._storage.shards[block].shard.rows, 0
+                self._done[block], self._left[block] = self._pruned.shards[block].shard.rows, 0
             self.room.give(0 if held is None else held[0].numel() * self._held_bytes(block))
 
     def _block(self, block: int) -> Iterator[tuple[TableChunk, bool]]:
-        files, changed = self._storage.files, self._wanted is not None
+        files, changed = self._files, self._wanted is not None
         if changed:
             none = torch.empty(0, dtype=torch.int64)
-            span = 0, self._storage.shards[block].shard.rows
+            span = 0, self._pruned.shards[block].shard.rows
             yield files.chunk(block, span, none, self._read(block, none, 0),
                               self._heads[block]), True
         step = max(1, _STRIPE_ELEMENTS // files.elements(block))
@@ -218,7 +216,7 @@ class ChunkSnapshot:
 
     def _lists(self, block: int) -> Iterator[tuple[int, Tensor, int]]:
         """(first row, rows, row behind) of ranges that tile the shard."""
-        end = self._storage.shards[block].shard.rows
+        end = self._pruned.shards[block].shard.rows
         if self._wanted is not None:
             yield 0, self._wanted[block], end
             return
@@ -232,34 +230,34 @@ class ChunkSnapshot:
 
     def _list(self, block: int, low: int, most: int) -> tuple[Tensor, bool]:
         """The first ``most`` rows from ``low`` on, ascending, and whether there may be more."""
-        index, store = self._storage.index, int(self._storage.index.blocks[block, 0])
+        index, store = self._pruned.index, int(self._pruned.index.blocks[block, 0])
         slices = max(1, index.numbers(store).rows // SLICE_ROWS)
-        high, found = self._storage.shards[block].shard.rows, torch.empty(0, dtype=torch.int64)
+        high, found = self._pruned.shards[block].shard.rows, torch.empty(0, dtype=torch.int64)
         more = False
         for part in range(slices):
-            with self._storage.watch.lock:
+            with self._pruned.lock:
                 pairs = index.list_between(store, RowRange(low, high, block, part, slices,
                                                            Marks.CLEAR))
             found = torch.cat([found, pairs[:, 1]])
             if found.numel() > 2 * most or (part + 1 == slices and found.numel() > most):
                 found, more = found.sort().values[:most], True
                 high = int(found[-1]) + 1
-        with self._storage.watch.lock:
+        with self._pruned.lock:
             kept = [one.rows[(one.rows >= low) & (one.rows < high)] for one in self._kept[block]]
         found = torch.cat([found, *kept]).unique()
         return found[:most], more or found.numel() > most
 
     def _read_stripe(self, block: int, rows: Tensor, last: int) -> RowContent:
         """Some rows as they were; with them all rows before ``last`` are written."""
-        step = max(1, _READ_ELEMENTS // self._storage.files.elements(block))
+        step = max(1, _READ_ELEMENTS // self._files.elements(block))
         parts = list(rows.split(step))
         edges = [*(int(part[0]) for part in parts[1:]), last]
         return RowContent.cat([self._read(block, part, edge)
                                for part, edge in zip(parts, edges, strict=True)])
 
     def _read(self, block: int, rows: Tensor, last: int) -> RowContent:
-        index, files, given = self._storage.index, self._storage.files, 0
-        with self._storage.watch.lock:
+        index, files, given = self._pruned.index, self._files, 0
+        with self._pruned.lock:
             kept, given = self._take(block, last)
             there = torch.ones(rows.numel(), dtype=torch.bool)
             if kept is not None:

@@ -6,74 +6,58 @@ time. A snapshot goes by rows, so places may change hands and chunks may move in
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from shardlab.ops.unique import Uniques
 from shardlab.storage.chunk_changes import ChunkChanges, Decision
+from shardlab.storage.chunk_files import ChunkFiles
 from shardlab.storage.chunk_snapshot import ChunkSnapshot
 from shardlab.storage.kept_room import KeptRoom
 
-if TYPE_CHECKING:
-    from shardlab.storage.pruned import PrunedStorage
-
 
 class ChunkWatch:
-    """Who watches a storage.
+    """Who watches pruned shards, whose storage tells everything before it does it.
 
     Args:
-        storage: that tells everything before it does it.
-
-    Attributes:
-        lock: held while index and pool change.
-        generation: grows when the marks of changed rows begin anew.
+        files: of the shards.
     """
 
-    def __init__(self, storage: PrunedStorage) -> None:
-        self._storage = storage
-        self.lock = threading.RLock()
-        self.generation = 0
+    def __init__(self, files: ChunkFiles) -> None:
+        self._pruned, self._files = files.pruned, files
         self._snapshot: ChunkSnapshot | None = None
         self._changes: list[ChunkChanges] = []
 
     # ------------------------------------------------------------------ checkpoints
     def snapshot(self, changes: ChunkChanges | None, room: KeptRoom) -> ChunkSnapshot:
-        """The storage at this moment: all rows, after which marks begin anew, or changed ones."""
-        storage = self._storage
-        with self.lock:
-            for store in range(len(storage.stores)):
-                storage.compact(store)
-            taken = ChunkSnapshot(storage, changes, room)
+        """The shards at this moment: all rows, after which marks begin anew, or changed ones."""
+        pruned = self._pruned
+        with pruned.lock:
+            for store in range(len(pruned.stores)):
+                pruned.compact(store)
+            taken = ChunkSnapshot(self._files, changes, room, self.end)
             if changes is None:
-                self.begin_anew()
+                pruned.forget_changes()
             self._snapshot = taken
             self._set_up()
         return taken
 
     def end(self, snapshot: ChunkSnapshot) -> None:
         """Nothing is kept for a snapshot any more."""
-        with self.lock:
+        with self._pruned.lock:
             if self._snapshot is snapshot:
                 self._snapshot = None
                 self._set_up()
 
     def watch_changes(self) -> ChunkChanges:
         """From now on, what changes."""
-        self._changes.append(ChunkChanges(self._storage))
+        self._changes.append(ChunkChanges(self._pruned))
         self._set_up()
         return self._changes[-1]
 
-    def begin_anew(self) -> None:
-        """Clears the marks of changed rows."""
-        self.generation += 1
-        for store in range(len(self._storage.stores)):
-            self._storage.index.clear_marks(store)
-
     def _set_up(self) -> None:
-        index = self._storage.index
+        index = self._pruned.index
         index.keeps_places = self._snapshot is not None
         index.notes_losses = self._snapshot is not None or bool(self._changes)
 
@@ -88,9 +72,9 @@ class ChunkWatch:
         self._tell(decided=False)
 
     def _tell(self, *, decided: bool) -> None:
-        if not self._storage.index.notes_losses:
+        if not self._pruned.index.notes_losses:
             return
-        losses = self._storage.index.take_losses()
+        losses = self._pruned.index.take_losses()
         if not losses.rows.numel():
             return
         if self._snapshot is not None:
@@ -112,7 +96,7 @@ class ChunkWatch:
         """`ChunkIndex.decide`."""
         if self._snapshot is not None:
             self._snapshot.hold(store)
-        evicted = self._storage.index.decide(store, decay, thresholds, key)
+        evicted = self._pruned.index.decide(store, decay, thresholds, key)
         for changes in self._changes:
             changes.decisions[store].append(Decision(decay, thresholds.clone(), key))
         self._tell(decided=True)

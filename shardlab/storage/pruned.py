@@ -31,7 +31,6 @@ from shardlab.ops.chunk_rows import (
     block_segments,
     chunk_squares,
     clear_places,
-    move_places,
     pool_chunks,
     read_chunks,
     scatter_chunks,
@@ -42,16 +41,15 @@ from shardlab.ops.chunk_rows import (
 from shardlab.ops.step_parameters import StepParameters
 from shardlab.ops.unique import Uniques
 from shardlab.storage.base import LocalShard, PlacedJobs, StorageOptions, TableChunk
-from shardlab.storage.chunk_absent import SharedChunks
 from shardlab.storage.chunk_budget import common_unit
 from shardlab.storage.chunk_changes import ChunkChanges
 from shardlab.storage.chunk_files import ChunkFiles
 from shardlab.storage.chunk_snapshot import ChunkSnapshot
 from shardlab.storage.chunk_start import fill_dense
-from shardlab.storage.chunk_stores import build_pools, plan_stores, pruned_spec
+from shardlab.storage.chunk_stores import pruned_spec
 from shardlab.storage.chunk_watch import ChunkWatch
 from shardlab.storage.kept_room import KeptRoom
-from shardlab.storage.levels import Clock
+from shardlab.storage.pruned_state import PrunedState
 from shardlab.storage_bytes import TierBytes
 from shardlab.storage_specs import TOGETHER
 
@@ -68,7 +66,7 @@ _RAISE, _LEAST = 1.05, 2.0 ** -49
 _IDLE = 1 / RESERVE
 
 
-class PrunedStorage:
+class PrunedStorage(PrunedState):
     """All shards of a rank that are pruned.
 
     Args:
@@ -80,31 +78,13 @@ class PrunedStorage:
     """
 
     def __init__(self, shards: list[LocalShard], options: StorageOptions) -> None:
-        self.shards, self.optimizer = shards, options.optimizer
-        self.clock = Clock(options.seed)
-        self.stores = plan_stores(shards, options.optimizer)
-        self.pools = build_pools(shards, self.stores, options)
-        self.index = self.pools.index
-        self._reached = self.pools.arena.device.type == "cpu" \
-            and self.pools.is_native("update_chunks")
-        count, self._store_of = len(shards), self.index.blocks[:, 0].tolist()
-        #: Of admission, by shard, as of the last decision.
-        self.thresholds = torch.zeros(count, dtype=torch.float32)
+        super().__init__(shards, options)
+        self._store_of = self.index.blocks[:, 0].tolist()
         #: By shard: how many times the utility of a chunk that it replaces a newcomer needs.
         self._margins = torch.tensor([1 + pruned_spec(local).hysteresis for local in shards])
-        #: By shard: unit of gradient norms, 0 before it is known; what was measured for the next.
-        self.scale = torch.tensor([0.0 if pruned_spec(local).normalize else 1.0
-                                   for local in shards])
-        self.measured = torch.zeros(count)
-        #: Step of the last decision, by store.
-        self.since = [0] * len(self.stores)
-        #: Chunks since the start, by shard.
-        self.admitted = torch.zeros(count, dtype=torch.int64)
-        self.evicted = torch.zeros(count, dtype=torch.int64)
-        self.absent = SharedChunks(self.pools, shards)
         self._found: tuple[Uniques, Tensor, int] | None = None
         self.files = ChunkFiles(self)
-        self.watch = ChunkWatch(self)
+        self.watch = ChunkWatch(self.files)
         for number, plan in enumerate(self.stores):
             if plan.spec.is_full or plan.spec.start == "dense":
                 fill_dense(self.pools, shards, plan, number, options.seed)
@@ -139,7 +119,7 @@ class PrunedStorage:
                step: StepParameters, row_squares: Tensor | None = None) -> None:
         """Steps present chunks, counts absent ones, and admits what is worth it."""
         self.files.settle()
-        with self.watch.lock:
+        with self.lock:
             self.watch.before_update(uniques)
             self._update(uniques, weights, grads, step, row_squares)
         self.watch.wait()
@@ -159,7 +139,7 @@ class PrunedStorage:
         if admitted.shape[0]:
             edges = torch.searchsorted(admitted[:, 0].contiguous(), uniques.splits)
             self.admitted += edges.diff()
-            if not self._reached or self.index.keeps_places:
+            if not self.reached or self.index.keeps_places:
                 self._clear(edges.diff(), admitted[:, 2])
             step_admitted(self.pools, admitted, uniques, weights, grads, step, row_squares)
             self._make_slots()
@@ -271,7 +251,7 @@ class PrunedStorage:
             budget: bytes of all of them; each gets a part as it keeps chunks.
         """
         self.watch.wait_to_decide(stores)
-        with self.watch.lock:
+        with self.lock:
             self._decide(stores, thresholds, budget)
         self.watch.wait()
 
@@ -308,18 +288,6 @@ class PrunedStorage:
         for block, unit in units.items():
             self.scale[block] = unit
         self.measured.zero_()
-
-    def compact(self, store: int, *, tight: bool = True) -> None:
-        """Moves chunks together and gives slabs behind them back to the system.
-
-        Args:
-            store: number of the store.
-            tight: all of them; else those that the budget has no room for.
-        """
-        with self.watch.lock:
-            moves = self.index.compact(store, tight=tight)
-            if not self._reached and moves.shape[0]:
-                move_places(self.pools, self.stores[store].blocks[0], moves)
 
     # ------------------------------------------------------------------ bytes
     def held_bytes(self, store: int) -> int:

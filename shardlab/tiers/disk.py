@@ -9,17 +9,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from shardlab.errors import ConfigError, StorageError
 from shardlab.ops.registry import address, check_tensor, native
 from shardlab.tiers.disk_failures import Failure, describe_failure
-from shardlab.tiers.disk_tickets import POLL_S, ReadTicket, RecordRequest, WriteTicket
-
-if TYPE_CHECKING:
-    from shardlab.tiers.record_file import RecordFile
+from shardlab.tiers.disk_tickets import POLL_S, OpenFile, ReadTicket, RecordRequest, WriteTicket
 
 ENGINES = ("auto", "io_uring", "threads", "reference")
 
@@ -76,7 +73,7 @@ class Disk:
         self.device = _open_device(engine, queue_depth)
         is_reference = self.device.engine_name().startswith("reference")
         self.direct = False if is_reference else direct
-        self.files: dict[int, RecordFile] = {}
+        self.files: dict[int, OpenFile] = {}
         self._pending: list[_Pending] = []
         self._lock = threading.Lock()
 
@@ -161,7 +158,7 @@ class Disk:
             self._pending = [entry for entry in self._pending
                              if entry.job is None or not entry.job.wait(0.0)]
 
-    def check(self, file: RecordFile) -> None:
+    def check(self, file: OpenFile) -> None:
         """Raises the StorageError of a write to this file that failed."""
         found = self.device.lost_write(file.number)
         if found is not None:
@@ -180,14 +177,14 @@ class Disk:
         first = Failure(*self.device.lost_write(failure.file))
         raise StorageError(self._refusal(file, first, known))
 
-    def _refusal(self, file: RecordFile, first: Failure, known: dict[int, RecordFile]) -> str:
+    def _refusal(self, file: OpenFile, first: Failure, known: dict[int, OpenFile]) -> str:
         culprit = {**self.files, **known}.get(first.file, file)
         return (f"table {file.spec.table!r}, file {file.path}: refused, because an earlier write "
                 f"failed and rows may be lost: "
                 f"{describe_failure(first, culprit.path, culprit.spec)}")
 
     def _submit(self, write: bool, requests: Sequence[RecordRequest]) -> Any:
-        tuples = [_as_tuple(request) for request in requests]
+        tuples = [_as_tuple(request, self.files) for request in requests]
         pending = _Pending(requests)
         self.release_done()
         with self._lock:
@@ -216,7 +213,8 @@ def _open_device(engine: str, queue_depth: int) -> Any:
     return device
 
 
-def _as_tuple(request: RecordRequest) -> tuple[int, int, int, int, int]:
+def _as_tuple(request: RecordRequest,
+              files: dict[int, OpenFile]) -> tuple[int, int, int, int, int]:
     """A request as devices take it; checks what would corrupt memory otherwise."""
     file, rows, records = request.file, request.rows, request.records
     check_tensor("records", records, torch.uint8)
@@ -226,8 +224,9 @@ def _as_tuple(request: RecordRequest) -> tuple[int, int, int, int, int]:
                          f"[{count}, {size}] on the CPU, found {list(records.shape)} on "
                          f"{records.device}")
     number = file.number
-    if file.disk.files.get(number) is not file:
-        raise StorageError(f"table {file.spec.table!r}, file {file.path} is closed; open it again")
+    if files.get(number) is not file:
+        raise StorageError(f"table {file.spec.table!r}, file {file.path} is closed, or another "
+                           "disk's; open it again")
     if isinstance(rows, range):
         if rows.step != 1:
             raise ValueError(f"rows: expected a range of step 1, found {rows}")

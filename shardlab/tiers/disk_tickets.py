@@ -4,20 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from shardlab.errors import StorageError
 from shardlab.ops.registry import address
-
-if TYPE_CHECKING:
-    from shardlab.tiers.disk import Disk
-    from shardlab.tiers.record_file import RecordFile
+from shardlab.tiers.disk_failures import FileSpec
 
 #: How often a wait looks for signals.
 POLL_S = 0.1
+
+
+class OpenFile(Protocol):
+    """A `RecordFile`, as its disk needs to know it."""
+
+    number: int
+    path: str
+    spec: FileSpec
+
+    def close(self) -> None:
+        """Waits for what is under way and closes the file."""
 
 
 @dataclass(frozen=True)
@@ -32,15 +40,28 @@ class RecordRequest:
             where of a row that comes twice the last record stays.
     """
 
-    file: RecordFile
+    file: OpenFile
     rows: Tensor | range
     records: Tensor
+
+
+class Queue(Protocol):
+    """A `Disk`, as its tickets need to know it."""
+
+    def read(self, requests: Sequence[RecordRequest]) -> None:
+        """Reads records."""
+
+    def release_done(self) -> None:
+        """Lets go of the memory of submissions that are done."""
+
+    def raise_failure(self, job: Any, requests: Sequence[RecordRequest]) -> None:
+        """Raises the StorageError of a submission that failed."""
 
 
 class WriteTicket:
     """A write under way. Its rows and records must not change until `wait` returns."""
 
-    def __init__(self, disk: Disk, job: Any, requests: Sequence[RecordRequest]) -> None:
+    def __init__(self, disk: Queue, job: Any, requests: Sequence[RecordRequest]) -> None:
         self._disk, self._job, self.requests = disk, job, list(requests)
 
     def done(self) -> bool:

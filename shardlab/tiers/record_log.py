@@ -72,14 +72,14 @@ class RecordLog:
 
     Rows are addressed by keys: `starts[shard] + row`. Used from one thread.
 
+    Args:
+        disk: who reads and writes.
+        specs: the shards; their layouts have one record size.
+
     Attributes:
         starts: int64 [shards + 1], key of every shard's row 0.
         files: of the shards.
         record_bytes: of a record and its row.
-
-    Args:
-        disk: who reads and writes.
-        specs: the shards; their layouts have one record size.
 
     Raises:
         StorageError: a folder that is not writable, or a disk too small.
@@ -94,19 +94,26 @@ class RecordLog:
         self.files = [RecordFile.create(disk, spec.path, FileSpec(
             spec.table, spec.layout.slots, self.record_bytes, spec.salt, in_order=False),
             replace=True) for spec in specs]
+        #: By key: place in the file, or ~place in memory.
         self._index = np.full(int(self.starts[-1]), _NEVER_WRITTEN, dtype=np.int32)
         room = sum(layout.waiting_rows for layout in layouts)
+        #: Rows that wait, by place: [room, record_bytes], and their key and partition (-1: free).
         self._waiting = np.zeros((room, self.record_bytes), dtype=np.uint8)
         self._waiting_key = np.zeros(room, dtype=np.int64)
         self._waiting_part = np.full(room, -1, dtype=np.int32)
+        #: A stack of free places, of which the first `_num_free` count.
         self._free_places = np.arange(room - 1, -1, -1)
         self._num_free = room
+        #: Rows that are let in at a time: so many find room whatever waits.
         self._intake = sum(layout.intake_rows for layout in layouts)
         most = max(layout.segment_rows for layout in layouts)
         self._room_for_cleaned = max(self._intake, most)
+        #: Rows that wait, by partition.
         self._counts = np.zeros(len(self.segments.free), dtype=np.int64)
         self._victims: list[_Victim] = []
+        #: Grows with every write: what was read ahead knows what was written since.
         self._moment = 0
+        #: Writes under way with their bytes, oldest first.
         self._writes: deque[tuple[WriteTicket, int]] = deque()
         self._ahead = ReadAhead()
         self._recent = RecentWrites()

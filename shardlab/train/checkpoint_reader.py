@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shardlab.errors import CheckpointError
+from shardlab.errors import CheckpointError, nearest_name
 from shardlab.storage import TableChunk
 from shardlab.storage.chunk_replay import ChangedShard, is_head
 from shardlab.train.manifest import (
@@ -94,9 +94,11 @@ class CheckpointReader:
         found = [entry for entry in self.tables
                  if name in (entry.name, f"{entry.collection}/{entry.name}")]
         if len(found) != 1:
-            known = ", ".join(entry.name for entry in self.tables)
             what = "no table" if not found else "several tables"
-            raise CheckpointError(f"{self.path} has {what} {name!r}; it has: {known}")
+            names = [entry.name for entry in self.tables]
+            hint = "" if found else nearest_name(name, names)
+            raise CheckpointError(f"{self.path} has {what} {name!r}{hint}; it has: "
+                                  f"{', '.join(names)}")
         return found[0]
 
     # ------------------------------------------------------------------ rows

@@ -19,6 +19,8 @@ from shardlab.train.units import format_bytes, format_count, format_metric, form
 from shardlab.train.wire_meter import TableWire
 
 _SHOWN_MS = 0.005  # shorter phases would show as 0.00
+_SHOWN_TABLES = 3  # those that send most
+_SHOWN_RANKS = 8  # ranks listed one by one; with more, the range says enough
 
 
 @dataclass(frozen=True)
@@ -187,7 +189,8 @@ class Summary:
         for tier in ("hbm", "ddr", "ssd"):
             held = [getattr(rank, tier) for rank in self.tables]
             if sum(held):
-                rows[f"tables on {tier}"] = f"{format_bytes(sum(held))} ({_by_rank(held)})"
+                by_rank = f" ({_by_rank(held)})" if len(held) > 1 else ""
+                rows[f"tables on {tier}"] = format_bytes(sum(held)) + by_rank
         if self.caches and self.pace.steps:
             every = total_of(self.caches)
             worst = min(self.caches, key=lambda name: self.caches[name].hit_rate)
@@ -197,10 +200,6 @@ class Summary:
                                      f"{every.evictions / self.pace.steps:,.0f} evictions")
         rows["peak RSS by rank"] = _by_rank(self.peak_rss_bytes)
         return rows
-
-
-_SHOWN_TABLES = 3  # those that send most
-_SHOWN_RANKS = 8  # ranks listed one by one; with more, the range says enough
 
 
 def _by_rank(sizes: Sequence[int]) -> str:

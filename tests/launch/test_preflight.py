@@ -80,7 +80,7 @@ def test_a_plan_that_does_not_fit_the_nodes_is_refused_with_what_would(tmp_path)
     with pytest.raises(LaunchError) as caught:
         check(job, Nodes(2, 1, gpus=False, assume_shared=True))
     text = str(caught.value)
-    assert text.startswith("not submitted:\n  plan: table 't_C3' (10131227 x 4096) does not fit")
+    assert text.startswith("not submitted:\n  plan: table 't_C3' (10,131,227 x 4096) does not fit")
     assert "the 26 tables need" in text
     changes = text.partition("smallest change, any one of:\n")[2]
     hosts = re.search(r"- (\d+) hosts of 1 rank instead of 2\n", changes)

@@ -10,7 +10,8 @@ from shardlab.planner.placement import Placement, Problem
 from shardlab.planner.problem import ShardLabModel
 from shardlab.planner.request import Request, build_request
 from shardlab.planner.settings import PlanSettings
-from shardlab.planner.topology import Topology, read_topology
+from shardlab.planner.topology import Topology
+from shardlab.planner.topology_file import read_topology
 from shardlab.specs import EmbeddingBagConfig
 
 GIB = 1 << 30

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from shardlab.planner.cuts import MAX_COPIED_BYTES, table_cuts
-from shardlab.planner.topology import read_topology
+from shardlab.planner.topology_file import read_topology
 from shardlab.specs import EmbeddingBagConfig, ExchangeKind, ShardingType
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from shardlab.planner.enumerate import enumerate_options
-from shardlab.planner.topology import read_topology
+from shardlab.planner.topology_file import read_topology
 from shardlab.specs import EmbeddingBagConfig, ExchangeKind, ShardingType
 from shardlab.storage_specs import PrunedSpec, Tier, describe_storage
 from shardlab.table_plan import build_table_plan

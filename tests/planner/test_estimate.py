@@ -11,7 +11,8 @@ from shardlab.planner.costs import Priced
 from shardlab.planner.enumerate import Options, enumerate_options
 from shardlab.planner.estimate import PHASES, Pricer
 from shardlab.planner.settings import DenseModel, PlanSettings
-from shardlab.planner.topology import Link, Topology, read_topology
+from shardlab.planner.topology import Link, Topology
+from shardlab.planner.topology_file import read_topology
 from shardlab.planner.workload import Workload, build_workload
 from shardlab.specs import EmbeddingBagConfig, ExchangeKind, ShardingType
 from shardlab.table_plan import WireDtypes

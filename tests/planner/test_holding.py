@@ -9,7 +9,7 @@ import pytest
 from shardlab.log_layout import CLEANING
 from shardlab.planner.holding import Holding, holding
 from shardlab.planner.speeds import Speeds
-from shardlab.planner.topology import read_topology
+from shardlab.planner.topology_file import read_topology
 from shardlab.storage_text import parse_storage
 
 GPU, CPU = read_topology("8xh100"), read_topology("2xcpu")

@@ -54,8 +54,8 @@ def test_asked_sharding_is_named() -> None:
     tables = [big(sharding=ShardingType.TABLE_WISE), EmbeddingBagConfig(10, 64, "small")]
     text = message(tables, "4xcpu")
     assert re.search(
-        r"table 'big' \(100000000 x 64\) does not fit, the sharding it asks for \(table_wise\), "
-        r"table_wise over 1 rank needs 23\.\d+ GiB on one rank; a rank of 4xcpu holds 10\.8 GiB: "
+        r"table 'big' \(100,000,000 x 64\) does not fit: table_wise over 1 rank, the sharding it "
+        r"asks for, needs 23\.\d+ GiB on one rank; a rank of 4xcpu holds 10\.8 GiB: "
         r"short by 13\.\d+ GiB", text)
     assert "let the planner choose the sharding of table 'big' (asked: table_wise)" in text
 
@@ -88,7 +88,7 @@ def test_a_full_disk_is_named() -> None:
     storage = {"dtype": "fp32", "tier": "ssd"}
     tables = [EmbeddingBagConfig(100_000_000, 64, "t", storage=storage)]
     text = message(tables, "", topology=tiered("2xcpu", 4 << 30, 1 << 30, 20 << 30))
-    assert re.search(r"table 't' .* does not fit, .*needs 3\d\.?\d* GiB on one host's ssd; a host "
+    assert re.search(r"table 't' .* does not fit: .*needs 3\d\.?\d* GiB on one host's ssd; a host "
                      r"of 2xcpu holds 20 GiB: short by \d", text)
     assert "let table 't' lie on any tier (asked: ssd)" not in text
     assert "storage bf16 instead of fp32" in text

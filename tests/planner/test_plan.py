@@ -17,7 +17,7 @@ from shardlab.planner.estimate import PHASES
 from shardlab.planner.plan_file import plan_to_json
 from shardlab.planner.result import PlanResult
 from shardlab.planner.settings import DenseModel, PlanSettings
-from shardlab.planner.topology import read_topology
+from shardlab.planner.topology_file import read_topology
 from shardlab.specs import EmbeddingBagConfig, ExchangeKind, ShardingType
 from shardlab.storage_bytes import OPTIMIZER_STATE, TierBytes, tier_bytes
 from shardlab.storage_specs import RowsSpec

@@ -9,7 +9,7 @@ import pytest
 
 from shardlab.planner.enumerate import enumerate_options
 from shardlab.planner.sizes import IMPOSSIBLE, TIERS, piece_bytes, shard_bytes
-from shardlab.planner.topology import read_topology
+from shardlab.planner.topology_file import read_topology
 from shardlab.specs import EmbeddingBagConfig
 from shardlab.storage_bytes import OPTIMIZER_STATE, tier_bytes
 from shardlab.storage_specs import RowsSpec, Tier

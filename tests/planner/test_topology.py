@@ -9,7 +9,8 @@ import pytest
 
 from shardlab.errors import ConfigError
 from shardlab.planner.profiles import PROFILES
-from shardlab.planner.topology import local_cpu, read_topology
+from shardlab.planner.this_machine import local_cpu
+from shardlab.planner.topology_file import read_topology
 
 GIB = 1 << 30
 

@@ -13,7 +13,7 @@ from shardlab.launch.probe.machine import describe, measure, warnings
 from shardlab.launch.probe.memory import ROW_BYTES
 from shardlab.launch.probe.rank import Options
 from shardlab.planner import plan
-from shardlab.planner.topology import read_topology
+from shardlab.planner.topology_file import read_topology
 from shardlab.specs import EmbeddingBagConfig
 
 

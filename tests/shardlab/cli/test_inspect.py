@@ -65,7 +65,7 @@ def test_picture_is_drawn(checkpoint: Path, capsys: pytest.CaptureFixture[str]) 
 
 @pytest.mark.parametrize(("arguments", "text"), [
     (("--dead",), "name a TABLE: user"),
-    (("usr",), "has no table 'usr'; it has: user"),
+    (("usr",), "has no table 'usr' (did you mean 'user'?); it has: user"),
     (("user", "--dead", "--stats"), "one of --rows, --top-norm, --dead"),
     (("user", "--rows", "a"), "'a' is not a list of rows such as 5,9"),
 ])

@@ -25,7 +25,7 @@ def test_texts_need_no_quotes(tmp_path):
 
 
 @pytest.mark.parametrize(("job", "demo", "message"), [
-    (None, False, "give a job file or --demo, one of them"),
+    (None, False, "give a job file, JOB.yaml, or --demo"),
     ("x.yaml", True, r"both x\.yaml and --demo are given; keep one of them"),
 ])
 def test_exactly_one_of_file_and_demo(job, demo, message):

@@ -255,6 +255,7 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (("--demo", "--explain", "t_C33"), "no table 't_C33' (did you mean 't_C3'?)"),
     (("--demo", "--what-if", "hosts"), "'hosts' is no change; write key=value"),
     (("--demo", "--what-if", "model.knd=dcn"), "model.knd: unknown key (did you mean 'kind'?)"),
+    (("--demo", "--what-if", "host=+1"), "--what-if 'host=+1' (did you mean 'hosts'?): the demo "),
     (("--demo", "--what-if", "hosts=0"), "hosts must be at least 1, found 0"),
     (("--demo", "--compare", "none.json"), "plan none.json: cannot be read: No such file"),
     (("--demo", "--compare", "torn.json"), "plan torn.json: plan is not JSON"),
@@ -268,7 +269,7 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (("--demo", "--set", "plan=torn.json"), "torn.json: plan is not JSON"),
     (("--demo", "--set", "plan=torn.json", "--explain", "t_C3"), "--set plan= plans anew"),
     (("--demo", "--time-limit", "0"), "--time-limit"),
-    ((), "give a job file or --demo, one of them"),
+    ((), "give a job file, JOB.yaml, or --demo"),
 ])
 def test_mistakes_are_messages(capsys, files, arguments, message):
     code, _, err = run(capsys, *arguments, *SMALL)

@@ -8,7 +8,7 @@ import pytest
 
 from shardlab.cli.main import main
 from shardlab.launch.probe import machine
-from shardlab.planner.topology import read_topology
+from shardlab.planner.topology_file import read_topology
 from tests.launch.probe.test_machine import figures
 
 

@@ -168,7 +168,7 @@ def test_constant_rows_quantise_exactly() -> None:
 
 @pytest.mark.parametrize(("arguments", "text"), [
     (("csv",), "no export format 'csv'; known: torch, torchrec"),
-    (("npy", ("usr",)), "has no table 'usr'; it has: user, item"),
+    (("npy", ("usr",)), r"has no table 'usr' \(did you mean 'user'\?\); it has: user, item"),
     (("parquet", (), "int8"), "--quantize int8 with parquet: quantised rows are int8 or int4, in"),
     (("npy", (), "int2"), "--quantize int2 with npy"),
 ])

@@ -9,7 +9,6 @@ import torch
 
 import shardlab as sl
 from shardlab.ops.init import init_uniform_reference
-from shardlab.plan import ShardingPlan
 from shardlab.specs import EmbeddingBagConfig, ExchangeKind, ShardingType
 from shardlab.table_plan import Shard
 from tests.harness import run_ranks
@@ -22,7 +21,7 @@ from tests.sharded_runs import (
     merged,
     random_steps,
     random_weights,
-    table_plan,
+    sharding_plan,
     train,
 )
 
@@ -35,16 +34,10 @@ def _tables(rows=211):
             for i, kind in enumerate(ShardingType)]
 
 
-def _plan(tables, world):
-    return ShardingPlan(world, tuple(table_plan(table, table.sharding, world, first=i,
-                                                exchange=table.exchange)
-                                     for i, table in enumerate(tables)))
-
-
 def _job(world, optimizer, seed):
     tables, generator = _tables(), torch.Generator().manual_seed(seed)
     steps = random_steps(tables, [[160 // world] * world] * 3, generator=generator, weighted=True)
-    return Job(tuple(tables), _plan(tables, world), PlainOptimizer(optimizer, lr=0.1),
+    return Job(tuple(tables), sharding_plan(tables, world), PlainOptimizer(optimizer, lr=0.1),
                random_weights(tables, generator), steps)
 
 
@@ -78,7 +71,7 @@ def test_initial_rows_depend_on_seed_table_row_and_column_alone(world):
     tables = [*_tables(rows=6), EmbeddingBagConfig(
         num_embeddings=5, embedding_dim=3, name="narrow", sharding="row_wise", exchange="rows",
         weight_init_min=0.25, weight_init_max=0.5)]
-    job = Job(tuple(tables), _plan(tables, world), PlainOptimizer("adam"), {}, [])
+    job = Job(tuple(tables), sharding_plan(tables, world), PlainOptimizer("adam"), {}, [])
     rows, state = merged(job, run_ranks(world, _initial, tables, job.plan, 17))
     for table in tables:
         size = (table.num_embeddings, table.embedding_dim)
@@ -92,7 +85,7 @@ def test_initial_rows_depend_on_seed_table_row_and_column_alone(world):
 
 def test_another_seed_gives_other_rows():
     tables = _tables(rows=6)
-    first, second = (run_ranks(1, _initial, tables, _plan(tables, 1), seed)[0].chunks
+    first, second = (run_ranks(1, _initial, tables, sharding_plan(tables, 1), seed)[0].chunks
                      for seed in (1, 2))
     assert not any(torch.equal(one.weights, other.weights)
                    for one, other in zip(first, second, strict=True))

@@ -8,29 +8,25 @@ import pytest
 import torch
 from torch.nn import functional
 
-from shardlab.plan import ShardingPlan
 from shardlab.specs import EmbeddingBagConfig, ExchangeKind, ShardingType
 from tests.harness import run_ranks
 from tests.oracle import PlainOptimizer, join
 from tests.sharded_runs import (
+    EXCHANGES,
+    PLAIN,
+    SIZES,
     Job,
     assert_equals_oracle,
     merged,
+    mixed_tables,
     random_steps,
     random_weights,
-    table_plan,
+    sharding_plan,
     train,
 )
 
 WORLDS = [1, 2, 4]
 KINDS = list(ShardingType)
-EXCHANGES = [ExchangeKind.ROWS, ExchangeKind.POOLED]
-#: Samples per step and rank: unequal ranks, an empty rank, an empty batch.
-SIZES = {
-    1: [[7], [4], [0], [9], [1], [6]],
-    2: [[5, 3], [0, 6], [4, 4], [0, 0], [7, 2], [3, 3]],
-    4: [[4, 0, 3, 2], [1, 2, 0, 5], [2, 2, 2, 2], [0, 0, 0, 0], [5, 1, 4, 0], [0, 0, 0, 3]],
-}
 
 
 def _tables(**changes):
@@ -41,21 +37,6 @@ def _tables(**changes):
     return [EmbeddingBagConfig(num_embeddings=rows, embedding_dim=columns, name=name,
                                pooling=pooling, feature_names=features, **changes)
             for name, rows, columns, pooling, features in shapes]
-
-
-def _mixed_tables():
-    """One table for every sharding type and exchange."""
-    widths = [6, 5, 16, 2, 24, 9, 8]
-    return [EmbeddingBagConfig(num_embeddings=3 + 5 * i, embedding_dim=widths[i],
-                               name=f"{kind.value}_{exchange.value}", exchange=exchange,
-                               sharding=kind, pooling=["sum", "mean"][(i + j) % 2])
-            for j, exchange in enumerate(EXCHANGES) for i, kind in enumerate(KINDS)]
-
-
-def _plan(tables, world, kind=None, exchange=None):
-    return ShardingPlan(world, tuple(
-        table_plan(table, kind or table.sharding, world, exchange=exchange or table.exchange,
-                   first=i) for i, table in enumerate(tables)))
 
 
 def _job(tables, plan, optimizer, generator, **options):
@@ -76,7 +57,7 @@ def generator(seed):
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.value)
 def test_training_equals_oracle(kind, exchange, world, generator):
     tables = _tables()
-    plan = _plan(tables, world, kind, exchange)
+    plan = sharding_plan(tables, world, kind, exchange)
     jobs = [_job(tables, plan, PlainOptimizer("sgd", lr=0.1, weight_decay=0.02), generator),
             _job(tables, plan, PlainOptimizer("adagrad", lr=0.1, eps=1e-10), generator,
                  weighted=True)]
@@ -87,21 +68,17 @@ def test_training_equals_oracle(kind, exchange, world, generator):
 @pytest.mark.parametrize("world", WORLDS, ids="ranks_{}".format)
 @pytest.mark.parametrize("optimizer", [
     PlainOptimizer("sgd", lr=0.05),
-    PlainOptimizer("sgd", lr=0.05, weight_decay=0.1),
-    PlainOptimizer("adagrad", lr=0.05, eps=1e-10),
-    PlainOptimizer("row_wise_adagrad", lr=0.05, eps=1e-10),
-    PlainOptimizer("adam", lr=0.05, eps=1e-8),
-    PlainOptimizer("row_wise_adam", lr=0.05, betas=(0.8, 0.99), eps=1e-3),
+    *PLAIN.values(),
     PlainOptimizer("sgd", lr=0.05, clip_value=0.1),
-    PlainOptimizer("adagrad", lr=0.05, eps=1e-10, clip_norm=0.5),
-    PlainOptimizer("adam", lr=0.05, eps=1e-8, clip_value=0.2, clip_norm=0.9),
+    dataclasses.replace(PLAIN["adagrad"], clip_norm=0.5),
+    dataclasses.replace(PLAIN["adam"], clip_value=0.2, clip_norm=0.9),
     PlainOptimizer("row_wise_adam", lr=0.05, eps=1e-8, clip_norm=100.0),
 ], ids=lambda o: "-".join([o.kind, *(["decay"] if o.weight_decay else []),
                            *(["value"] if o.clip_value else []),
                            *(["norm"] if o.clip_norm else [])]))
 def test_every_optimizer_equals_oracle_on_every_sharding_type(optimizer, world, generator):
-    tables = _mixed_tables()
-    plan = _plan(tables, world)
+    tables = mixed_tables()
+    plan = sharding_plan(tables, world)
     sizes = [[8 // world] * world] * 5
     jobs = [_job(tables, plan, optimizer, generator),
             _job(tables, plan, optimizer, generator, weighted=True, dyadic=True, linear=True,
@@ -120,7 +97,7 @@ def test_lookup_is_bit_exact_at_every_world_size(kind, pooling, generator):
                                     weighted=weighted) for weighted in (False, True)}
     outputs = {}
     for world in WORLDS:
-        plan = _plan(tables, world, kind, ExchangeKind.ROWS)
+        plan = sharding_plan(tables, world, kind, ExchangeKind.ROWS)
         jobs = [Job(tuple(tables), plan, PlainOptimizer("sgd"), weights, _regrouped(step, world))
                 for step in steps.values()]
         runs = run_ranks(world, train, jobs)
@@ -156,14 +133,14 @@ def _embedding_bags(tables, weights, batch):
 @pytest.mark.parametrize("kind", ["sgd", "adagrad", "adam"])
 def test_training_is_bit_exact_at_every_world_size_where_sums_are_exact(kind, generator):
     """Gradients of few bits sum exactly in any order, so nothing may depend on the sharding."""
-    tables = _mixed_tables()
+    tables = mixed_tables()
     weights = random_weights(tables, generator)
     steps = random_steps(tables, [[4, 2, 1, 1]] * 5, generator=generator, weighted=True,
                          dyadic=True)
     trained = {}
     for world in WORLDS:
-        job = Job(tuple(tables), _plan(tables, world), PlainOptimizer(kind, lr=0.25), weights,
-                  _regrouped(steps, world), linear=True)
+        job = Job(tuple(tables), sharding_plan(tables, world), PlainOptimizer(kind, lr=0.25),
+                  weights, _regrouped(steps, world), linear=True)
         runs = [run for run, in run_ranks(world, train, [job])]
         assert_equals_oracle(job, runs)
         trained[world] = merged(job, runs)

@@ -17,6 +17,8 @@ from shardlab.train.checkpoint_writer import CheckpointWriter, SaveOptions
 from tests.harness import RankError, run_ranks
 from tests.oracle import PlainOptimizer
 from tests.sharded_runs import (
+    PLAIN,
+    SIZES,
     Job,
     assert_equals_oracle,
     build_features,
@@ -25,6 +27,7 @@ from tests.sharded_runs import (
     random_steps,
     random_weights,
     sharded_model,
+    sharding_plan,
     table_plan,
     train,
     train_in_stages,
@@ -32,18 +35,6 @@ from tests.sharded_runs import (
 
 WORLDS = [1, 2, 4]
 #: Samples per step and rank: unequal ranks, an empty rank, an empty batch.
-SIZES = {
-    1: [[7], [4], [0], [9], [1], [6]],
-    2: [[5, 3], [0, 6], [4, 4], [0, 0], [7, 2], [3, 3]],
-    4: [[4, 0, 3, 2], [1, 2, 0, 5], [2, 2, 2, 2], [0, 0, 0, 0], [5, 1, 4, 0], [0, 0, 0, 3]],
-}
-OPTIMIZERS = [
-    PlainOptimizer("sgd", lr=0.05, weight_decay=0.1),
-    PlainOptimizer("adagrad", lr=0.05, eps=1e-10),
-    PlainOptimizer("row_wise_adagrad", lr=0.05, eps=1e-10),
-    PlainOptimizer("adam", lr=0.05, eps=1e-8),
-    PlainOptimizer("row_wise_adam", lr=0.05, betas=(0.8, 0.99), eps=1e-3),
-]
 #: Of `_tables`: hot rows over several owners, all rows, one row, the last row; "cold" has none.
 HOT = {"user": (0, 1, 2, 7, 12), "tiny": (0, 1, 2), "wide": (36,), "thin": (0, 4, 8)}
 
@@ -60,14 +51,9 @@ def _tables(**changes):
             for name, rows, columns, pooling, features, kind in shapes]
 
 
-def _plan(tables, world):
-    return ShardingPlan(world, tuple(table_plan(table, table.sharding, world, first=i)
-                                     for i, table in enumerate(tables)))
-
-
 def _job(optimizer, world, generator, tables=None, hot=HOT, wire=None, **options):
     tables = tables or _tables()
-    plan = _plan(tables, world).with_hot_rows(hot)
+    plan = sharding_plan(tables, world, exchange=ExchangeKind.ROWS).with_hot_rows(hot)
     steps = random_steps(tables, SIZES[world], generator=generator, **options)
     return Job(tuple(tables), plan.with_wire(wire or WireDtypes()), optimizer,
                random_weights(tables, generator), steps)
@@ -99,7 +85,7 @@ def generator(seed):
 
 
 @pytest.mark.parametrize("world", WORLDS, ids="ranks_{}".format)
-@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=lambda optimizer: optimizer.kind)
+@pytest.mark.parametrize("optimizer", PLAIN.values(), ids=PLAIN)
 def test_training_equals_oracle_and_training_without(optimizer, world, generator):
     jobs = [_job(optimizer, world, generator), _job(optimizer, world, generator, weighted=True)]
     found = list(zip(*run_ranks(world, train, [*jobs, *map(_cold, jobs)]), strict=True))
@@ -110,19 +96,19 @@ def test_training_equals_oracle_and_training_without(optimizer, world, generator
 
 def test_two_stages_refuse_copies(generator):
     with pytest.raises(RankError, match="copies of hot rows are made beside a flat exchange only"):
-        run_ranks(4, train_in_stages, [_job(OPTIMIZERS[2], 4, generator)])
+        run_ranks(4, train_in_stages, [_job(PLAIN["row_wise_adagrad"], 4, generator)])
 
 
 @pytest.mark.parametrize("storage", ["fp16", "int8"])
 @pytest.mark.parametrize("world", [2, 4], ids="ranks_{}".format)
 def test_narrow_copies_round_as_their_rows_do(storage, world, generator):
-    job = _job(OPTIMIZERS[1], world, generator, tables=_tables(storage=storage))
+    job = _job(PLAIN["adagrad"], world, generator, tables=_tables(storage=storage))
     hot, cold = zip(*run_ranks(world, train, [job, _cold(job)]), strict=True)
     assert_same(job, hot, cold)
 
 
 @pytest.mark.parametrize("optimizer", [
-    PlainOptimizer("adagrad", lr=0.05, eps=1e-10, clip_norm=0.5),
+    dataclasses.replace(PLAIN["adagrad"], clip_norm=0.5),
     PlainOptimizer("sgd", lr=0.05, clip_value=0.1)], ids=["norm", "value"])
 def test_clipping_equals_oracle(optimizer, generator):
     job = _job(optimizer, 4, generator)
@@ -135,8 +121,8 @@ def test_rows_travel_in_their_codec_and_gradients_of_hot_rows_in_fp32(generator)
     every = {table.name: range(table.num_embeddings) for table in _tables()
              if table.name in HOT}
     tables = [table for table in _tables() if table.name in HOT]
-    forward = _job(OPTIMIZERS[1], 2, generator, wire=WireDtypes("int8", "fp32"))
-    both = _job(OPTIMIZERS[1], 2, generator, tables, every, WireDtypes("int8", "int8"))
+    forward = _job(PLAIN["adagrad"], 2, generator, wire=WireDtypes("int8", "fp32"))
+    both = _job(PLAIN["adagrad"], 2, generator, tables, every, WireDtypes("int8", "int8"))
     exact = dataclasses.replace(both, plan=both.plan.with_wire(WireDtypes("int8", "fp32")))
     rests = _job(PlainOptimizer("sgd", lr=0.05), 2, generator,
                  wire=WireDtypes("fp32", "fp16", error_feedback=True))
@@ -182,7 +168,7 @@ def _ahead(groups, job):
 
 @pytest.mark.parametrize("world", [2, 4], ids="ranks_{}".format)
 def test_batches_exchanged_ahead_give_the_same_bits(world, generator):
-    job = _job(OPTIMIZERS[2], world, generator)
+    job = _job(PLAIN["row_wise_adagrad"], world, generator)
     for plain, one, two, stale, cold in run_ranks(world, _ahead, job):
         for other in (one, two):
             assert all(map(torch.equal, plain[0], other[0]))
@@ -204,7 +190,7 @@ def _copies(groups, job):
 
 
 def test_copies_are_bit_identical_on_all_ranks_and_are_what_is_saved(generator):
-    job = _job(OPTIMIZERS[3], 4, generator)
+    job = _job(PLAIN["adam"], 4, generator)
     found = run_ranks(4, _copies, job)
     for table, rows in HOT.items():
         for one, other in zip(found[0][0][table], found[-1][0][table], strict=True):
@@ -234,7 +220,7 @@ def _go_on(groups, job, folder, names):
 
 @pytest.mark.parametrize("storage", ["fp32", "int8"])
 def test_checkpoints_know_nothing_of_copies(storage, generator, tmp_path):
-    job = _job(OPTIMIZERS[4], 2, generator, tables=_tables(storage=storage))
+    job = _job(PLAIN["row_wise_adam"], 2, generator, tables=_tables(storage=storage))
     runs = {" ".join(names): run_ranks(2, _go_on, job, str(tmp_path / names[0] / names[1]), names)
             for names in (("cold", "cold", "cold"), ("hot", "cold", "hot"), ("cold", "hot", "hot"))}
     expected = runs.pop("cold cold cold")
@@ -261,7 +247,7 @@ def _saved_behind(groups, job, folder):
 
 
 def test_changed_copies_are_in_checkpoints_written_behind_training(generator, tmp_path):
-    job = _job(OPTIMIZERS[4], 2, generator)
+    job = _job(PLAIN["row_wise_adam"], 2, generator)
     for trained, loaded in run_ranks(2, _saved_behind, job, str(tmp_path)):
         for (rows, state), (found, found_state) in zip(trained, loaded, strict=True):
             assert torch.equal(rows, found)
@@ -309,7 +295,7 @@ def _stepped(groups, job):
 
 
 def test_copies_take_the_bytes_of_their_rows_on_every_rank(generator):
-    job = _job(OPTIMIZERS[1], 2, generator)
+    job = _job(PLAIN["adagrad"], 2, generator)
     copies = sum(len(HOT[table.name]) * 2 * 4 * table.embedding_dim for table in job.tables
                  if table.name in HOT)
     for every, homes in run_ranks(2, _stepped, job):

@@ -14,9 +14,7 @@ from shardlab.plan import ShardingPlan
 from shardlab.sharded.layout import compile_layout
 from shardlab.specs import EmbeddingBagConfig, ExchangeKind, ShardingType
 from shardlab.table_plan import Shard, TablePlan
-from tests.sharded_runs import table_plan
-
-KINDS = [ExchangeKind.ROWS, ExchangeKind.POOLED]
+from tests.sharded_runs import EXCHANGES, table_plan
 
 
 @st.composite
@@ -27,7 +25,7 @@ def _plans(draw):
         name=f"t{i}", feature_names=[f"t{i}_{k}" for k in range(draw(st.integers(1, 3)))])
         for i in range(draw(st.integers(1, 4))))
     plans = tuple(table_plan(table, draw(st.sampled_from(list(ShardingType))), world,
-                             exchange=draw(st.sampled_from(KINDS)),
+                             exchange=draw(st.sampled_from(EXCHANGES)),
                              first=draw(st.integers(0, world - 1))) for table in tables)
     return tables, ShardingPlan(world, plans)
 

@@ -14,19 +14,22 @@ from shardlab.ops.unique import Uniques
 from shardlab.plan import ShardingPlan
 from shardlab.sharded.gradients import MergedRows
 from shardlab.sharded.replicas import RowSums
-from shardlab.specs import EmbeddingBagConfig, ExchangeKind, ShardingType
+from shardlab.specs import EmbeddingBagConfig, ShardingType
 from tests.harness import run_ranks
-from tests.oracle import Oracle, PlainOptimizer, join
+from tests.oracle import Oracle, join
 from tests.sharded_runs import (
+    PLAIN,
     Bare,
     Job,
     assert_equals_oracle,
     build_features,
     loss_of,
     merged,
+    mixed_tables,
     random_steps,
     random_weights,
     sharded_model,
+    sharding_plan,
     table_plan,
     train,
 )
@@ -37,31 +40,14 @@ SIZES = {2: [[5, 3], [0, 6], [4, 4], [0, 0], [7, 2], [3, 3]],
          4: [[4, 0, 3, 2], [1, 2, 0, 5], [2, 2, 0, 0], [0, 0, 0, 0], [5, 1, 4, 0], [0, 0, 0, 3]]}
 #: Job ranks: replicas.
 WORLDS = [(2, 2), (4, 2), (4, 4)]
-OPTIMIZERS = [
-    PlainOptimizer("sgd", lr=0.05, weight_decay=0.1),
-    PlainOptimizer("adagrad", lr=0.05, eps=1e-10, clip_norm=0.5),
-    PlainOptimizer("row_wise_adagrad", lr=0.05, eps=1e-10),
-    PlainOptimizer("adam", lr=0.05, eps=1e-8, clip_value=0.2, clip_norm=0.9),
-    PlainOptimizer("row_wise_adam", lr=0.05, betas=(0.8, 0.99), eps=1e-3),
-]
-
-
-def _tables(storage="fp32"):
-    """One table for every sharding type and exchange, of odd sizes."""
-    widths = [6, 5, 16, 2, 24, 9, 8]
-    return tuple(EmbeddingBagConfig(
-        3 + 5 * i, widths[i], f"{kind.value}_{exchange.value}", exchange=exchange, sharding=kind,
-        pooling=["sum", "mean"][(i + j) % 2], storage=storage)
-        for j, exchange in enumerate([ExchangeKind.ROWS, ExchangeKind.POOLED])
-        for i, kind in enumerate(ShardingType))
+OPTIMIZERS = {**PLAIN, "adagrad": dataclasses.replace(PLAIN["adagrad"], clip_norm=0.5),
+              "adam": dataclasses.replace(PLAIN["adam"], clip_value=0.2, clip_norm=0.9)}
 
 
 def _job(world, replicas, optimizer, *, sync=1, storage="fp32", seed=0, **options):
     generator = torch.Generator().manual_seed(seed)
-    tables, group = _tables(storage), world // replicas
-    plan = ShardingPlan(group, tuple(
-        table_plan(table, table.sharding, group, exchange=table.exchange, first=i)
-        for i, table in enumerate(tables))).with_replicas(replicas, sync)
+    tables = tuple(mixed_tables(storage=storage))
+    plan = sharding_plan(tables, world // replicas).with_replicas(replicas, sync)
     return Job(tables, plan, optimizer, random_weights(tables, generator),
                random_steps(tables, SIZES[world], generator=generator, **options))
 
@@ -84,7 +70,7 @@ def _assert_copies_alike(job, runs):
 @pytest.mark.parametrize(("world", "replicas"), WORLDS, ids=["1x2", "2x2", "1x4"])
 def test_merged_gradients_equal_the_oracle(world, replicas, seed):
     jobs = [_job(world, replicas, optimizer, seed=seed, weighted=number % 2 == 1)
-            for number, optimizer in enumerate(OPTIMIZERS)]
+            for number, optimizer in enumerate(OPTIMIZERS.values())]
     for job, runs in zip(jobs, zip(*run_ranks(world, train, jobs), strict=True), strict=True):
         _assert_copies_alike(job, runs)
         assert_equals_oracle(job, _one_group(job, runs))
@@ -169,7 +155,7 @@ def _simulate(job):
                          ids=["1x2", "2x2", "1x4"])
 def test_averaged_rows_are_what_plain_torch_gives(world, replicas, sync, seed):
     jobs = [_job(world, replicas, optimizer, sync=sync, seed=seed)
-            for optimizer in (OPTIMIZERS[0], OPTIMIZERS[2], OPTIMIZERS[4])]
+            for optimizer in map(OPTIMIZERS.get, ("sgd", "row_wise_adagrad", "row_wise_adam"))]
     for job, runs in zip(jobs, zip(*run_ranks(world, train, jobs), strict=True), strict=True):
         expected, oracles = _simulate(job)
         found = [torch.cat([run.outputs[number] for run in runs[first:first + world // replicas]])
@@ -285,7 +271,7 @@ def _ahead(groups, job, depth, staleness):
 @pytest.mark.parametrize("sync", [1, 2])
 @pytest.mark.parametrize("depth", [1, 2])
 def test_looking_ahead_gives_the_same_bits(depth, sync):
-    job = _job(4, 2, OPTIMIZERS[2], sync=sync)
+    job = _job(4, 2, OPTIMIZERS["row_wise_adagrad"], sync=sync)
     for ahead, plain in zip(run_ranks(4, _ahead, job, depth, 0), run_ranks(4, _ahead, job, 0, 0),
                             strict=True):
         for one, other in zip([*ahead[0], *ahead[1]], [*plain[0], *plain[1]], strict=True):
@@ -295,7 +281,7 @@ def test_looking_ahead_gives_the_same_bits(depth, sync):
 
 @pytest.mark.parametrize("sync", [1, 2])
 def test_stale_rows_keep_copies_alike_and_repeat(sync):
-    job = _job(4, 2, OPTIMIZERS[2], sync=sync)
+    job = _job(4, 2, OPTIMIZERS["row_wise_adagrad"], sync=sync)
     first, second = (run_ranks(4, _ahead, job, 1, 1) for _ in range(2))
     for rank, (run, again) in enumerate(zip(first, second, strict=True)):
         assert all(map(torch.equal, run[1], again[1]))

@@ -30,7 +30,7 @@ from tests.sharded_runs import (
     random_steps,
     random_weights,
     sharded_model,
-    table_plan,
+    sharding_plan,
     train,
 )
 from tests.tolerances import ADAPTIVE, LOOKUP, TRAINED, assert_within
@@ -60,8 +60,7 @@ class Tower(nn.Module):
 
 
 def _plan(world, kind=ShardingType.ROW_WISE):
-    return ShardingPlan(world, tuple(table_plan(table, kind, world, exchange=table.exchange,
-                                                first=i) for i, table in enumerate(TABLES)))
+    return sharding_plan(TABLES, world, kind)
 
 
 def _job(world, seed, optimizer=None, **options):

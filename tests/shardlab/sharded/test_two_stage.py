@@ -17,6 +17,7 @@ from tests.fault_ranks import FaultyWorld
 from tests.harness import run_ranks
 from tests.oracle import PlainOptimizer
 from tests.sharded_runs import (
+    EXCHANGES,
     Bare,
     Job,
     assert_equals_oracle,
@@ -26,12 +27,12 @@ from tests.sharded_runs import (
     random_steps,
     random_weights,
     sharded_model,
+    sharding_plan,
     table_plan,
     train,
     train_in_stages,
 )
 
-EXCHANGES = [ExchangeKind.ROWS, ExchangeKind.POOLED]
 #: Two hosts of two ranks: unequal ranks, empty ranks, an empty host, an empty batch.
 SIZES = [[4, 0, 3, 2], [0, 0, 2, 5], [2, 2, 2, 2], [0, 0, 0, 0], [5, 1, 4, 0]]
 
@@ -48,9 +49,7 @@ def _tables(exchange):
 
 def _job(tables, seed, optimizer="row_wise_adagrad", sizes=SIZES, **options):
     generator = torch.Generator().manual_seed(seed)
-    plan = ShardingPlan(4, tuple(table_plan(table, table.sharding, 4, exchange=table.exchange,
-                                            first=i) for i, table in enumerate(tables)))
-    return Job(tuple(tables), plan, PlainOptimizer(optimizer, lr=0.1),
+    return Job(tuple(tables), sharding_plan(tables, 4), PlainOptimizer(optimizer, lr=0.1),
                random_weights(tables, generator),
                random_steps(tables, sizes, generator=generator, **options))
 

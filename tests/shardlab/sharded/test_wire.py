@@ -10,11 +10,12 @@ import torch
 import shardlab as sl
 from shardlab.errors import PlanError
 from shardlab.plan import ShardingPlan
-from shardlab.specs import EmbeddingBagConfig, ExchangeKind, ShardingType
+from shardlab.specs import EmbeddingBagConfig, ShardingType
 from shardlab.table_plan import WireDtypes
 from tests.harness import run_ranks
 from tests.oracle import PlainOptimizer
 from tests.sharded_runs import (
+    EXCHANGES,
     Bare,
     Job,
     build_features,
@@ -22,6 +23,7 @@ from tests.sharded_runs import (
     random_steps,
     random_weights,
     sharded_model,
+    sharding_plan,
     table_plan,
     train,
     train_in_stages,
@@ -46,14 +48,12 @@ def _tables():
         num_embeddings=1 + 6 * i, embedding_dim=widths[i], sharding=kind, exchange=exchange,
         name=f"{kind.value}_{exchange.value}", pooling=["sum", "mean"][(i + j) % 2],
         feature_names=[f"{kind.value}_{exchange.value}_{k}" for k in range(1 + i % 2)])
-        for j, exchange in enumerate((ExchangeKind.ROWS, ExchangeKind.POOLED))
+        for j, exchange in enumerate(EXCHANGES)
         for i, kind in enumerate(ShardingType)]
 
 
 def _plan(tables, world, wire):
-    plan = ShardingPlan(world, tuple(
-        table_plan(table, table.sharding, world, exchange=table.exchange, first=i)
-        for i, table in enumerate(tables)))
+    plan = sharding_plan(tables, world)
     return plan.with_wire(WireDtypes()) if wire is None else dataclasses.replace(
         plan, tables=tuple(dataclasses.replace(entry, wire=wire(i))
                            for i, entry in enumerate(plan.tables)))

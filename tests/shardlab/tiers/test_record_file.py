@@ -14,7 +14,7 @@ import torch
 
 from shardlab.errors import StorageError
 from shardlab.pages import PAGE_BYTES, file_bytes
-from shardlab.tiers import Disk, FileSpec, RecordFile
+from shardlab.tiers import Disk, FileSpec, RecordFile, RecordRequest
 from tests.shardlab.tiers.disk_cases import SIZES, filled_file, random_records, read
 
 SPEC = FileSpec("user", 300, 68, 7)
@@ -182,6 +182,16 @@ def test_close_is_final_and_may_come_twice(disk: Disk, tmp_path: Path):
         read(file, range(1))
     file.unlink()
     file.unlink()
+
+
+def test_files_of_another_disk_are_refused(disk: Disk, tmp_path: Path):
+    with Disk("reference") as other, RecordFile.create(other, tmp_path / "f", SPEC) as file, \
+            RecordFile.create(disk, tmp_path / "g", SPEC) as mine:
+        records = torch.zeros(1, SPEC.record_bytes, dtype=torch.uint8)
+        with pytest.raises(StorageError, match=r"file .*/f is closed, or another disk's"):
+            disk.write([RecordRequest(file, range(1), records)])
+        assert mine.number == file.number
+        assert mine.rows_written == 0
 
 
 def test_long_table_names_are_refused(disk: Disk, tmp_path: Path):
