@@ -4,6 +4,7 @@
     python tensor_train_quality.py ../examples/criteo_kaggle_dlrm.yaml --synthetic 400000
     python tensor_train_quality.py JOB --data FILE --tables 3 --ranks 8 --seeds 0 --out part.jsonl
     python tensor_train_quality.py JOB --data FILE --tables 7 --ranks 8 --cached 1000 --warmup 50
+    python tensor_train_quality.py JOB --data FILE --ranks 32 --optimizer adagrad --lr 0.05
     python tensor_train_quality.py --from first.jsonl part.jsonl --plot quality.png
 
 The job's model and optimisers train once over the data, with tables of the full Criteo Kaggle
@@ -31,6 +32,7 @@ from shardlab.config import load_job
 from shardlab.launch.building import build_job_model, build_row_optimizer, dense_optimizer
 from shardlab.launch.readers import build_readers
 from shardlab.ops.allocator import keep_freed_memory
+from shardlab.ops.step_parameters import RULES
 from shardlab.presets import CRITEO_KAGGLE_CARDINALITIES, CRITEO_SPARSE_NAMES
 from shardlab.storage_bytes import tier_bytes
 from shardlab.storage_specs import TENSOR_TRAIN_INITS, TensorTrainSpec
@@ -106,6 +108,8 @@ def load(args: argparse.Namespace, tables: list[dict], seed: int):
     data = yaml.safe_load(Path(args.job).read_text())
     data |= {"tables": tables, "ranks": 1, "batch_size": args.batch}
     data["train"] = {**data.get("train", {}), "seed": seed}
+    if args.optimizer:
+        data.setdefault("optimizer", {})["sparse"] = {"kind": args.optimizer, "lr": args.lr}
     if args.synthetic:
         data["data"] = {"kind": "synthetic_criteo", "train_rows": [0, args.synthetic],
                         "validation_rows": [args.synthetic, args.synthetic + 100_000]}
@@ -160,11 +164,12 @@ def variant_of(args: argparse.Namespace) -> Variant:
 
 
 def data_name(args: argparse.Namespace) -> str:
-    """Of the rows that a run trains and judges on."""
+    """Of the rows that a run trains and judges on, and of the optimiser that is not the job's."""
+    rule = f", {args.optimizer} {args.lr:g}" if args.optimizer else ""
     if args.synthetic:
-        return "synthetic"
+        return "synthetic" + rule
     return "criteo" + "".join(f" {first}-{end}" for first, end in
-                              filter(None, (args.train_rows, args.validation_rows)))
+                              filter(None, (args.train_rows, args.validation_rows))) + rule
 
 
 def train_missing(args: argparse.Namespace) -> dict:
@@ -203,6 +208,8 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of the cores")
     parser.add_argument("--cached", type=int, default=0, help="rows that every table caches")
     parser.add_argument("--warmup", type=int, default=50, help="steps before rows are cached")
+    parser.add_argument("--optimizer", choices=list(RULES), help="of all tables; not the job's")
+    parser.add_argument("--lr", type=float, default=0.05, help="with --optimizer")
     parser.add_argument("--train-rows", type=int, nargs=2, help="instead of the job's")
     parser.add_argument("--validation-rows", type=int, nargs=2, help="instead of the job's")
     parser.add_argument("--out", default="tensor_train_quality.jsonl", help="runs; read first")
