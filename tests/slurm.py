@@ -69,7 +69,7 @@ AccountingStorageType=accounting_storage/none
 JobAcctGatherType=jobacct_gather/none
 NodeName=node1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=2
 NodeName=node2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=2
-PartitionName=low Nodes=node1,node2 Default=YES MaxTime=60 PriorityTier=1 GraceTime=60 State=UP
+PartitionName=low Nodes=node1,node2 Default=YES MaxTime=60 PriorityTier=1 GraceTime=300 State=UP
 PartitionName=high Nodes=node1,node2 MaxTime=60 PriorityTier=2 State=UP
 """
 
