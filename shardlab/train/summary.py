@@ -146,7 +146,7 @@ class Summary:
         """What of ids, rows and gradients stayed on its host, where there are several."""
         wire = self.wire_per_step
         across = wire.total - wire.dense_all_reduce - wire.inside
-        if not wire.inside or not across:
+        if not wire.inside or across < 1:  # means of counts: a difference of floats
             return {}
         return {"wire by host": f"{format_bytes(across)} across hosts, {format_bytes(wire.inside)} "
                 "inside them (dense all-reduce left out)"}

@@ -50,6 +50,15 @@ def test_table_says_everything() -> None:
     assert "training rows skipped" in shown(replace(SUMMARY, skipped_rows=3))
 
 
+def test_hosts_are_told_apart_where_there_are_several() -> None:
+    several = SentBytes(300e3, 1.2e6, 1.2e6, 2e6, inside=700e3)
+    assert "2 MB across hosts, 700 kB inside them" in shown(replace(SUMMARY, wire_per_step=several))
+    # On one host all of it is inside; means of counts may differ in the last bits.
+    for inside in (2.7e6, 2.7e6 + 1e-9, 2.7e6 - 1e-9):
+        one = SentBytes(300e3, 1.2e6, 1.2e6, 2e6, inside=inside)
+        assert "by host" not in shown(replace(SUMMARY, wire_per_step=one))
+
+
 def test_table_of_a_run_that_was_stopped_before_a_step() -> None:
     text = shown(replace(SUMMARY, pace=Pace(0, 0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0), train=None,
                          validation=None, stopped_by=signal.SIGTERM, resumed_at=1200))
