@@ -99,6 +99,26 @@ def _wanted_grads(wanted: tuple[bool, ...], grads: _Grads) -> tuple[Tensor | Non
     return x, weight if wanted[1] else None, bias, None
 
 
+def _layer(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
+    """The native layer in fp32; rows of x and weight are contiguous."""
+    (batch, inputs), outputs = x.shape, weight.shape[0]
+    out = x.new_empty(batch, outputs)
+    native().linear_relu_forward(  # type: ignore[union-attr]
+        address(x), x.stride(0), address(weight), address(bias), address(out), batch, inputs,
+        outputs, relu, torch.get_num_threads())
+    return out
+
+
+def _layer_grads(wanted: tuple[bool, ...], x: Tensor, weight: Tensor, out: Tensor | None,
+                 grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Its gradients, as backward returns them; ``out`` with a ReLU only."""
+    grads = _empty_grads(wanted, x, weight)
+    native().linear_relu_backward(  # type: ignore[union-attr]
+        address(grad), address(out), address(x), x.stride(0), address(weight),
+        *map(address, grads), x.shape[0], x.shape[1], weight.shape[0], torch.get_num_threads())
+    return _wanted_grads(wanted, grads)
+
+
 class _NativeLinear(torch.autograd.Function):
     """C++ face: fp32 on CPU."""
 
@@ -106,11 +126,7 @@ class _NativeLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
         x = x if x.stride(1) == 1 else x.contiguous()
         weight = weight.contiguous()
-        (batch, inputs), outputs = x.shape, weight.shape[0]
-        out = x.new_empty(batch, outputs)
-        native().linear_relu_forward(  # type: ignore[union-attr]
-            address(x), x.stride(0), address(weight), address(bias), address(out), batch, inputs,
-            outputs, relu, torch.get_num_threads())
+        out = _layer(x, weight, bias, relu)
         ctx.save_for_backward(x, weight, out if relu else None)
         return out
 
@@ -118,13 +134,7 @@ class _NativeLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, out = ctx.saved_tensors
-        grad = grad.contiguous()
-        grads = _empty_grads(ctx.needs_input_grad, x, weight)
-        native().linear_relu_backward(  # type: ignore[union-attr]
-            address(grad), address(out), address(x), x.stride(0), address(weight),
-            *map(address, grads), x.shape[0], x.shape[1], weight.shape[0],
-            torch.get_num_threads())
-        return _wanted_grads(ctx.needs_input_grad, grads)
+        return _layer_grads(ctx.needs_input_grad, x, weight, out, grad.contiguous())
 
 
 class _NativeLinearBf16(torch.autograd.Function):
@@ -166,27 +176,17 @@ class _NativeLinearRounded(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
-        with torch.no_grad():
-            ctx.dtype = x.dtype
-            x, weight = _rounded(x), _rounded(weight)
-            (batch, inputs), outputs = x.shape, weight.shape[0]
-            out = x.new_empty(batch, outputs)
-            native().linear_relu_forward(  # type: ignore[union-attr]
-                address(x), x.stride(0), address(weight), address(bias), address(out), batch,
-                inputs, outputs, relu, torch.get_num_threads())
-            out = out.to(torch.bfloat16)
-            ctx.save_for_backward(x, weight, out if relu else None)
-            return out
+        ctx.dtype = x.dtype
+        x, weight = _rounded(x), _rounded(weight)
+        out = _layer(x, weight, bias, relu).to(torch.bfloat16)
+        ctx.save_for_backward(x, weight, out if relu else None)
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, out = ctx.saved_tensors
-        grad, out = grad.float().contiguous(), None if out is None else out.float()
-        grads = _empty_grads(ctx.needs_input_grad, x, weight)
-        native().linear_relu_backward(  # type: ignore[union-attr]
-            address(grad), address(out), address(x), x.stride(0), address(weight),
-            *map(address, grads), x.shape[0], x.shape[1], weight.shape[0],
-            torch.get_num_threads())
-        to_x, *rest = _wanted_grads(ctx.needs_input_grad, grads)
+        to_x, *rest = _layer_grads(ctx.needs_input_grad, x, weight,
+                                   None if out is None else out.float(),
+                                   grad.float().contiguous())
         return None if to_x is None else to_x.to(ctx.dtype), *rest
