@@ -192,14 +192,6 @@ struct Present {
 // Sums of squares of every chunk, and the mean of the row's, in the order that rules.h takes.
 inline float chunk_squares(const float* grad, int64_t chunks, int64_t width, float* squares) {
   Vec total{};
-  if (chunks == 1) {
-    for_columns(width, [&](int64_t c, int lanes) SHARDLAB_INLINE {
-      const Vec g = read(grad + c, lanes);
-      total += g * g;
-    });
-    squares[0] = reduce_add(total);
-    return squares[0] / (float)width;
-  }
   if (width == kLanes) {  // a chunk is a register: one pass
     for (int64_t k = 0; k < chunks; ++k) {
       const Vec g = load(grad + k * kLanes), square = g * g;
@@ -212,6 +204,10 @@ inline float chunk_squares(const float* grad, int64_t chunks, int64_t width, flo
     const Vec g = read(grad + c, lanes);
     total += g * g;
   });
+  if (chunks == 1) {
+    squares[0] = reduce_add(total);
+    return squares[0] / (float)width;
+  }
   for (int64_t k = 0; k < chunks; ++k) {
     Vec part{};
     for_columns(width, [&](int64_t c, int lanes) SHARDLAB_INLINE {
