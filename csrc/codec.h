@@ -56,7 +56,8 @@ inline Vec decode_int8(Bytes codes) {
 
 // Column 2 j is the low half of byte j.
 inline Vec decode_int4(uint64_t nibbles) {
-  static constexpr int32_t kToTop[kLanes] = {28, 24, 20, 16, 12, 8, 4, 0, 28, 24, 20, 16, 12, 8, 4, 0};
+  static constexpr int32_t kToTop[kLanes] = {28, 24, 20, 16, 12, 8, 4, 0,
+                                             28, 24, 20, 16, 12, 8, 4, 0};
   static constexpr int32_t kFirst[kLanes] = {-1, -1, -1, -1, -1, -1, -1, -1};
   const Int low = Int{} + (int32_t)nibbles, high = Int{} + (int32_t)(nibbles >> 32);
   const Int word = pick(load_lanes<Int>(kFirst), low, high);

@@ -31,7 +31,8 @@ struct MiniFloat {
     Int normal, tiny;
     if (kStochastic) {
       normal = bits + (Int)(random >> (32 - kShift));
-      const Vec fixed = (Vec)pick(subnormal, bits, Int{}) * as_float((127 + kSteps + kFraction) << 23);
+      const Vec fixed =
+          (Vec)pick(subnormal, bits, Int{}) * as_float((127 + kSteps + kFraction) << 23);
       tiny = to_ints(fixed) + (Int)(random >> (32 - kFraction));
       tiny >>= kFraction;
     } else {

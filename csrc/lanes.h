@@ -32,7 +32,6 @@ SHARDLAB_INLINE inline void write_lanes(float* target, Vec value, int64_t lanes)
 
 typedef uint16_t Shorts __attribute__((vector_size(32)));
 typedef uint8_t Bytes __attribute__((vector_size(16)));
-typedef int8_t SignedBytes __attribute__((vector_size(16)));
 
 inline Shorts load_shorts(const void* p, int64_t n) {
   Shorts v{};

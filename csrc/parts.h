@@ -1,4 +1,4 @@
-// Sixteen lanes where registers hold fewer: halves of halves, down to vectors as wide as a register.
+// Sixteen lanes where registers hold fewer: halves of halves, down to vectors that fill a register.
 // Left to themselves compilers copy such a vector through memory, and take comparisons, selections
 // and conversions of it apart into scalars. Source: own.
 #pragma once

@@ -14,7 +14,8 @@ namespace shardlab::SHARDLAB_ISA {
 
 constexpr uint32_t kPair = 32;  // columns that share mixes
 inline Bits lane_numbers() {
-  static constexpr uint32_t kNumbers[kLanes] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  static constexpr uint32_t kNumbers[kLanes] = {0, 1, 2,  3,  4,  5,  6,  7,
+                                                8, 9, 10, 11, 12, 13, 14, 15};
   return load_lanes<Bits>(kNumbers);
 }
 constexpr uint64_t kGolden64 = 0x9E3779B97F4A7C15u;
