@@ -17,7 +17,8 @@ utilities and the sketch. `--dtype` is that of the rows of every method but the 
     dimension    fewer columns for every row
     hashing      fewer rows, ids modulo them
     qr           quotient and remainder tables, multiplied (arXiv 1909.02107)
-    frequency    rows for the ids that are most frequent in the training part; others share one
+    frequency    rows for the ids that are most frequent in the training part; others share one.
+                 `--counted 0.25` counts the first quarter of that part alone
     magnitude    the dense table; after training, rows of the smallest norm become zeros
 """
 
@@ -158,7 +159,7 @@ def build_method(name: str, sample: Sample, ratio: float, options: argparse.Name
         rows = [max(1, int(n * room / total)) for n in sample.rows]
         ids = torch.stack([each * 2_654_435_761 % n for each, n in zip(ids, rows, strict=True)])
     elif name == "frequency":
-        rows, ids = most_frequent(sample, room)
+        rows, ids = most_frequent(sample, room, int(options.counted * sample.train))
     elif name == "magnitude":
         keep = room
     elif name == "qr":
@@ -172,9 +173,10 @@ def _tables(rows: list[int], dim: int, storage: Any) -> list[sl.EmbeddingBagConf
             for i, n in enumerate(rows)]
 
 
-def most_frequent(sample: Sample, room: int) -> tuple[list[int], Tensor]:
-    """Rows for the ``room`` most frequent ids of all features, and one for the rest of each."""
-    counts = [torch.bincount(each[:sample.train], minlength=n)
+def most_frequent(sample: Sample, room: int, counted: int) -> tuple[list[int], Tensor]:
+    """Rows for the ``room`` ids of all features that are most frequent in the first ``counted``
+    samples, and one for the rest of each feature."""
+    counts = [torch.bincount(each[:counted], minlength=n)
               for each, n in zip(sample.ids, sample.rows, strict=True)]
     every = torch.cat(counts)
     rank = max(0, room - len(counts))
@@ -286,6 +288,8 @@ def main() -> None:
     parser.add_argument("--dtype", default="fp32", choices=ROW_BYTES, help="of all but dense rows")
     parser.add_argument("--index", action="store_true",
                         help="frequency and magnitude count an index of their rows")
+    parser.add_argument("--counted", type=float, default=1.0,
+                        help="share of the training part that frequency counts in advance")
     parser.add_argument("--storage", default="{}", help="more keys of the pruned storage, JSON")
     parser.add_argument("--tune", action="store_true",
                         help="validate on the last ninth of the training part")

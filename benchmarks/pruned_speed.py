@@ -26,6 +26,7 @@ import torch
 from torch import nn
 
 import shardlab as sl
+from shardlab.ops.allocator import keep_freed_memory
 from shardlab.storage.chunk_budget import at_least
 from shardlab.storage.pruned import PrunedStorage
 from shardlab.storage_bytes import chunk_layout
@@ -177,6 +178,7 @@ def main() -> None:
     parser.add_argument("--alike", action="store_true", help="the worst case")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    keep_freed_memory()  # as the trainer does
     found = build_cases(options)
     for number in range(options.warm + options.rounds):
         some = batch(options, number)
