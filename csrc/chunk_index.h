@@ -194,14 +194,16 @@ inline bool has_place(ChunkStore& s) {
   return true;
 }
 
+// A place for one more chunk; what it held before is still there.
 inline int32_t take_place(ChunkStore& s) {
-  const int32_t place = s.free ? stack_of(s)[--s.free] : (int32_t)s.top++;
-  if (s.payload) {
-    std::memset((char*)s.payload + place * s.payload_bytes, 0, s.payload_bytes);
-    std::memset((char*)s.state + place * s.state_bytes, 0, s.state_bytes);
-  }
   ++s.used;
-  return place;
+  return s.free ? stack_of(s)[--s.free] : (int32_t)s.top++;
+}
+
+inline void clear_place(const ChunkStore& s, int64_t place) {
+  if (!s.payload) return;
+  std::memset((char*)s.payload + place * s.payload_bytes, 0, s.payload_bytes);
+  std::memset((char*)s.state + place * s.state_bytes, 0, s.state_bytes);
 }
 
 // Where the log takes a row, as it is; it is there once the caller has counted it.

@@ -220,6 +220,7 @@ void chunk_insert(const ChunkCall& call, int64_t block, const int64_t* rows, int
       }
       place = room ? take_place(store) : -1;
       if (!room) continue;
+      clear_place(store, place);
       places_of(value_at(store, slot))[k] = place;
       utilities_of(store, value_at(store, slot))[k] = utilities[i * store.chunks + k];
     }

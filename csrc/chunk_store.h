@@ -23,7 +23,7 @@ namespace shardlab {
 
 struct ChunkStore {
   // Addresses: keys [span] and values [span], at their strides, payloads and states (0 where another device has
-  // them: the caller then clears and moves chunks), int32 stack, sketch lines.
+  // them: the caller then moves chunks), int32 stack, sketch lines.
   int64_t keys, values, payload, state, stack, sketch;
   int64_t chunks, payload_bytes, state_bytes, slab, max_chunks, max_slots, sketch_lines, wide,
       shared, key_bytes, key_stride, value_stride;

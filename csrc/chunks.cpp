@@ -11,6 +11,7 @@
 #include <omp.h>
 
 #include <algorithm>
+#include <cstring>
 #include <vector>
 
 #include "chunk_absent.h"
@@ -362,7 +363,8 @@ void admit_rows(const ChunkCall& call, const Arena& arena, int64_t b, const Upda
                 const Admitted* one, const Admitted* end, const Step& s) {
   const ChunkStore& store = call.stores[call.blocks[b].store];
   const ChunkBlock& place = call.blocks[b];
-  const int64_t width = arena.blocks[b].columns;
+  const Block& block = arena.blocks[b];
+  const int64_t width = block.columns;
   std::vector<float> buffer(kLanes * width), squares(store.chunks);
   Gradients grads(updates, width * store.chunks, s);
   Present present(kTile * store.chunks);
@@ -370,6 +372,10 @@ void admit_rows(const ChunkCall& call, const Arena& arena, int64_t b, const Upda
     present.count = 0;
     const Admitted* ahead = one;
     for (int64_t i = 0; i < kTile && ahead < end; ++ahead) {
+      prefetch_write(arena.bytes + block.row_offset + ahead->place * block.row_bytes,
+                     block.row_bytes);
+      prefetch_write(arena.bytes + block.state_offset + ahead->place * block.state_bytes,
+                     block.state_bytes);
       if (ahead > one && ahead->unique == ahead[-1].unique) continue;
       grads.prefetch(ahead->unique);
       ++i;
@@ -379,9 +385,14 @@ void admit_rows(const ChunkCall& call, const Arena& arena, int64_t b, const Upda
       const float* grad = grads.sum(u, i);
       float mean = chunk_squares(grad, store.chunks, width, squares.data());
       if (updates.row_squares && updates.row_squares[u] >= 0) mean = updates.row_squares[u];
-      for (; one < end && one->unique == u; ++one)
+      for (; one < end && one->unique == u; ++one) {
+        std::memset(arena.bytes + block.row_offset + one->place * block.row_bytes, 0,
+                    block.row_bytes);
+        std::memset(arena.bytes + block.state_offset + one->place * block.state_bytes, 0,
+                    block.state_bytes);
         present.add(place, updates.ids[u], one->chunk, one->place,
                     grad - updates.grads + one->chunk * width, mean);
+      }
     }
     step_present<Rule>(arena, b, updates, present, s, buffer.data());
   }

@@ -113,14 +113,12 @@ class ChunkIndex(Protocol):
             key of the table, place of what the first chunk reads as where it is absent, the others'
             behind it, -1 for zeros, rows of the blocks before it in its store).
         notes_losses: `offer` and `decide` note what `take_losses` gives.
-        keeps_places: places that are handed out hold what they held: the caller clears them.
         changes: how often rows may have moved.
     """
 
     shapes: Sequence[StoreShape]
     blocks: Tensor
     notes_losses: bool
-    keeps_places: bool
     changes: int
 
     def numbers(self, store: int) -> StoreNumbers:
@@ -143,7 +141,8 @@ class ChunkIndex(Protocol):
         in place of the least useful chunk of `DRAWN` rows drawn by chance, if that is worth less.
 
         Returns:
-            int64 [m, 3] on CPU: (position in ids, chunk, place) of every admitted chunk.
+            int64 [m, 3] on CPU: (position in ids, chunk, place) of every admitted chunk. What the
+            places held before is still there: `ops.chunk_rows.step_admitted` begins with zeros.
         """
 
     def count(self, store: int, decay: float) -> tuple[Tensor, Tensor]:

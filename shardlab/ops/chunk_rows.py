@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from shardlab.ops.blocks import Blocks
-from shardlab.ops.chunk_index import ChunkIndex
+from shardlab.ops.chunk_index import ChunkIndex, Offers
 from shardlab.ops.chunks import NativeChunkIndex
 from shardlab.ops.registry import address, face_of, native
 from shardlab.ops.rows import job_spans, pool_blocks, sum_rows, update_rows
@@ -212,8 +212,6 @@ def update_chunks(pools: ChunkPools, uniques: Uniques, weights: Tensor | None, g
     ids, segments = uniques.ids.cpu(), block_segments(uniques)
     places = pools.index.places(segments, ids)
     accesses = uniques.starts.diff().float().cpu()
-    from shardlab.ops.chunk_index import Offers
-
     for block, start, count in segments.tolist():
         chunks, part = pools.chunks(block), slice(start, start + count)
         summed = summed_gradients(pools, block, (uniques, weights, grads, replace(
@@ -256,7 +254,7 @@ def _addresses(uniques: Uniques, weights: Tensor | None, grads: Tensor,
 
 def step_admitted(pools: ChunkPools, admitted: Tensor, uniques: Uniques, weights: Tensor | None,
                   grads: Tensor, step: StepParameters, row_squares: Tensor | None) -> None:
-    """The first step of chunks that were admitted now, from zero.
+    """The first step of chunks that were admitted now, from zero: clears their places.
 
     Args:
         pools: where chunks lie.
@@ -284,6 +282,7 @@ def step_admitted(pools: ChunkPools, admitted: Tensor, uniques: Uniques, weights
         if start == end:
             continue
         some = rows[start:end]
+        _clear(pools, block, places[start:end][places[start:end] >= 0])
         summed = summed_gradients(pools, block, (uniques, weights, grads, step), some)
         squares = None if row_squares is None else row_squares[some.to(row_squares.device)]
         _step_present(pools, block, places[start:end, :pools.chunks(block)], (summed, ids[some]),
@@ -363,8 +362,8 @@ def _root(x: Tensor) -> Tensor:
     return x.double().sqrt().float()
 
 
-def clear_places(pools: ChunkPools, block: int, places: Tensor) -> None:
-    """Writes zeros to chunks and their states, where the index does not reach the pool."""
+def _clear(pools: ChunkPools, block: int, places: Tensor) -> None:
+    """Writes zeros to chunks and their states."""
     at = places.to(pools.arena.device)
     pools.blocks.payloads(pools.arena, block)[at] = 0
     states = pools.blocks.states(pools.arena, block)
@@ -373,7 +372,8 @@ def clear_places(pools: ChunkPools, block: int, places: Tensor) -> None:
 
 
 def move_places(pools: ChunkPools, block: int, moves: Tensor) -> None:
-    """Copies chunks and their states from moves[:, 0] to moves[:, 1], likewise."""
+    """Copies chunks and their states from moves[:, 0] to moves[:, 1], where the index does not
+    reach the pool."""
     source, target = moves.to(pools.arena.device).unbind(1)
     for part in (pools.blocks.payloads(pools.arena, block), pools.blocks.states(pools.arena,
                                                                                 block)):

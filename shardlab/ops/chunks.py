@@ -52,7 +52,6 @@ _STATE = ("keys", "values", "payload", "state", "stack", "sketch", "chunks", "pa
           "key_bytes", "key_stride", "value_stride", "line_marks", "budget", "slots", "rows",
           "used", "top", "committed", "free", "refused")
 _COLUMN = {name: column for column, name in enumerate(_STATE)}
-_POOLS = [_COLUMN["payload"], _COLUMN["state"]]
 
 
 class NativeChunkIndex:
@@ -93,7 +92,7 @@ class NativeChunkIndex:
             offset += keys + values + stack + sketch
         self._admitted, self.changes = torch.empty(0, 3, dtype=torch.int64), 0
         self._call = (address(self._state), address(self.blocks), self.blocks.shape[0])
-        self.notes_losses = self.keeps_places = False
+        self.notes_losses = False
         self._log = LossLog([self._chunks(block) for block in range(self.blocks.shape[0])])
 
     def call(self) -> tuple[int, int, int]:
@@ -125,13 +124,8 @@ class NativeChunkIndex:
         if self._admitted.shape[0] < offers.norms.numel():
             self._admitted = torch.empty(offers.norms.numel(), 3, dtype=torch.int64)
         log = self._log.room(offers.norms.numel() if self.notes_losses else 0)
-        pools = self._state[:, _POOLS].clone() if self.keeps_places else None
-        if pools is not None:
-            self._state[:, _POOLS] = 0
         count = native().chunk_offer(self._call, _offer_tuple(offers),  # type: ignore[union-attr]
                                      address(self._admitted), log)
-        if pools is not None:
-            self._state[:, _POOLS] = pools
         self._log.keep()
         return self._admitted[:count].clone()
 

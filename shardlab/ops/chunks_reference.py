@@ -129,7 +129,7 @@ class ReferenceChunkIndex:
         self.shapes, self.blocks, self.changes = list(shapes), blocks, 0
         self._blocks = blocks.tolist()
         self._most = max((shape.layout.chunks for shape in shapes), default=1)
-        self.notes_losses = self.keeps_places = False
+        self.notes_losses = False
         self._losses: list[tuple[int, int, int, list[int], list[int]]] = []
         self._stores = [_Store(shape, torch.zeros(shape.layout.sketch_lines * LINE_BYTES,
                                                   dtype=torch.uint8)) for shape in shapes]

@@ -57,9 +57,7 @@ class ChunkWatch:
         return self._changes[-1]
 
     def _set_up(self) -> None:
-        index = self._pruned.index
-        index.keeps_places = self._snapshot is not None
-        index.notes_losses = self._snapshot is not None or bool(self._changes)
+        self._pruned.index.notes_losses = self._snapshot is not None or bool(self._changes)
 
     # ------------------------------------------------------------------ training
     def before_update(self, uniques: Uniques) -> None:
@@ -68,7 +66,7 @@ class ChunkWatch:
             self._snapshot.keep(uniques)
 
     def after_offer(self) -> None:
-        """Chunks were admitted, and are not cleared yet where they replace others."""
+        """Chunks were admitted, and places that were others' still hold what these were."""
         self._tell(decided=False)
 
     def _tell(self, *, decided: bool) -> None:

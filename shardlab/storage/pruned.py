@@ -30,7 +30,6 @@ from shardlab.ops.chunk_rows import (
     UtilityStep,
     block_segments,
     chunk_squares,
-    clear_places,
     pool_chunks,
     read_chunks,
     scatter_chunks,
@@ -139,8 +138,6 @@ class PrunedStorage(PrunedState):
         if admitted.shape[0]:
             edges = torch.searchsorted(admitted[:, 0].contiguous(), uniques.splits)
             self.admitted += edges.diff()
-            if not self.reached or self.index.keeps_places:
-                self._clear(edges.diff(), admitted[:, 2])
             step_admitted(self.pools, admitted, uniques, weights, grads, step, row_squares)
             self._make_slots()
         self.absent.step(step)
@@ -189,12 +186,6 @@ class PrunedStorage(PrunedState):
         decays = [self.decay(store) for store in range(len(self.stores))]
         return torch.tensor([1.0 / (decays[store] * scale) if scale else 1.0 for store, scale in
                              zip(self._store_of, self.scale.tolist(), strict=True)])
-
-    def _clear(self, counts: Tensor, places: Tensor) -> None:
-        """Zeros at places of so many chunks a shard, where the index does not reach the pool."""
-        store_of = torch.repeat_interleave(self.index.blocks[:, 0], counts)
-        for store, plan in enumerate(self.stores):
-            clear_places(self.pools, plan.blocks[0], places[store_of == store])
 
     def shared_gradients(self, block: int, out: Tensor) -> bool:
         """What a shard knows of the chunks that its table's absent ones share."""

@@ -28,7 +28,7 @@ class PrunedState:
         stores: plans of the stores, each of one or more shards.
         pools: chunks of all stores, in one arena.
         index: which row's chunks lie where, and their utilities.
-        reached: whether the index clears and moves places of the pools itself.
+        reached: whether the index moves chunks of the pools itself.
         thresholds: fp32 [shards]: of admission, as of the last decision.
         scale: fp32 [shards]: unit of gradient norms; 0 before it is known.
         measured: fp32 [shards]: what was measured for the next unit.

@@ -195,7 +195,6 @@ def test_training_beside_the_writer_does_not_get_into_a_checkpoint(
         assert (run.storage.admitted > had[1]).any()
         gate.open()
         writer.finish()
-    assert not run.storage.index.keeps_places
     resumed = run.loaded(path)
     assert_same(before, resumed.tables())
     assert all(map(torch.equal, resumed.steps(23, 18, size), after))
