@@ -8,6 +8,10 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
+# Read when torch loads OpenMP. Threads that spin while they wait for work take a core from those
+# that have some: tests run beside each other, on more threads than a small machine has cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import hypothesis
 import numpy as np
 import pytest
