@@ -6,22 +6,16 @@ import json
 import os
 import subprocess
 import sys
-from contextlib import redirect_stdout
-from io import StringIO
 from pathlib import Path
 
 import pytest
-import torch
 
-from shardlab import comm
-from shardlab.comm import Groups
 from shardlab.config import load_job
 from shardlab.errors import ConfigError, PlanError
 from shardlab.launch.planning import job_request, plan_request, read_job_plan
-from shardlab.launch.train import run_job
 from shardlab.plan import ShardingPlan
 from shardlab.planner import read_topology
-from tests.harness import run_ranks
+from tests.job_runs import train_on_pool
 
 SETS = ["tables={preset: criteo_kaggle, embedding_dim: 8, max_rows: 2000}", "batch_size=64",
         "model={kind: dlrm, bottom_mlp: [16], top_mlp: [16]}",
@@ -40,21 +34,7 @@ def _train_in_processes(folder: Path, *sets: str) -> dict:
 
 
 def _train(folder: Path, *sets: str) -> dict:
-    """The same on ranks of the pool, which have imported torch already."""
-    job = [*SETS, f"train.run_dir={folder}", "ranks=4", *sets]
-    assert run_ranks(4, _train_rank, job) == [0] * 4
-    return json.loads((folder / "summary.json").read_text())
-
-
-def _train_rank(_: Groups, sets: list[str]) -> int:
-    """Runs the job on a rank of the pool, to whom the process group belongs."""
-    before, comm.shutdown = comm.shutdown, lambda: None
-    try:
-        with redirect_stdout(StringIO()):
-            return run_job(load_job(JOB, sets))
-    finally:
-        comm.shutdown = before
-        torch.set_deterministic_debug_mode("default")
+    return train_on_pool(JOB, 4, folder, [*SETS, *sets])
 
 
 def _check_whole(whole: dict, folder: Path, every: int) -> None:
