@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import sys
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,8 @@ from pathlib import Path
 # Read when torch loads OpenMP. Threads that spin while they wait for work take a core from those
 # that have some: tests run beside each other, on more threads than a small machine has cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# Tests start some hundred processes: they need not all compile what they import.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 import hypothesis
 import numpy as np
@@ -19,6 +22,7 @@ import torch
 
 from tests.harness import shutdown_ranks
 
+sys.dont_write_bytecode = False
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     # Read when triton is first imported: its kernels then run on CPU tensors.
