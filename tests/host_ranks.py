@@ -1,4 +1,4 @@
-"""What ranks on several hosts run in the tests: exchanges, or training flat and in two stages."""
+"""What ranks on several hosts run in the tests: exchanges, then training flat and in two stages."""
 
 from __future__ import annotations
 
@@ -37,7 +37,6 @@ def train(groups: comm.Groups) -> None:
     apart = float((found[0] - found[1]).abs().max())
     print(f"rank {groups.rank}: {ranks.transport}; rows at most {apart:.1e} apart; "
           f"fewer bytes across: {across[1] < 0.6 * across[0]}")
-    comm.shutdown()
 
 
 class Tables(torch.nn.Module):
@@ -54,8 +53,6 @@ class Tables(torch.nn.Module):
 def main() -> None:
     timeout_s, forever = float(sys.argv[1]), sys.argv[2] == "forever"
     groups = comm.init(timeout_s)
-    if sys.argv[2] == "train":
-        return train(groups)
     world = groups.world_size
     splits = [250] * world
     source = torch.full((250 * world,), float(groups.rank))
@@ -70,6 +67,7 @@ def main() -> None:
         sys.exit(3)
     print(f"rank {groups.rank} got {sorted(set(out.tolist()))} over {groups.transport}")
     comm.barrier(groups)
+    train(groups)
     comm.shutdown()
 
 

@@ -22,17 +22,21 @@ def permitted():
         pytest.skip(reason)
 
 
-def test_ranks_on_two_hosts_exchange_over_gloo():
+@pytest.fixture(scope="module")
+def ends(permitted) -> list[tuple[int, str]]:
+    """Exit code and output, by host, of two ranks each that exchange and then train."""
     with Hosts(2, mbit_per_s=1000) as hosts:
-        ends = hosts.torchrun([RANKS, "60", "once"], ranks_per_host=1)
-    for rank, (code, output) in enumerate(ends):
+        return hosts.torchrun([RANKS, "60", "train"], ranks_per_host=2)
+
+
+def test_ranks_on_two_hosts_exchange_over_gloo(ends):
+    for host, (code, output) in enumerate(ends):
         assert code == 0, output
-        assert f"rank {rank} got [0.0, 1.0] over gloo: ranks are on 2 hosts" in output
+        for rank in (2 * host, 2 * host + 1):
+            assert f"rank {rank} got [0.0, 1.0, 2.0, 3.0] over gloo: ranks are on 2 hosts" in output
 
 
-def test_two_stages_train_as_flat_does_and_send_less():
-    with Hosts(2, mbit_per_s=1000) as hosts:
-        ends = hosts.torchrun([RANKS, "60", "train"], ranks_per_host=2)
+def test_two_stages_train_as_flat_does_and_send_less(ends):
     words = ("two stages, shared memory inside 2 hosts of 2 ranks, gloo between them; rows at most "
              "{}; fewer bytes across: True")
     for host, (code, output) in enumerate(ends):

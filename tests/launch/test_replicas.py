@@ -15,6 +15,7 @@ from shardlab.errors import ConfigError, PlanError
 from shardlab.launch.planning import job_request, plan_request, read_job_plan
 from shardlab.plan import ShardingPlan
 from shardlab.planner import read_topology
+from tests.job_runs import train_on_pool
 
 SETS = ["tables={preset: criteo_kaggle, embedding_dim: 8, max_rows: 2000}", "batch_size=64",
         "model={kind: dlrm, bottom_mlp: [16], top_mlp: [16]}",
@@ -23,7 +24,7 @@ SETS = ["tables={preset: criteo_kaggle, embedding_dim: 8, max_rows: 2000}", "bat
 JOB = Path(__file__).parents[2] / "shardlab" / "config" / "demo.yaml"
 
 
-def _train(folder: Path, *sets: str) -> dict:
+def _train_in_processes(folder: Path, *sets: str) -> dict:
     arguments = [word for value in (*SETS, f"train.run_dir={folder}", *sets)
                  for word in ("--set", value)]
     subprocess.run([sys.executable, "-m", "shardlab.cli", "train", str(JOB), "--ranks", "4",
@@ -32,22 +33,26 @@ def _train(folder: Path, *sets: str) -> dict:
     return json.loads((folder / "summary.json").read_text())
 
 
-def _train_whole(folder, every, groups):
-    whole = _train(folder, *groups, "train.max_steps=10")
+def _train(folder: Path, *sets: str) -> dict:
+    return train_on_pool(JOB, 4, folder, [*SETS, *sets])
+
+
+def _check_whole(whole: dict, folder: Path, every: int) -> None:
     plan = ShardingPlan.from_json((folder / "plan.json").read_text())
     assert (plan.world_size, plan.replicas, plan.sync_every_steps) == (2, 2, every)
     assert whole["wire_per_step"]["sync"] > 0
     assert whole["validation"]["rows"] == 440
-    return whole
 
 
 def test_a_job_in_two_groups_trains(tmp_path):
-    _train_whole(tmp_path / "whole", 1, ["parallel.replicas=2"])
+    whole = _train_in_processes(tmp_path, "parallel.replicas=2", "train.max_steps=10")
+    _check_whole(whole, tmp_path, 1)
 
 
 def test_a_job_in_two_groups_goes_on_between_averages(tmp_path):
     groups = ["parallel.replicas=2", "parallel.sync_every_steps=4"]
-    whole = _train_whole(tmp_path / "whole", 4, groups)
+    whole = _train(tmp_path / "whole", *groups, "train.max_steps=10")
+    _check_whole(whole, tmp_path / "whole", 4)
     _train(tmp_path / "parts", *groups, "train.max_steps=5")
     parts = _train(tmp_path / "parts", *groups, "train.max_steps=10")
     assert parts["resumed_at"] == 5

@@ -23,6 +23,7 @@ from shardlab.phases import MEASURED_PHASES
 from shardlab.plan import ShardingPlan
 from shardlab.planner.compare import read_run
 from shardlab.planner.plan_file import read_plan_file
+from tests.job_runs import train_on_pool
 
 SMALL = ["tables={preset: criteo_kaggle, embedding_dim: 4, max_rows: 500}", "batch_size=16",
          "model={kind: dlrm, bottom_mlp: [16], top_mlp: [16]}", "train.log_every=10"]
@@ -121,8 +122,7 @@ def test_the_time_of_a_step_is_booked_on_its_phases(tmp_path, capsys):
     one, two = tmp_path / "one", tmp_path / "two"
     assert run_job(load_job(None, [*SMALL, *ROWS, f"train.run_dir={one}", "ranks=1"])) == 0
     check_phases(one, 1, {"ids", "read", "update", "grads", "dense", "overhead", "wait"})
-    done = run(two, "ranks=2", "tables.sharding=row_wise")
-    assert done.returncode == 0, done.stderr
+    train_on_pool(None, 2, two, [*SMALL, *ROWS, "tables.sharding=row_wise"])
     check_phases(two, 2, {*MEASURED_PHASES} - {"prefetch"})
     capsys.readouterr()
     compare_runs(two, capsys)
@@ -148,11 +148,9 @@ def test_rows_beyond_the_data_are_refused(tmp_path):
         run_job(job)
 
 
-def test_two_ranks_show_one_summary(tmp_path):
-    done = run(tmp_path / "run")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("validation AUC") == 1
-    assert len(json.loads((tmp_path / "run" / "summary.json").read_text())["tables"]) == 2
+def test_two_ranks_show_one_summary(whole_run):
+    assert (whole_run.parent / "stdout").read_text().count("validation AUC") == 1
+    assert len(json.loads((whole_run / "summary.json").read_text())["tables"]) == 2
 
 
 def test_a_bad_row_ends_all_ranks_with_one_message(tmp_path):
@@ -198,8 +196,9 @@ LAST = 240
 
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory) -> Path:
-    """The folder of a run that nobody interrupted."""
+    """The folder of a run that nobody interrupted; what it printed lies beside."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     done = run(folder, *LONG)
     assert done.returncode == 0, done.stderr
+    (folder.parent / "stdout").write_text(done.stdout)
     return folder

@@ -73,14 +73,19 @@ def test_native_is_bit_identical_for_any_threads():
     assert_same(results[2], results[0])
 
 
+@pytest.fixture(scope="module")
+def of_the_reference() -> dict[str, torch.Tensor]:
+    return all_encoded(REFERENCE)
+
+
 @pytest.mark.parametrize("isa", [] if native() is None else native().isas())
-def test_every_instruction_set_gives_the_bits_of_the_reference(isa, tmp_path):
+def test_every_instruction_set_gives_the_bits_of_the_reference(isa, tmp_path, of_the_reference):
     """The instruction set is chosen once a process, hence another process for each."""
     path, root = tmp_path / "outputs.pt", Path(__file__).resolve().parents[3]
     subprocess.run([sys.executable, "-m", "tests.shardlab.ops.encoded_cases", str(path), isa],
                    check=True, cwd=root, timeout=120,
                    env={**os.environ, "SHARDLAB_ISA": isa, "SHARDLAB_FACE": "native"})
-    assert_same(torch.load(path, weights_only=True), all_encoded(REFERENCE))
+    assert_same(torch.load(path, weights_only=True), of_the_reference)
 
 
 @pytest.mark.parametrize(("values", "records", "message"), [
