@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import LONGEST
+
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ("shardlab", "planner", "launch")
 ALL_FOLDERS = (*SOURCES, "csrc", "tests", "benchmarks", "examples")
@@ -313,3 +315,7 @@ def test_tests_mirror_the_sources():
         if path.parent.relative_to("tests").as_posix() not in {*known, "examples", "benchmarks"}:
             strange.append(f"{path}: no folder {path.parent.relative_to('tests')} in the sources")
     assert not strange, "\n".join(strange)
+
+
+def test_files_that_run_first_exist():
+    assert [name for name in LONGEST if not (ROOT / "tests" / name).is_file()] == []
