@@ -11,6 +11,7 @@ Source: arXiv 2401.04408; exact fused optimisers as in arXiv 2104.05158.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import pairwise
 
 import torch
@@ -41,6 +42,16 @@ class ChunkPools:
     index: ChunkIndex
     arena: Tensor
     blocks: Blocks
+
+    @cached_property
+    def chunk_counts(self) -> frozenset[int]:
+        """Chunks of a row, of every store."""
+        return frozenset(shape.layout.chunks for shape in self.index.shapes)
+
+    @property
+    def most_chunks(self) -> int:
+        """Chunks of the rows that have most; 1 without shards."""
+        return max(self.chunk_counts, default=1)
 
     def chunks(self, block: int) -> int:
         """Chunks of a row of a shard."""
@@ -120,17 +131,21 @@ def _read_places(pools: ChunkPools, segments: Tensor, ids: Tensor) -> Tensor:
     return places
 
 
-def scatter_chunks(pools: ChunkPools, uniques: Uniques, weights: Tensor | None,
-                   out: Tensor) -> Tensor | None:
-    """Copies every row to its entries' places; arguments as `ops.scatter.scatter_rows`.
+def scatter_chunks(pools: ChunkPools, uniques: Uniques, segments: Tensor,
+                   weights: Tensor | None, out: Tensor) -> Tensor | None:
+    """Copies every row to its entries' places.
+
+    Args:
+        pools: where chunks lie.
+        segments: `block_segments` of the uniques.
+        uniques, weights, out: as in `ops.scatter.scatter_rows`.
 
     Returns:
         int64 [m]: the uniques' slots, for `UtilityStep.slots`; None where nobody has them.
     """
-    segments = block_segments(uniques)
     if pools.is_native("read_chunks"):
         assert isinstance(pools.index, NativeChunkIndex)
-        reads = torch.cat([segments, torch.zeros_like(segments[:, :1])], 1)
+        reads = torch.nn.functional.pad(segments, (0, 1))
         slots = torch.empty(uniques.ids.numel(), dtype=torch.int64)
         entries = [address(uniques.starts), address(uniques.sources), address(weights),
                    address(slots)]
@@ -195,9 +210,10 @@ def update_chunks(pools: ChunkPools, uniques: Uniques, weights: Tensor | None, g
     Returns:
         fp32 [m, most chunks] on CPU: gradient norm times accesses of absent chunks; -1 elsewhere.
     """
-    stride = max((shape.layout.chunks for shape in pools.index.shapes), default=1)
-    norms = torch.full((uniques.ids.numel(), stride), -1.0) if _uneven(pools) \
-        else torch.empty(uniques.ids.numel(), stride)
+    stride = pools.most_chunks
+    norms = torch.empty(uniques.ids.numel(), stride)
+    if len(pools.chunk_counts) > 1:
+        norms.fill_(-1.0)
     if pools.is_native("update_chunks"):
         assert isinstance(pools.index, NativeChunkIndex)
         native().chunk_update(  # type: ignore[union-attr]
@@ -240,11 +256,6 @@ def _add_absent(summed: Tensor, absent: Tensor, sums: Tensor) -> None:
     sums[columns:columns + chunks] += absent.sum(0)
 
 
-def _uneven(pools: ChunkPools) -> bool:
-    """Whether rows of some stores have more chunks than those of others."""
-    return len({shape.layout.chunks for shape in pools.index.shapes}) > 1
-
-
 def _addresses(uniques: Uniques, weights: Tensor | None, grads: Tensor,
                row_squares: Tensor | None) -> list[int]:
     """What native kernels take of an update."""
@@ -272,8 +283,7 @@ def step_admitted(pools: ChunkPools, admitted: Tensor, uniques: Uniques, weights
             torch.get_num_threads())
         return
     rows, inverse = torch.unique_consecutive(admitted[:, 0], return_inverse=True)
-    stride = max(shape.layout.chunks for shape in pools.index.shapes)
-    places = torch.full((rows.numel(), stride), -1, dtype=torch.int64)
+    places = torch.full((rows.numel(), pools.most_chunks), -1, dtype=torch.int64)
     places[inverse, admitted[:, 1]] = admitted[:, 2]
     edges = torch.searchsorted(rows, uniques.splits)
     ids = uniques.ids.cpu()

@@ -17,7 +17,7 @@ AdaEmbed (OSDI 2023).
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -65,6 +65,17 @@ _RAISE, _LEAST = 1.05, 2.0 ** -49
 _IDLE = 1 / RESERVE
 
 
+@dataclass(frozen=True)
+class _Found:
+    """What a read looked up: the rows, `block_segments` of them, their slots in the index if known,
+    and how often that had changed."""
+
+    uniques: Uniques
+    segments: Tensor
+    slots: Tensor | None
+    changes: int
+
+
 class PrunedStorage(PrunedState):
     """All shards of a rank that are pruned.
 
@@ -81,7 +92,7 @@ class PrunedStorage(PrunedState):
         self._store_of = self.index.blocks[:, 0].tolist()
         #: By shard: how many times the utility of a chunk that it replaces a newcomer needs.
         self._margins = torch.tensor([1 + pruned_spec(local).hysteresis for local in shards])
-        self._found: tuple[Uniques, Tensor, int] | None = None
+        self._found: _Found | None = None
         self.files = ChunkFiles(self)
         self.watch = ChunkWatch(self.files)
         for number, plan in enumerate(self.stores):
@@ -103,8 +114,9 @@ class PrunedStorage(PrunedState):
     def read_scattered(self, uniques: Uniques, weights: Tensor | None, out: Tensor) -> None:
         """Copies every row to its entries' places."""
         self.files.settle()
-        slots = scatter_chunks(self.pools, uniques, weights, out)
-        self._found = None if slots is None else (uniques, slots, self.index.changes)
+        segments = block_segments(uniques)
+        slots = scatter_chunks(self.pools, uniques, segments, weights, out)
+        self._found = _Found(uniques, segments, slots, self.index.changes)
 
     def place_jobs(self, jobs: Tensor) -> PlacedJobs:
         """Jobs as they are: chunks are found when they are read."""
@@ -128,10 +140,10 @@ class PrunedStorage(PrunedState):
         step = replace(step, key=self.clock.key(0))
         key = rounding_key(self.clock.seed, self.clock.step, _TOUCH)
         self._measure(uniques, weights, grads, step)
-        now = self._weights()
+        now, found = self._weights(), self._look_up(uniques)
         norms = update_chunks(self.pools, uniques, weights, grads, step, row_squares,
-                              UtilityStep(now, key, self.absent.sums, self._slots_of(uniques)))
-        offers = Offers(block_segments(uniques), uniques.ids.cpu(), norms, now,
+                              UtilityStep(now, key, self.absent.sums, found.slots))
+        offers = Offers(found.segments, uniques.ids.cpu(), norms, now,
                         self.thresholds * self.scale, key, self._margins, self.evicted)
         admitted = self.index.offer(offers)
         self.watch.after_offer()
@@ -172,12 +184,12 @@ class PrunedStorage(PrunedState):
             first[blocks] = common_unit(self.measured[blocks])
         self.scale = torch.where(self.scale > 0, self.scale, first)
 
-    def _slots_of(self, uniques: Uniques) -> Tensor | None:
-        """Slots that the last read found, if it was of the same rows, in the same index."""
+    def _look_up(self, uniques: Uniques) -> _Found:
+        """What the last read found, if it was of the same rows, and in the same index."""
         found, self._found = self._found, None
-        if found is None or found[0] is not uniques or found[2] != self.index.changes:
-            return None
-        return found[1]
+        if found is None or found.uniques is not uniques:
+            return _Found(uniques, block_segments(uniques), None, self.index.changes)
+        return found if found.changes == self.index.changes else replace(found, slots=None)
 
     def _weights(self) -> Tensor:
         """fp32 [shards]: what a norm counts as of the last decision; 1 before units are
