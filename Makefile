@@ -14,9 +14,9 @@ TORCH ?= torch==2.13.0
 TORCH_ARGS ?=
 EXTRAS ?= dev,tensorboard
 PYTEST_ARGS ?=
-# Processes that run tests; each starts up to four ranks. Tests wait for some of their time, for
-# Slurm, links that are cut and limits that pass: one more than two cores.
-TEST_WORKERS ?= 3
+# Processes that run tests; each starts up to four ranks. On two cores a third one costs more (its
+# imports and ranks: 814 s for all tests, beside 707 s) than the waits of tests leave free.
+TEST_WORKERS ?= 2
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
