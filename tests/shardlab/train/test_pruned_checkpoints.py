@@ -195,6 +195,7 @@ def test_training_beside_the_writer_does_not_get_into_a_checkpoint(
         assert (run.storage.admitted > had[1]).any()
         gate.open()
         writer.finish()
+    assert run.storage.watch._snapshot is None
     resumed = run.loaded(path)
     assert_same(before, resumed.tables())
     assert all(map(torch.equal, resumed.steps(23, 18, size), after))
