@@ -96,8 +96,10 @@ SHARDLAB_INLINE inline void for_present(const ChunkStore& store, int64_t slot, c
 }
 
 // ---------------------------------------------------------------- read
+constexpr int64_t kEntriesAhead = 16;  // whose places in the output are fetched
+
 // shared: place of what chunk 0 reads as where it is absent, -1 for zeros.
-template <class Reader>
+template <class Reader, bool kWeighted>
 SHARDLAB_INLINE inline void write_row(const ChunkStore& store, int64_t width, const char* payloads,
                                       const Place* places, int64_t shared, float weight,
                                       float* target) {
@@ -113,12 +115,12 @@ SHARDLAB_INLINE inline void write_row(const ChunkStore& store, int64_t width, co
     const auto row = Reader::open(payloads + place * store.payload_bytes, width);
     for_columns(width, [&](int64_t c, int lanes) SHARDLAB_INLINE {
       const Vec value = lanes == kLanes ? Reader::load(row, c) : Reader::load_part(row, c, lanes);
-      write_lanes(target + c, value * weight, lanes);
+      write_lanes(target + c, kWeighted ? value * weight : value, lanes);
     });
   }
 }
 
-template <class Reader>
+template <class Reader, bool kWeighted>
 void read_rows(const ChunkCall& call, const Arena& arena, const ChunkRead& read, int64_t begin,
                int64_t end, const int64_t* ids, const Csr* entries, int64_t* slots, float* out) {
   const ChunkStore& store = call.stores[call.blocks[read.block].store];
@@ -133,18 +135,24 @@ void read_rows(const ChunkCall& call, const Arena& arena, const ChunkRead& read,
   };
   Lookup lookup(call, read.block, ids, end);
   lookup.begin(begin, fetch);
+  const int64_t last = entries ? entries->starts[end] : 0;
+  int64_t ahead = entries ? entries->starts[begin] : 0;
   for (int64_t i = begin; i < end; ++i) {
     const int64_t slot = lookup.next(i, fetch);
     if (slots) slots[i] = slot;
     const Place* places = slot < 0 ? nullptr : places_of(value_at(store, slot));
     if (!entries) {
-      write_row<Reader>(store, width, payloads, places, shared, 1.0f,
-                        out + read.out_start + (i - read.start) * columns);
+      write_row<Reader, false>(store, width, payloads, places, shared, 1.0f,
+                               out + read.out_start + (i - read.start) * columns);
       continue;
     }
-    for (int64_t e = entries->starts[i]; e < entries->starts[i + 1]; ++e)
-      write_row<Reader>(store, width, payloads, places, shared,
-                        entries->weights ? entries->weights[e] : 1, out + entries->sources[e]);
+    const int64_t from = entries->starts[i], to = entries->starts[i + 1];
+    for (; ahead < std::min(to + kEntriesAhead, last); ++ahead)
+      prefetch_write(out + entries->sources[ahead], columns * (int64_t)sizeof(float));
+    for (int64_t e = from; e < to; ++e)
+      write_row<Reader, kWeighted>(store, width, payloads, places, shared,
+                                   kWeighted ? entries->weights[e] : 1.0f,
+                                   out + entries->sources[e]);
   }
 }
 
@@ -162,8 +170,9 @@ void read_all(const ChunkCall& call, const Arena& arena, const ChunkRead* reads,
       }
       if (begin >= end) continue;
       with_reader((Codec)arena.encodings[one.block].codec, [&](auto reader) {
-        read_rows<decltype(reader)>(call, arena, one, one.start + begin, one.start + end, ids,
-                                    entries, slots, out);
+        const auto run = entries && entries->weights ? read_rows<decltype(reader), true>
+                                                     : read_rows<decltype(reader), false>;
+        run(call, arena, one, one.start + begin, one.start + end, ids, entries, slots, out);
       });
     }
   }
