@@ -26,6 +26,12 @@ void bind_init(nb::module_& m) {
     init_uniform(at<char>(rows), row_bytes, num_rows, columns, seed, first_row, first_column,
                  table_columns, low, high, threads);
   });
+  m.def("init_pieces", [](Address values, int64_t count, int64_t columns, Address numbers,
+                          Address tables, Address seeds, Address bounds, int threads) {
+    nb::gil_scoped_release release;
+    init_pieces(at<float>(values), count, columns, at<int64_t>(numbers), at<int64_t>(tables),
+                at<int64_t>(seeds), at<float>(bounds), threads);
+  });
 }
 
 void bind_ids(nb::module_& m) {

@@ -204,11 +204,11 @@ void bind_chunks(nb::module_& m) {
   m.def("chunk_admit", [](const CallTuple& call, const ArenaTuple& arena,
                           const std::vector<Address>& v, int64_t key, int64_t rule,
                           const std::vector<float>& n, Address admitted, int64_t count,
-                          int threads) {
+                          Address written, int threads) {
     const Updates updates = updates_from(v, key);
     const Step step = step_from(n);
     nb::gil_scoped_release release;
     active_kernels().chunks->admit(call_from(call), arena_from(arena), updates, (Rule)rule, step,
-                                   at<int64_t>(admitted), count, threads);
+                                   {at<AdmittedChunk>(admitted), count, at<bool>(written)}, threads);
   });
 }

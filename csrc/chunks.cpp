@@ -362,14 +362,9 @@ void update_rows(const ChunkCall& call, const Arena& arena, int64_t b, const Upd
   }
 }
 
-// A chunk that was admitted: unique, chunk of its row, place.
-struct Admitted {
-  int64_t unique, chunk, place;
-};
-
 template <class Rule>
 void admit_rows(const ChunkCall& call, const Arena& arena, int64_t b, const Updates& updates,
-                const Admitted* one, const Admitted* end, const Step& s) {
+                const AdmittedChunk* one, const AdmittedChunk* end, bool written, const Step& s) {
   const ChunkStore& store = call.stores[call.blocks[b].store];
   const ChunkBlock& place = call.blocks[b];
   const Block& block = arena.blocks[b];
@@ -379,7 +374,7 @@ void admit_rows(const ChunkCall& call, const Arena& arena, int64_t b, const Upda
   Present present(kTile * store.chunks);
   while (one < end) {
     present.count = 0;
-    const Admitted* ahead = one;
+    const AdmittedChunk* ahead = one;
     for (int64_t i = 0; i < kTile && ahead < end; ++ahead) {
       prefetch_write(arena.bytes + block.row_offset + ahead->place * block.row_bytes,
                      block.row_bytes);
@@ -395,8 +390,9 @@ void admit_rows(const ChunkCall& call, const Arena& arena, int64_t b, const Upda
       float mean = chunk_squares(grad, store.chunks, width, squares.data());
       if (updates.row_squares && updates.row_squares[u] >= 0) mean = updates.row_squares[u];
       for (; one < end && one->unique == u; ++one) {
-        std::memset(arena.bytes + block.row_offset + one->place * block.row_bytes, 0,
-                    block.row_bytes);
+        if (!written)
+          std::memset(arena.bytes + block.row_offset + one->place * block.row_bytes, 0,
+                      block.row_bytes);
         std::memset(arena.bytes + block.state_offset + one->place * block.state_bytes, 0,
                     block.state_bytes);
         present.add(place, updates.ids[u], one->chunk, one->place,
@@ -427,21 +423,25 @@ void update_with(const ChunkCall& call, const Arena& arena, const Updates& updat
 
 template <class Rule>
 void admit_with(const ChunkCall& call, const Arena& arena, const Updates& updates, const Step& s,
-                const Admitted* admitted, int64_t count, int threads) {
+                const Admissions& admitted, int threads) {
 #pragma omp parallel num_threads(threads)
   {
     const int64_t parts = omp_get_num_threads(), me = omp_get_thread_num();
     // Chunks of a row are stepped by one thread, which sums its gradient once.
     const auto edge = [&](int64_t part) {
-      int64_t at = count * part / parts;
-      while (at > 0 && at < count && admitted[at].unique == admitted[at - 1].unique) ++at;
+      int64_t at = admitted.count * part / parts;
+      while (at > 0 && at < admitted.count &&
+             admitted.chunks[at].unique == admitted.chunks[at - 1].unique)
+        ++at;
       return at;
     };
-    const Admitted *one = admitted + edge(me), *end = admitted + edge(me + 1);
+    const AdmittedChunk *one = admitted.chunks + edge(me), *end = admitted.chunks + edge(me + 1);
     for (int64_t b = 0; b < arena.num_blocks && one < end; ++b) {
-      const Admitted* stop = std::partition_point(
-          one, end, [&](const Admitted& a) { return a.unique < updates.splits[b + 1]; });
-      if (one < stop) admit_rows<Rule>(call, arena, b, updates, one, stop, s);
+      const AdmittedChunk* stop = std::partition_point(
+          one, end, [&](const AdmittedChunk& a) { return a.unique < updates.splits[b + 1]; });
+      if (one < stop)
+        admit_rows<Rule>(call, arena, b, updates, one, stop,
+                         admitted.written && admitted.written[b], s);
       one = stop;
     }
   }
@@ -461,17 +461,15 @@ void update_all(const ChunkCall& call, const Arena& arena, const Updates& update
 }
 
 void admit_all(const ChunkCall& call, const Arena& arena, const Updates& updates, Rule rule,
-               const Step& s, const int64_t* admitted, int64_t count, int threads) {
-  const Admitted* chunks = (const Admitted*)admitted;
+               const Step& s, const Admissions& admitted, int threads) {
   switch (rule) {
-    case Rule::kSgd: return admit_with<Sgd>(call, arena, updates, s, chunks, count, threads);
-    case Rule::kAdagrad:
-      return admit_with<Adagrad>(call, arena, updates, s, chunks, count, threads);
+    case Rule::kSgd: return admit_with<Sgd>(call, arena, updates, s, admitted, threads);
+    case Rule::kAdagrad: return admit_with<Adagrad>(call, arena, updates, s, admitted, threads);
     case Rule::kRowWiseAdagrad:
-      return admit_with<RowWiseAdagrad>(call, arena, updates, s, chunks, count, threads);
-    case Rule::kAdam: return admit_with<Adam>(call, arena, updates, s, chunks, count, threads);
+      return admit_with<RowWiseAdagrad>(call, arena, updates, s, admitted, threads);
+    case Rule::kAdam: return admit_with<Adam>(call, arena, updates, s, admitted, threads);
     case Rule::kRowWiseAdam:
-      return admit_with<RowWiseAdam>(call, arena, updates, s, chunks, count, threads);
+      return admit_with<RowWiseAdam>(call, arena, updates, s, admitted, threads);
   }
 }
 

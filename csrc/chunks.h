@@ -24,6 +24,18 @@ struct ChunkGains {
   const int64_t* slots;  // [uniques], where a read found them and the index is still the same; or null
 };
 
+// A chunk that was admitted: unique, chunk of its row, place.
+struct AdmittedChunk {
+  int64_t unique, chunk, place;
+};
+// Ascending. written [blocks], or null: places of these blocks hold what chunks start from already;
+// those of others are cleared.
+struct Admissions {
+  const AdmittedChunk* chunks;
+  int64_t count;
+  const bool* written;
+};
+
 // Of the arena, block b is shard b's share of its store's pool: columns are those of a chunk.
 struct ChunkKernels {
   // slots [ids]: which were found, -1 where no chunk is present; or null.
@@ -33,9 +45,9 @@ struct ChunkKernels {
   // Steps present chunks and adds to their utilities.
   void (*update)(const ChunkCall& call, const Arena& arena, const Updates& updates, Rule rule,
                  const Step& step, const ChunkGains& gains, int threads);
-  // The first step of admitted chunks, [count, 3]: (unique, chunk, place), ascending.
+  // The first step of admitted chunks, from fresh states.
   void (*admit)(const ChunkCall& call, const Arena& arena, const Updates& updates, Rule rule,
-                const Step& step, const int64_t* admitted, int64_t count, int threads);
+                const Step& step, const Admissions& admitted, int threads);
 };
 
 }  // namespace shardlab

@@ -348,18 +348,32 @@ uint64_t splitmix(uint64_t x) {
   x = (x ^ (x >> 27)) * 0x94D049BB133111EBULL;
   return x ^ (x >> 31);
 }
+
+// Weights counter, counter + 1, ..
+void write_weights(float* row, uint64_t counter, int64_t columns, float low, float high) {
+  const float width = high - low;
+  for (int64_t c = 0; c < columns; ++c)  // the top 24 bits fill a float's fraction
+    row[c] = low + width * ((float)(splitmix(counter + c) >> 40) * 0x1p-24f);
+}
 }  // namespace
 
 void init_uniform(char* rows, int64_t row_bytes, int64_t num_rows, int64_t columns,
                   uint64_t seed, int64_t first_row, int64_t first_column, int64_t table_columns,
                   float low, float high, int threads) {
-  const float width = high - low;
 #pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t i = 0; i < num_rows; ++i) {
-    float* row = (float*)(rows + i * row_bytes);
-    const uint64_t counter = seed + (uint64_t)((first_row + i) * table_columns + first_column);
-    for (int64_t c = 0; c < columns; ++c)  // the top 24 bits fill a float's fraction
-      row[c] = low + width * ((float)(splitmix(counter + c) >> 40) * 0x1p-24f);
+  for (int64_t i = 0; i < num_rows; ++i)
+    write_weights((float*)(rows + i * row_bytes),
+                  seed + (uint64_t)((first_row + i) * table_columns + first_column), columns, low,
+                  high);
+}
+
+void init_pieces(float* values, int64_t count, int64_t columns, const int64_t* numbers,
+                 const int64_t* tables, const int64_t* seeds, const float* bounds, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t t = tables[i];
+    write_weights(values + i * columns, (uint64_t)seeds[t] + (uint64_t)(numbers[i] * columns),
+                  columns, bounds[2 * t], bounds[2 * t + 1]);
   }
 }
 

@@ -61,5 +61,9 @@ void fill_affine(const int64_t* pieces, int64_t num_pieces, int64_t* out);
 void init_uniform(char* rows, int64_t row_bytes, int64_t num_rows, int64_t columns,
                   uint64_t seed, int64_t first_row, int64_t first_column, int64_t table_columns,
                   float low, float high, int threads);
+// The same of scattered pieces of `columns` columns: piece numbers[i] of table tables[i], counted
+// over all rows of the table. bounds: [tables, 2] (low, high).
+void init_pieces(float* values, int64_t count, int64_t columns, const int64_t* numbers,
+                 const int64_t* tables, const int64_t* seeds, const float* bounds, int threads);
 
 }  // namespace shardlab

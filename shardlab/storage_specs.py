@@ -35,6 +35,7 @@ ROUNDINGS = ("stochastic", "nearest")
 PRUNED_DTYPES = ("fp32", "fp16", "int8")
 PRUNED_STARTS = ("empty", "dense")
 PRUNED_ABSENT = ("zeros", "shared")
+PRUNED_ADMITTED = ("zeros", "initial")
 #: Columns of the narrowest chunk that is taken where nobody says how many.
 _LEAST_COLUMNS = 16
 #: `PrunedSpec.normalize` in one unit for all tables.
@@ -182,6 +183,8 @@ class PrunedSpec:
             theirs, so that steps compete fairly and a table counts by how much it learns.
         absent: what an absent chunk reads as: ``zeros``, or a chunk that all absent ones of the
             table share (``shared``) and train.
+        admitted: what an admitted chunk starts from: ``zeros``, or its initial weights in a dense
+            table (``initial``).
     """
 
     ratio: float | None = None
@@ -201,6 +204,7 @@ class PrunedSpec:
     slack: float = 0.1
     normalize: bool | str = TOGETHER
     absent: str = "zeros"
+    admitted: str = "zeros"
 
     def budget(self, rows: int, columns: int) -> int:
         """Bytes of a table of this size, everything counted; ratio 1 stands for no budget."""

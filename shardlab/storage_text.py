@@ -12,6 +12,7 @@ from shardlab.storage_specs import (
     DTYPES,
     POLICIES,
     PRUNED_ABSENT,
+    PRUNED_ADMITTED,
     PRUNED_DTYPES,
     PRUNED_STARTS,
     ROUNDINGS,
@@ -180,6 +181,7 @@ def _parse_pruned(value: Mapping[str, Any], where: str) -> PrunedSpec:
     check_word(spec.dtype, PRUNED_DTYPES, f"{where}.dtype")
     check_word(spec.start, PRUNED_STARTS, f"{where}.start")
     check_word(spec.absent, PRUNED_ABSENT, f"{where}.absent")
+    check_word(spec.admitted, PRUNED_ADMITTED, f"{where}.admitted")
     _check_whole(spec, {"chunks": 0, "width": 0, "warmup": 0, "ramp": 0, "period": 1}, where)
     check_share(spec.gamma, f"{where}.gamma")
     for key, most in (("hysteresis", 100.0), ("headroom", 0.5), ("sketch", 64.0), ("slack", 10.0)):

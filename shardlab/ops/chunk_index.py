@@ -142,7 +142,7 @@ class ChunkIndex(Protocol):
 
         Returns:
             int64 [m, 3] on CPU: (position in ids, chunk, place) of every admitted chunk. What the
-            places held before is still there: `ops.chunk_rows.step_admitted` begins with zeros.
+            places held before is still there until `ops.chunk_rows.step_admitted`.
         """
 
     def count(self, store: int, decay: float) -> tuple[Tensor, Tensor]:

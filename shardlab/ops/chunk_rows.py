@@ -19,6 +19,7 @@ from torch import Tensor
 
 from shardlab.ops.blocks import Blocks
 from shardlab.ops.chunk_index import ChunkIndex, Offers
+from shardlab.ops.chunk_initial import InitialChunks
 from shardlab.ops.chunks import NativeChunkIndex
 from shardlab.ops.registry import address, face_of, native
 from shardlab.ops.rows import job_spans, pool_blocks, sum_rows, update_rows
@@ -37,11 +38,13 @@ class ChunkPools:
         index: which chunks are present, and where.
         arena: uint8.
         blocks: of every shard: its store's pool, columns those of a chunk; with encodings.
+        initial: what admitted chunks start from, or None: all from zeros.
     """
 
     index: ChunkIndex
     arena: Tensor
     blocks: Blocks
+    initial: InitialChunks | None = None
 
     @cached_property
     def chunk_counts(self) -> frozenset[int]:
@@ -265,7 +268,7 @@ def _addresses(uniques: Uniques, weights: Tensor | None, grads: Tensor,
 
 def step_admitted(pools: ChunkPools, admitted: Tensor, uniques: Uniques, weights: Tensor | None,
                   grads: Tensor, step: StepParameters, row_squares: Tensor | None) -> None:
-    """The first step of chunks that were admitted now, from zero: clears their places.
+    """The first step of chunks that were admitted now: writes what they start from, clears states.
 
     Args:
         pools: where chunks lie.
@@ -274,13 +277,17 @@ def step_admitted(pools: ChunkPools, admitted: Tensor, uniques: Uniques, weights
     """
     if not admitted.shape[0]:
         return
+    initial = pools.initial
+    if initial is not None:
+        initial.write(pools.arena, pools.blocks, pools.index.blocks, admitted,
+                      (uniques.ids.cpu(), uniques.splits))
     if pools.is_native("step_admitted"):
         assert isinstance(pools.index, NativeChunkIndex)
         native().chunk_admit(  # type: ignore[union-attr]
             pools.index.call(), pools.native_arena(), _addresses(uniques, weights, grads,
                                                                  row_squares),
             step.key, RULES[step.kind], step.numbers(), address(admitted), admitted.shape[0],
-            torch.get_num_threads())
+            address(None if initial is None else initial.starts), torch.get_num_threads())
         return
     rows, inverse = torch.unique_consecutive(admitted[:, 0], return_inverse=True)
     places = torch.full((rows.numel(), pools.most_chunks), -1, dtype=torch.int64)
@@ -292,7 +299,8 @@ def step_admitted(pools: ChunkPools, admitted: Tensor, uniques: Uniques, weights
         if start == end:
             continue
         some = rows[start:end]
-        _clear(pools, block, places[start:end][places[start:end] >= 0])
+        _clear(pools, block, places[start:end][places[start:end] >= 0],
+               weights=initial is None or not initial.starts[block])
         summed = summed_gradients(pools, block, (uniques, weights, grads, step), some)
         squares = None if row_squares is None else row_squares[some.to(row_squares.device)]
         _step_present(pools, block, places[start:end, :pools.chunks(block)], (summed, ids[some]),
@@ -372,10 +380,11 @@ def _root(x: Tensor) -> Tensor:
     return x.double().sqrt().float()
 
 
-def _clear(pools: ChunkPools, block: int, places: Tensor) -> None:
-    """Writes zeros to chunks and their states."""
+def _clear(pools: ChunkPools, block: int, places: Tensor, *, weights: bool) -> None:
+    """Writes zeros to the states of chunks, and to their weights."""
     at = places.to(pools.arena.device)
-    pools.blocks.payloads(pools.arena, block)[at] = 0
+    if weights:
+        pools.blocks.payloads(pools.arena, block)[at] = 0
     states = pools.blocks.states(pools.arena, block)
     if states.shape[1]:
         states[at] = 0

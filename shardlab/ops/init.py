@@ -4,6 +4,8 @@ splitmix64 (Steele et al. 2014) on a counter."""
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -60,6 +62,49 @@ def init_uniform_reference(rows: Tensor, table: EmbeddingBagConfig, shard: Shard
         bits = _splitmix_tensor(counter)
         unit = _shift(bits, 40).float() * 2.0**-24
         rows[first:first + number.numel()] = (low + (high - low) * unit).to(rows.device)
+
+
+@dataclass(frozen=True)
+class InitStreams:
+    """Where the initial weights of some tables come from.
+
+    Attributes:
+        seeds: int64 [T] on CPU: `table_seed`, as its bits.
+        bounds: fp32 [T, 2] on CPU: `EmbeddingBagConfig.init_range`.
+    """
+
+    seeds: Tensor
+    bounds: Tensor
+
+    @classmethod
+    def of(cls, tables: Sequence[EmbeddingBagConfig], seed: int) -> InitStreams:
+        """Those of ``tables`` in a run with a seed."""
+        return cls(torch.tensor([_signed(table_seed(seed, table.name)) for table in tables],
+                                dtype=torch.int64),
+                   torch.tensor([table.init_range for table in tables],
+                                dtype=torch.float32).view(-1, 2))
+
+
+def init_pieces(values: Tensor, numbers: Tensor, tables: Tensor, streams: InitStreams) -> None:
+    """Writes the initial weights of scattered pieces of rows.
+
+    Args:
+        values: fp32 [n, c] on CPU, contiguous, written in place.
+        numbers: int64 [n]: pieces, counted over the rows of their whole tables, whose columns are
+            a multiple of c.
+        tables: int64 [n]: number in ``streams`` of the table of every piece.
+        streams: of the tables.
+    """
+    if face_of("init_pieces", values.device.type) == "native":
+        native().init_pieces(  # type: ignore[union-attr]
+            address(values), *values.shape, address(numbers), address(tables),
+            address(streams.seeds), address(streams.bounds), torch.get_num_threads())
+        return
+    columns = values.shape[1]
+    counter = (streams.seeds[tables] + numbers * columns)[:, None] + torch.arange(columns)
+    low, high = streams.bounds[tables].unbind(1)
+    unit = _shift(_splitmix_tensor(counter), 40).float() * 2.0**-24
+    values.copy_(low[:, None] + (high - low)[:, None] * unit)
 
 
 def unit_uniform(start: int, counter: Tensor) -> Tensor:

@@ -38,6 +38,7 @@ OPS: dict[str, tuple[str, ...]] = {
     "sum_by_key": ("native",),
     "mark_members": ("native",),
     "init_uniform": ("native",),
+    "init_pieces": ("native",),
     "cache_place": ("native",),
     "cache_lookup": ("native",),
     "chunk_index": ("native",),

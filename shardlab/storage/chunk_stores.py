@@ -13,8 +13,10 @@ from shardlab.codecs import table_key
 from shardlab.errors import ConfigError
 from shardlab.ops.blocks import Blocks, Encoding
 from shardlab.ops.chunk_index import StoreShape
+from shardlab.ops.chunk_initial import InitialChunks
 from shardlab.ops.chunk_rows import ChunkPools
 from shardlab.ops.chunks import build_chunk_index, index_span_bytes, index_used_spans
+from shardlab.ops.init import InitStreams
 from shardlab.specs import UNBOUNDED
 from shardlab.storage.base import LocalShard, StorageOptions
 from shardlab.storage_bytes import OPTIMIZER_STATE, chunk_layout
@@ -87,7 +89,7 @@ def plan_stores(shards: Sequence[LocalShard], optimizer: str) -> list[StorePlan]
         spec = pruned_spec(local)
         alone = block if local.table.num_embeddings == UNBOUNDED else None
         key = (spec.schedule, spec.width, local.shard.columns, spec.dtype, spec.tier, spec.sketch,
-               spec.absent, alone)
+               spec.absent, spec.admitted, alone)
         groups.setdefault(key, []).append(block)
     shared: dict[tuple[object, ...], int] = {}
     for local in shards:
@@ -190,4 +192,16 @@ def build_pools(shards: Sequence[LocalShard], plans: Sequence[StorePlan],
     for number, plan in enumerate(plans):
         dense = plan.spec.is_full or plan.spec.start == "dense"
         index.set_budget(number, NO_BUDGET if dense else plan.target)
-    return ChunkPools(index, arena, Blocks.build(table, encodings))
+    return ChunkPools(index, arena, Blocks.build(table, encodings),
+                      _initial(shards, plans, options.seed))
+
+
+def _initial(shards: Sequence[LocalShard], plans: Sequence[StorePlan],
+             seed: int) -> InitialChunks | None:
+    """What admitted chunks start from; None: all from zeros."""
+    starts = torch.zeros(len(shards), dtype=torch.bool)
+    for plan in plans:
+        starts[list(plan.blocks)] = plan.spec.admitted == "initial"
+    if not starts.any():
+        return None
+    return InitialChunks(starts, InitStreams.of([local.table for local in shards], seed), seed)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from shardlab.ops.init import init_uniform, table_seed
+from shardlab.ops.init import InitStreams, init_pieces, init_uniform, table_seed
 from shardlab.specs import EmbeddingBagConfig
 from shardlab.table_plan import Shard
 from tests.shardlab.ops.cases import DIMS, INDEX_PLACES, Place, face
@@ -62,6 +62,20 @@ def test_any_shard_is_a_part_of_the_table(place, shard):
     expected = init(Place("reference", "cpu"), table, whole(table))
     assert torch.equal(init(place, table, shard), expected[shard.row_start:shard.row_end,
                                                            shard.col_start:shard.col_end])
+
+
+def test_pieces_are_those_of_their_tables():
+    """Pieces of eight columns of two tables, the last ones too."""
+    found = [table_of(30, 24), table_of(9, 8, "u", weight_init_min=-3.0, weight_init_max=5.0)]
+    numbers, tables = torch.tensor([0, 89, 8, 31, 0, 31]), torch.tensor([0, 0, 1, 0, 1, 0])
+    expected = [init(Place("reference", "cpu"), one, whole(one), seed=4).view(-1, 8)
+                for one in found]
+    for name in ("native", "reference"):
+        values = torch.full((6, 8), 9.0)
+        with face(name):
+            init_pieces(values, numbers, tables, InitStreams.of(found, 4))
+        for value, number, one in zip(values, numbers, tables, strict=True):
+            assert torch.equal(value, expected[one][number])
 
 
 def test_rows_may_lie_apart(place):

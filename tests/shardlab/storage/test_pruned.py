@@ -95,12 +95,12 @@ def test_one_chunk_rows_of_narrow_dtypes_are_those_of_the_plain_table():
             {**DENSE, "dtype": dtype, "chunks": 1})), 4), plain))
 
 
-@pytest.mark.parametrize(("dtype", "absent"), [
-    ("fp32", "zeros"), ("fp16", "zeros"), ("int8", "zeros"), ("fp32", "shared"),
-    ("int8", "shared")])
+@pytest.mark.parametrize(("dtype", "absent", "admitted"), [
+    ("fp32", "zeros", "zeros"), ("fp16", "zeros", "initial"), ("int8", "zeros", "zeros"),
+    ("fp32", "shared", "initial"), ("int8", "shared", "initial")])
 @pytest.mark.parametrize("length", [1, -1], ids=["one", "jagged"])
-def test_faces_agree(monkeypatch, dtype, absent, length):
-    options = {"dtype": dtype, "chunks": 2, "period": 4, "start": "empty", "absent": absent}
+def test_faces_agree(monkeypatch, dtype, absent, admitted, length):
+    options = {"dtype": dtype, "chunks": 2, "period": 4, "absent": absent, "admitted": admitted}
     ratio = 0.022 if dtype == "int8" else 0.02
     mine = build(tables(pruned(ratio, **options)))
     plain = train(mine, 9, length=length, size=256)
@@ -271,9 +271,9 @@ def test_drift_moves_chunks_to_the_new_ids_within_two_periods(normalize, streams
     assert sum(held) / len(held) >= 30, held
 
 
-@pytest.mark.parametrize("absent", ["zeros", "shared"])
-def test_resumed_run_is_bit_identical(tmp_path, absent):
-    options = {"chunks": 2, "period": 7, "start": "empty", "dtype": "fp16", "absent": absent}
+@pytest.mark.parametrize(("absent", "admitted"), [("zeros", "zeros"), ("shared", "initial")])
+def test_resumed_run_is_bit_identical(tmp_path, absent, admitted):
+    options = {"chunks": 2, "period": 7, "dtype": "fp16", "absent": absent, "admitted": admitted}
     groups = build_groups()
     parts = build(tables([pruned(0.02, **options), "fp32", pruned(0.01, **options)]))
     train(parts, 18, length=-1)
@@ -326,6 +326,7 @@ def test_checkpoint_of_another_optimizer_is_refused(tmp_path):
     (pruned(chunks=3), {}, "16 columns cannot be cut into 3 equal chunks; take chunks: one of"),
     (pruned(start="full"), {}, "start: unknown value 'full'"),
     (pruned(absent="ones"), {}, "absent: unknown value 'ones'"),
+    (pruned(admitted="inital"), {}, "admitted: unknown value 'inital' \\(did you mean 'initial'"),
     (pruned(normalize="apart"), {}, "normalize: expected true, false or together, found 'apart'"),
     (pruned(gamma=0), {}, "gamma: expected a share above 0"),
     (pruned(period=0), {}, "period: expected a positive integer, found 0"),
