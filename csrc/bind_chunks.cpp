@@ -168,11 +168,13 @@ Updates updates_from(const std::vector<Address>& v, int64_t key) {
           at<float>(v[5]), at<float>(v[6]), (uint64_t)key, nullptr};
 }
 
-// (weights, key, norms, stride, absent, absent stride, slots)
-using GainTuple = std::tuple<Address, int64_t, Address, int64_t, Address, int64_t, Address>;
+// (weights, key, norms, stride, absent, absent stride, slots, shares)
+using GainTuple =
+    std::tuple<Address, int64_t, Address, int64_t, Address, int64_t, Address, Address>;
 ChunkGains gains_from(const GainTuple& t) {
   return {at<float>(std::get<0>(t)), (uint64_t)std::get<1>(t), at<float>(std::get<2>(t)),
-          std::get<3>(t), at<float>(std::get<4>(t)), std::get<5>(t), at<int64_t>(std::get<6>(t))};
+          std::get<3>(t), at<float>(std::get<4>(t)), std::get<5>(t), at<int64_t>(std::get<6>(t)),
+          at<float>(std::get<7>(t))};
 }
 
 }  // namespace

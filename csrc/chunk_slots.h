@@ -142,4 +142,12 @@ inline uint64_t chunk_word(const ChunkBlock& block, uint64_t key, int64_t row, i
   return chunk_mix((key ^ (uint64_t)block.table_key) + at * kGolden);
 }
 
+// Whether the absent chunks of a row count in a step of which a share of the rows does, by chance. By
+// bits of the word of its first chunk that rounding does not take.
+inline bool row_counts(const ChunkBlock& block, uint64_t key, int64_t row, float share) {
+  if (share >= 1.0f) return true;
+  const uint64_t word = chunk_word(block, key, row, -block.first_chunk);
+  return (float)(word >> 40) * 0x1p-24f < share;
+}
+
 }  // namespace shardlab

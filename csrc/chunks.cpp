@@ -229,11 +229,12 @@ inline float chunk_squares(const float* grad, int64_t chunks, int64_t width, flo
   return reduce_add(total) / (float)(chunks * width);
 }
 
-// Utilities of a row's present chunks, norms of its absent ones; lists the present ones.
-inline void weigh_row(const ChunkStore& store, const ChunkBlock& block, float weight,
-                      const ChunkGains& gains,
-                      const Updates& updates, int64_t u, int64_t slot, const float* squares,
-                      int64_t source, int64_t width, float mean, Present& present) {
+// Utilities of a row's present chunks, norms of its absent ones times `absent` (0: they do not
+// count); lists the present ones.
+inline void weigh_row(const ChunkStore& store, const ChunkBlock& block, float weight, float absent,
+                      const ChunkGains& gains, const Updates& updates, int64_t u, int64_t slot,
+                      const float* squares, int64_t source, int64_t width, float mean,
+                      Present& present) {
   const float accesses = (float)(updates.csr.starts[u + 1] - updates.csr.starts[u]);
   const int64_t row = updates.ids[u];
   char* value = slot < 0 ? nullptr : value_at(store, slot);
@@ -241,7 +242,7 @@ inline void weigh_row(const ChunkStore& store, const ChunkBlock& block, float we
     const float norm = std::min(std::sqrt(squares[k]) * accesses, kMostNorm);
     float& out = gains.norms[u * gains.stride + k];
     if (!value || places_of(value)[k] < 0) {
-      out = norm;
+      out = norm * absent;
       continue;
     }
     out = -1.0f;
@@ -331,7 +332,16 @@ void update_rows(const ChunkCall& call, const Arena& arena, int64_t b, const Upd
   std::vector<float> buffer(kLanes * width), squares(store.chunks);
   Gradients grads(updates, width * store.chunks, s, !groups);
   Present present(kTile * store.chunks);
+  const float share = gains.shares[b], gain = 1.0f / share;
+  const auto counts = [&](int64_t u) SHARDLAB_INLINE {
+    return row_counts(call.blocks[b], gains.key, updates.ids[u], share);
+  };
+  // Gradients of rows without a chunk that do not count are not looked at.
+  const auto passes = [&](int64_t u, int64_t slot) SHARDLAB_INLINE {
+    return slot < 0 && !groups && !counts(u);
+  };
   const auto fetch = [&](int64_t u, int64_t slot) SHARDLAB_INLINE {
+    if (passes(u, slot)) return;
     grads.prefetch(u);
     for_present(store, slot, [&](int64_t place) SHARDLAB_INLINE {
       prefetch_write(arena.bytes + block.row_offset + place * block.row_bytes, block.row_bytes);
@@ -347,6 +357,10 @@ void update_rows(const ChunkCall& call, const Arena& arena, int64_t b, const Upd
     for (int64_t i = 0; i < n; ++i) {
       const int64_t u = first + i;
       const int64_t slot = lookup.next(u, fetch);
+      if (passes(u, slot)) {
+        std::fill_n(gains.norms + u * gains.stride, store.chunks, 0.0f);
+        continue;
+      }
       const float* grad = grads.sum(u, i);
       if (groups) {
         add_absent(store, slot, grad, width,
@@ -355,8 +369,8 @@ void update_rows(const ChunkCall& call, const Arena& arena, int64_t b, const Upd
       }
       float mean = chunk_squares(grad, store.chunks, width, squares.data());
       if (updates.row_squares && updates.row_squares[u] >= 0) mean = updates.row_squares[u];
-      weigh_row(store, call.blocks[b], gains.weights[b], gains, updates, u, slot, squares.data(),
-                grad - updates.grads, width, mean, present);
+      weigh_row(store, call.blocks[b], gains.weights[b], counts(u) ? gain : 0.0f, gains, updates, u,
+                slot, squares.data(), grad - updates.grads, width, mean, present);
     }
     step_present<Rule>(arena, b, updates, present, s, buffer.data());
   }

@@ -22,6 +22,7 @@ struct ChunkGains {
   float* absent;
   int64_t absent_stride;
   const int64_t* slots;  // [uniques], where a read found them and the index is still the same; or null
+  const float* shares;  // by block: of the rows whose absent chunks count, by chance, for as many; 1: all
 };
 
 // A chunk that was admitted: unique, chunk of its row, place.

@@ -175,6 +175,9 @@ class PrunedSpec:
         gamma: what is left of a utility after a step.
         hysteresis: a chunk is admitted above the threshold of eviction by this share.
         headroom: share of the budget that a decision leaves free for admissions.
+        evidence: typical accesses that stand behind an admission: where it takes more of them,
+            absent rows are counted by chance, the rest for them, so that about as many are counted;
+            0: all are.
         sketch: cells (bytes) for the utilities of absent chunks, per chunk that the budget holds.
         slack: share by which a rank may exceed its part of the budget.
         normalize: counts gradient norms in units of the 95th percentile of their table's, as of
@@ -200,6 +203,7 @@ class PrunedSpec:
     gamma: float = 0.996
     hysteresis: float = 0.25
     headroom: float = 0.01
+    evidence: float = 8.0
     sketch: float = 2.0
     slack: float = 0.1
     normalize: bool | str = TOGETHER

@@ -184,7 +184,8 @@ def _parse_pruned(value: Mapping[str, Any], where: str) -> PrunedSpec:
     check_word(spec.admitted, PRUNED_ADMITTED, f"{where}.admitted")
     _check_whole(spec, {"chunks": 0, "width": 0, "warmup": 0, "ramp": 0, "period": 1}, where)
     check_share(spec.gamma, f"{where}.gamma")
-    for key, most in (("hysteresis", 100.0), ("headroom", 0.5), ("sketch", 64.0), ("slack", 10.0)):
+    for key, most in (("hysteresis", 100.0), ("headroom", 0.5), ("sketch", 64.0), ("slack", 10.0),
+                      ("evidence", 1e6)):
         _check_number(getattr(spec, key), most, f"{where}.{key}")
     if not isinstance(spec.normalize, bool) and spec.normalize != TOGETHER:
         raise ConfigError(f"{where}.normalize: expected true, false or {TOGETHER}, found "

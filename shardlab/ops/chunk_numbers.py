@@ -60,6 +60,26 @@ def mixed32(x: Tensor) -> Tensor:
     return x ^ (x >> 16)
 
 
+def counting_rows(block: Tensor, key: int, rows: Tensor, share: Tensor) -> Tensor:
+    """bool [n]: whether absent chunks of rows count in a step of which a share of the rows does.
+
+    Args:
+        block: int64 [7], of `ChunkIndex.blocks`.
+        key: of the step.
+        rows: int64 [n] on CPU, of the block.
+        share: fp32 scalar.
+    """
+    _, row_start, _, table_chunks, table_key, *_ = block.tolist()
+    start = (key ^ table_key) & ((1 << 64) - 1)
+    at = (rows + row_start) * table_chunks
+    word = mixed(at * _signed(GOLDEN) + _signed(start))
+    return (_shift(word, 40).float() * 2.0 ** -24 < share) | (share >= 1)
+
+
+def _signed(x: int) -> int:
+    return x - (1 << 64) if x >= 1 << 63 else x
+
+
 def _shift(x: Tensor, bits: int) -> Tensor:
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from shardlab.ops.blocks import Blocks
 from shardlab.ops.chunk_index import ChunkIndex, Offers
 from shardlab.ops.chunk_initial import InitialChunks
+from shardlab.ops.chunk_numbers import counting_rows
 from shardlab.ops.chunks import NativeChunkIndex
 from shardlab.ops.registry import address, face_of, native
 from shardlab.ops.rows import job_spans, pool_blocks, sum_rows, update_rows
@@ -186,6 +187,8 @@ class UtilityStep:
     Attributes:
         weights: fp32 [blocks] on CPU: of this step; utilities are as of the last decision.
         key: of the random bits of rounding them.
+        shares: fp32 [blocks] on CPU: of the rows whose absent chunks count, drawn by chance; these
+            count for the others. 1: all.
         absent: fp32 [blocks, most columns + chunks] where the gradients are, or None: to what
             shards whose absent chunks are shared hold here their scaled gradients are added, by
             column, and, behind the columns, how many there are of every chunk.
@@ -195,6 +198,7 @@ class UtilityStep:
 
     weights: Tensor
     key: int
+    shares: Tensor
     absent: Tensor | None = None
     slots: Tensor | None = None
 
@@ -211,7 +215,8 @@ def update_chunks(pools: ChunkPools, uniques: Uniques, weights: Tensor | None, g
         utility: how the step counts.
 
     Returns:
-        fp32 [m, most chunks] on CPU: gradient norm times accesses of absent chunks; -1 elsewhere.
+        fp32 [m, most chunks] on CPU: gradient norm times accesses of absent chunks, over their
+        share, 0 where the row does not count; -1 elsewhere.
     """
     stride = pools.most_chunks
     norms = torch.empty(uniques.ids.numel(), stride)
@@ -225,7 +230,7 @@ def update_chunks(pools: ChunkPools, uniques: Uniques, weights: Tensor | None, g
             step.key, RULES[step.kind], step.numbers(),
             (address(utility.weights), utility.key, address(norms), stride,
              address(utility.absent), 0 if utility.absent is None else utility.absent.shape[1],
-             address(utility.slots)),
+             address(utility.slots), address(utility.shares)),
             torch.get_num_threads())
         return norms
     ids, segments = uniques.ids.cpu(), block_segments(uniques)
@@ -246,6 +251,10 @@ def update_chunks(pools: ChunkPools, uniques: Uniques, weights: Tensor | None, g
     none = torch.zeros_like(utility.weights)
     pools.index.touch(Offers(segments, ids, norms, utility.weights, none, utility.key, none,
                              torch.zeros(none.numel(), dtype=torch.int64)))
+    for block, start, count in segments.tolist():
+        part, share = slice(start, start + count), utility.shares[block]
+        counts = counting_rows(pools.index.blocks[block], utility.key, ids[part], share)
+        norms[part, :pools.chunks(block)] *= torch.where(counts, 1.0 / share, 0.0)[:, None]
     norms[places.T[:, :stride] >= 0] = -1.0
     return norms
 

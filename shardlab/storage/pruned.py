@@ -16,6 +16,7 @@ AdaEmbed (OSDI 2023).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -60,6 +61,8 @@ _TOUCH, _DECIDE = 16, 17
 _SAMPLE, _PERCENTILE = 256, 0.95
 #: What is tried next where a threshold leaves more than the budget, and the least of all.
 _RAISE, _LEAST = 1.05, 2.0 ** -49
+#: The least share of absent rows that count in a step.
+_LEAST_SHARE = 2.0 ** -10
 #: Free places, as a share of the chunks, from which a decision gives their slabs back: rows whose
 #: chunks are few leave places that only slots of the index, for which there is no room, would fill.
 _IDLE = 1 / RESERVE
@@ -92,6 +95,9 @@ class PrunedStorage(PrunedState):
         self._store_of = self.index.blocks[:, 0].tolist()
         #: By shard: how many times the utility of a chunk that it replaces a newcomer needs.
         self._margins = torch.tensor([1 + pruned_spec(local).hysteresis for local in shards])
+        self._evidence = torch.tensor([
+            spec.evidence if spec.evidence and spec.normalize else math.inf
+            for spec in map(pruned_spec, shards)])
         self._found: _Found | None = None
         self.files = ChunkFiles(self)
         self.watch = ChunkWatch(self.files)
@@ -142,7 +148,8 @@ class PrunedStorage(PrunedState):
         self._measure(uniques, weights, grads, step)
         now, found = self._weights(), self._look_up(uniques)
         norms = update_chunks(self.pools, uniques, weights, grads, step, row_squares,
-                              UtilityStep(now, key, self.absent.sums, found.slots))
+                              UtilityStep(now, key, self._shares(), self.absent.sums,
+                                          found.slots))
         offers = Offers(found.segments, uniques.ids.cpu(), norms, now,
                         self.thresholds * self.scale, key, self._margins, self.evicted)
         admitted = self.index.offer(offers)
@@ -198,6 +205,11 @@ class PrunedStorage(PrunedState):
         decays = [self.decay(store) for store in range(len(self.stores))]
         return torch.tensor([1.0 / (decays[store] * scale) if scale else 1.0 for store, scale in
                              zip(self._store_of, self.scale.tolist(), strict=True)])
+
+    def _shares(self) -> Tensor:
+        """fp32 [shards]: of absent rows, which count in a step: thresholds are in units of one
+        access."""
+        return (self._evidence / self.thresholds).clamp_(_LEAST_SHARE, 1.0)
 
     def shared_gradients(self, block: int, out: Tensor) -> bool:
         """What a shard knows of the chunks that its table's absent ones share."""

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from shardlab.ops.chunk_index import ChunkRows
-from shardlab.ops.chunk_rows import step_admitted
+from shardlab.ops.chunk_rows import UtilityStep, step_admitted, update_chunks
 from shardlab.ops.rows import job_spans
 from shardlab.ops.step_parameters import RULES, StepParameters
 from shardlab.ops.unique import Uniques
@@ -96,3 +96,57 @@ def test_job_spans_of_fixed_and_jagged_bags():
     jobs[0, [0, 3, 4, 6]] = torch.tensor([5, 4, 10, 3])
     jobs[1, [0, 3, 5, 6]] = torch.tensor([7, 2, 1, -1])
     assert job_spans(jobs, torch.tensor([0, 4, 9, 9])) == [(5, 10, 12), (7, 4, 5)]
+
+
+def count_absent(storage, uniques, share, key=11):
+    """Norms of all chunks, and the utilities that present ones have then."""
+    blocks = len(storage.shards)
+    generator = torch.Generator().manual_seed(8)
+    grads = torch.randn(int(uniques.sources.max()) + COLUMNS, generator=generator)
+    norms = update_chunks(storage.pools, uniques, None, grads, StepParameters("sgd", 0.1), None,
+                          UtilityStep(torch.ones(blocks), key, torch.full((blocks,), share)))
+    return norms, [storage.index.list_rows(block).utilities for block in range(blocks)]
+
+
+@pytest.mark.parametrize("some_present", [False, True])
+def test_a_share_of_the_absent_rows_counts_for_all(monkeypatch, some_present):
+    def run(face, share):
+        monkeypatch.setenv("SHARDLAB_FACE", face)
+        generator = torch.Generator().manual_seed(3)
+        uniques, storage = some_uniques(generator), storage_of("sgd", "fp32")
+        if some_present:
+            admit(storage, uniques, generator)
+        return count_absent(storage, uniques, share)
+
+    every, utilities = run("native", 1.0)
+    some, same = run("native", 0.25)
+    assert all(map(torch.equal, utilities, same))
+    present = every < 0
+    assert present.any() == some_present
+    assert (some[present] == -1).all()
+    counted = (some > 0).any(1)
+    assert torch.equal(some[counted], torch.where(present, every, 4 * every)[counted])
+    assert (some[~counted] <= 0).all()
+    assert 0.1 < float(counted.float().mean()) < 0.4
+    assert torch.equal(run("reference", 0.25)[0] > 0, some > 0)
+    torch.testing.assert_close(run("reference", 0.25)[0], some)
+
+
+def test_rows_count_alike_in_any_part_of_a_table():
+    """Whether a row counts follows from the step and its number in the table."""
+    def counted(row_start, col_start, columns):
+        table = EmbeddingBagConfig(4000, COLUMNS, "t", storage={
+            "kind": "pruned", "budget": {"ratio": 0.5}, "chunks": CHUNKS})
+        local = LocalShard(table, Shard(0, row_start, 4000, col_start, col_start + columns),
+                           table.storage, False)
+        storage = build_storage([local], StorageOptions("sgd", 0, torch.device("cpu")))
+        count = 4000 - row_start
+        uniques = Uniques(torch.arange(count), torch.tensor([0, count]), torch.arange(count + 1),
+                          torch.arange(count) * columns)
+        return [(count_absent(storage, uniques, 0.1, key)[0] > 0).any(1) for key in (5, 6)]
+
+    whole, other = counted(0, 0, COLUMNS)
+    assert 300 < int(whole.sum()) < 500
+    assert int((whole & other).sum()) < 100
+    assert torch.equal(counted(1500, 0, COLUMNS)[0], whole[1500:])
+    assert torch.equal(counted(0, 8, 16)[0], whole)
