@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from shardlab.chunk_layout import fitting_slots
+from shardlab.codecs import signed
 from shardlab.ops.chunk_index import StoreShape
 from shardlab.ops.chunk_marks import MARK
 
@@ -70,14 +71,9 @@ def counting_rows(block: Tensor, key: int, rows: Tensor, share: Tensor) -> Tenso
         share: fp32 scalar.
     """
     _, row_start, _, table_chunks, table_key, *_ = block.tolist()
-    start = (key ^ table_key) & ((1 << 64) - 1)
     at = (rows + row_start) * table_chunks
-    word = mixed(at * _signed(GOLDEN) + _signed(start))
+    word = mixed(at * signed(GOLDEN) + (key ^ table_key))
     return (_shift(word, 40).float() * 2.0 ** -24 < share) | (share >= 1)
-
-
-def _signed(x: int) -> int:
-    return x - (1 << 64) if x >= 1 << 63 else x
 
 
 def _shift(x: Tensor, bits: int) -> Tensor:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from shardlab.codecs import signed
 from shardlab.ops.registry import address, face_of, native
 from shardlab.specs import EmbeddingBagConfig
 from shardlab.table_plan import Shard
@@ -53,15 +54,13 @@ def init_uniform_reference(rows: Tensor, table: EmbeddingBagConfig, shard: Shard
                            seed: int) -> None:
     """Plain-torch face of `init_uniform`, a million elements at a time."""
     low, high = (torch.tensor(x, dtype=torch.float32) for x in table.init_range)
-    start = _signed(table_seed(seed, table.name))
+    start = signed(table_seed(seed, table.name))
     columns = shard.col_start + torch.arange(shard.columns)
     step = max(1, 1_000_000 // shard.columns)
     for first in range(0, shard.rows, step):
         number = torch.arange(first, min(first + step, shard.rows)) + shard.row_start
         counter = start + number[:, None] * table.embedding_dim + columns
-        bits = _splitmix_tensor(counter)
-        unit = _shift(bits, 40).float() * 2.0**-24
-        rows[first:first + number.numel()] = (low + (high - low) * unit).to(rows.device)
+        rows[first:first + number.numel()] = _weights(counter, low, high).to(rows.device)
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ class InitStreams:
     @classmethod
     def of(cls, tables: Sequence[EmbeddingBagConfig], seed: int) -> InitStreams:
         """Those of ``tables`` in a run with a seed."""
-        return cls(torch.tensor([_signed(table_seed(seed, table.name)) for table in tables],
+        return cls(torch.tensor([signed(table_seed(seed, table.name)) for table in tables],
                                 dtype=torch.int64),
                    torch.tensor([table.init_range for table in tables],
                                 dtype=torch.float32).view(-1, 2))
@@ -102,9 +101,13 @@ def init_pieces(values: Tensor, numbers: Tensor, tables: Tensor, streams: InitSt
         return
     columns = values.shape[1]
     counter = (streams.seeds[tables] + numbers * columns)[:, None] + torch.arange(columns)
-    low, high = streams.bounds[tables].unbind(1)
-    unit = _shift(_splitmix_tensor(counter), 40).float() * 2.0**-24
-    values.copy_(low[:, None] + (high - low)[:, None] * unit)
+    low, high = streams.bounds[tables, :, None].unbind(1)
+    values.copy_(_weights(counter, low, high))
+
+
+def _weights(counter: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """fp32 weights of a stream; the top 24 bits fill a float's fraction."""
+    return low + (high - low) * (_shift(_splitmix_tensor(counter), 40).float() * 2.0**-24)
 
 
 def unit_uniform(start: int, counter: Tensor) -> Tensor:
@@ -114,12 +117,8 @@ def unit_uniform(start: int, counter: Tensor) -> Tensor:
         start: first counter of the stream, of `table_seed`.
         counter: int64.
     """
-    bits = _splitmix_tensor(_signed(start) + counter)
+    bits = _splitmix_tensor(signed(start) + counter)
     return (_shift(bits, 11).double() + 0.5) * 2.0**-53
-
-
-def _signed(x: int) -> int:
-    return x - _WORD if x >= _WORD // 2 else x
 
 
 def _shift(x: Tensor, bits: int) -> Tensor:
@@ -128,7 +127,7 @@ def _shift(x: Tensor, bits: int) -> Tensor:
 
 
 def _splitmix_tensor(x: Tensor) -> Tensor:
-    x = x + _signed(0x9E3779B97F4A7C15)
-    x = (x ^ _shift(x, 30)) * _signed(0xBF58476D1CE4E5B9)
-    x = (x ^ _shift(x, 27)) * _signed(0x94D049BB133111EB)
+    x = x + signed(0x9E3779B97F4A7C15)
+    x = (x ^ _shift(x, 30)) * signed(0xBF58476D1CE4E5B9)
+    x = (x ^ _shift(x, 27)) * signed(0x94D049BB133111EB)
     return x ^ _shift(x, 31)
