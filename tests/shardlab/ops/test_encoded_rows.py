@@ -45,7 +45,7 @@ def place(request) -> Place:
 
 
 def size_for(place: Place) -> dict[str, int]:
-    """Rows and entries of a problem; Triton's interpreter takes 10 ms for every row of a codec."""
+    """Rows and entries of a problem: fewer in Triton's interpreter, whose time grows with them."""
     return {"rows": 25, "entries": 33} if place == Place("triton", "cpu") else {}
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import shardlab as sl
+from shardlab.comm import build_groups
 from tests.shardlab.storage.test_pruned import batch, build, pruned, tables, train
 
 
@@ -36,3 +37,23 @@ def test_rows_of_a_full_store_are_found_by_the_few_that_count():
     storage = collection.storage
     assert storage._shares().max() < 0.5
     assert torch.isin(often, storage.index.list_rows(2).rows).sum() >= 38
+
+
+@pytest.mark.parametrize("absent", ["zeros", "shared"])
+def test_a_resumed_run_counts_the_same_rows(tmp_path, absent):
+    options = {"chunks": 2, "period": 7, "evidence": 0.5, "absent": absent}
+    groups, found = build_groups(), tables(pruned(0.02, **options))
+    parts = build(found)
+    train(parts, 38, length=-1, size=256)
+    assert parts[2].storage._shares().max() < 0.7
+    sl.save(tmp_path / "c", parts[0], parts[1], groups)
+    expected = train(parts, 15, first=38, length=-1, size=256)
+    again = build(found)
+    train(again, 3)
+    sl.load(tmp_path / "c", again[0], again[1], groups)
+    assert all(map(torch.equal, train(again, 15, first=38, length=-1, size=256), expected))
+    one, two = parts[2].storage, again[2].storage
+    assert torch.equal(one.index.sketch(0), two.index.sketch(0))
+    assert torch.equal(one.thresholds, two.thresholds)
+    for block in range(3):
+        assert torch.equal(one.index.list_rows(block).rows, two.index.list_rows(block).rows)

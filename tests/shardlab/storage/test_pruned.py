@@ -96,8 +96,9 @@ def test_one_chunk_rows_of_narrow_dtypes_are_those_of_the_plain_table():
 
 
 @pytest.mark.parametrize(("dtype", "absent", "admitted"), [
-    ("fp32", "zeros", "zeros"), ("fp16", "zeros", "initial"), ("int8", "zeros", "zeros"),
-    ("fp32", "shared", "initial"), ("int8", "shared", "initial")])
+    ("fp32", "zeros", "zeros"), ("fp16", "zeros", "zeros"), ("int8", "zeros", "zeros"),
+    ("fp32", "shared", "zeros"), ("int8", "shared", "zeros"), ("fp16", "zeros", "initial"),
+    ("int8", "shared", "initial")])
 @pytest.mark.parametrize("length", [1, -1], ids=["one", "jagged"])
 def test_faces_agree(monkeypatch, dtype, absent, admitted, length):
     options = {"dtype": dtype, "chunks": 2, "period": 4, "absent": absent, "admitted": admitted}
@@ -271,7 +272,8 @@ def test_drift_moves_chunks_to_the_new_ids_within_two_periods(normalize, streams
     assert sum(held) / len(held) >= 30, held
 
 
-@pytest.mark.parametrize(("absent", "admitted"), [("zeros", "zeros"), ("shared", "initial")])
+@pytest.mark.parametrize(("absent", "admitted"), [("zeros", "zeros"), ("shared", "zeros"),
+                                                  ("shared", "initial")])
 def test_resumed_run_is_bit_identical(tmp_path, absent, admitted):
     options = {"chunks": 2, "period": 7, "dtype": "fp16", "absent": absent, "admitted": admitted}
     groups = build_groups()
