@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import queue
 import time
@@ -10,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from tests.harness import rank_context, start_processes
 
 _READY = "ready"
 
@@ -38,15 +39,12 @@ class FaultyWorld:
 
     def __init__(self, world: int, folder: Path, transport: str, timeout_s: float,
                  fn: Callable[..., Any], *args: Any) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "shardlab.comm"])
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        context = rank_context()
         self._messages = context.Queue()
         self.ranks = [context.Process(target=_run, daemon=True, args=(
             _Place(rank, world, str(folder / f"store-{transport}"), transport, timeout_s),
             self._messages, fn, args)) for rank in range(world)]
-        for process in self.ranks:
-            process.start()
+        start_processes(self.ranks)
         for _ in self.ranks:
             _, text = self._messages.get(timeout=120)
             assert text == _READY, text

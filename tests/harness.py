@@ -4,7 +4,8 @@
 
 The parent talks to each worker over its own pipe. A call makes a fresh gloo process group and
 destroys it afterwards (about 0.05 s), so nothing a test leaves behind reaches the next one.
-Importing torch is what costs, and that happens once per worker.
+Importing torch is what costs, and that happens once: workers are forked by a process that has
+imported it, the first ones as those that follow workers which a test killed.
 """
 
 from __future__ import annotations
@@ -22,11 +23,13 @@ import time
 import traceback
 import types
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import BaseContext
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +43,8 @@ _GROUP_TIMEOUT_S = 600.0
 #: What a worker sends when it is ready for calls, and when its rank of a call has joined.
 _JOINED = b"joined"
 _ROOT = Path(__file__).resolve().parent.parent
+#: What ranks import sooner or later; torch's optimisers import its compiler.
+_PRELOADED = ("torch._dynamo", "shardlab.comm", "shardlab.sharded", "shardlab.train", "numpy")
 
 
 class RankError(AssertionError):
@@ -96,6 +101,25 @@ def run_ranks(world_size: int, fn: Callable[..., Any], *args: Any,
 def shutdown_ranks() -> None:
     """Stops the pool; a later `run_ranks` starts it again."""
     _pool.stop()
+
+
+def start_processes(processes: Sequence[BaseProcess]) -> None:
+    """Starts processes of `rank_context`, each with one thread, on this host alone."""
+    with _environment(OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME=_loopback()):
+        for process in processes:
+            process.start()
+
+
+def rank_context() -> BaseContext:
+    """Makes processes that have imported torch already; with CUDA, which a fork would break, ones
+    that import it each."""
+    import torch
+
+    if torch.cuda.is_available():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(_PRELOADED))
+    return context
 
 
 class _Pool:
@@ -159,14 +183,13 @@ class _Pool:
         if any(not process.is_alive() for process, _ in self.workers):
             self.stop()
         self.folder = self.folder or tempfile.mkdtemp(prefix="shardlab_ranks_")
-        context = multiprocessing.get_context("spawn")
+        context = rank_context()
         started = []
         for rank in range(len(self.workers), world_size):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(theirs,), name=f"rank{rank}",
                                       daemon=True)
-            with _environment(OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME=_loopback()):
-                process.start()
+            start_processes([process])
             theirs.close()
             self.workers.append((process, ours))
             started.append(ours)
