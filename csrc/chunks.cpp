@@ -1,7 +1,4 @@
-// Rows of present and absent chunks: read as whole rows, stepped chunk by chunk.
-//
-// Rows are looked up some rows ahead in three stages (Lookup), each of which fetches what the next
-// one reads: waiting for memory overlaps with the work on other rows.
+// Steps of rows of present and absent chunks, chunk by chunk.
 //
 // Source: arXiv 2401.04408 (chunks, utility = accesses x norm of the gradient); the step is that of
 // whole rows (update_block.h), so that a table with every chunk present trains bit for bit like one
@@ -15,7 +12,8 @@
 #include <vector>
 
 #include "chunk_absent.h"
-#include "chunk_slots.h"
+#include "chunk_lookup.h"
+#include "chunk_reads.h"
 #include "update_block.h"
 
 namespace shardlab::SHARDLAB_ISA {
@@ -24,161 +22,6 @@ namespace {
 constexpr int64_t kTile = 16;       // rows whose chunks are stepped together
 constexpr float kMostNorm = 1e30f;  // keeps a utility finite
 
-// Finds the slots of ids [begin, end), some rows ahead of the one that is worked on: the home in the
-// index is fetched first, then the slot behind it, then what the slot tells. Spread over the work on
-// other rows, these never fill the queue of outstanding lines.
-class Lookup {
- public:
-  // known: slots of all ids, where they were found before; or null.
-  Lookup(const ChunkCall& call, int64_t block, const int64_t* ids, int64_t end,
-         const int64_t* known = nullptr)
-      : call_(call),
-        store_(call.stores[call.blocks[block].store]),
-        block_(block),
-        ids_(ids),
-        known_(known),
-        end_(end),
-        bytes_(value_bytes(store_)) {}
-
-  // Calls fetch(i, slot) for the first rows; slots are -1 where no chunk is present.
-  template <class Fetch>
-  SHARDLAB_INLINE void begin(int64_t first, const Fetch& fetch) {
-    for (int64_t i = first - 3 * kStage; i < first; ++i) {
-      home(i + 3 * kStage);
-      if (i + 2 * kStage >= first) find(i + 2 * kStage);
-      if (i + kStage >= first) tell(i + kStage, fetch);
-    }
-  }
-  // The slot of row i; rows come one after the other. Calls fetch for a row ahead.
-  template <class Fetch>
-  SHARDLAB_INLINE int64_t next(int64_t i, const Fetch& fetch) {
-    home(i + 3 * kStage);
-    find(i + 2 * kStage);
-    tell(i + kStage, fetch);
-    return slots_[i & kMask];
-  }
-
- private:
-  static constexpr int64_t kStage = 8, kMask = 4 * kStage - 1;
-
-  SHARDLAB_INLINE void home(int64_t i) {
-    if (known_ || i >= end_) return;
-    const uint64_t key = keys_[i & kMask] = chunk_key(call_, store_, block_, ids_[i]);
-    prefetch_run(store_, key);
-  }
-  SHARDLAB_INLINE void find(int64_t i) {
-    if (i >= end_) return;
-    const int64_t slot = slots_[i & kMask] = known_ ? known_[i]
-                                                    : find_slot(store_, keys_[i & kMask]);
-    if (slot >= 0) prefetch_write(value_at(store_, slot), bytes_);
-  }
-  template <class Fetch>
-  SHARDLAB_INLINE void tell(int64_t i, const Fetch& fetch) {
-    if (i < end_) fetch(i, slots_[i & kMask]);
-  }
-
-  const ChunkCall& call_;
-  const ChunkStore& store_;
-  int64_t block_;
-  const int64_t *ids_, *known_;
-  int64_t end_, bytes_;
-  uint64_t keys_[kMask + 1];
-  int64_t slots_[kMask + 1];
-};
-
-// Calls fetch(place) for the present chunks of a slot.
-template <class Fetch>
-SHARDLAB_INLINE inline void for_present(const ChunkStore& store, int64_t slot, const Fetch& fetch) {
-  if (slot < 0) return;
-  const Place* places = places_of(value_at(store, slot));
-  for (int64_t k = 0; k < store.chunks; ++k)
-    if (places[k] >= 0) fetch(places[k]);
-}
-
-// ---------------------------------------------------------------- read
-constexpr int64_t kEntriesAhead = 16;  // whose places in the output are fetched
-
-// shared: place of what chunk 0 reads as where it is absent, -1 for zeros.
-template <class Reader, bool kWeighted>
-SHARDLAB_INLINE inline void write_row(const ChunkStore& store, int64_t width, const char* payloads,
-                                      const Place* places, int64_t shared, float weight,
-                                      float* target) {
-  for (int64_t k = 0; k < store.chunks; ++k, target += width) {
-    int64_t place = places ? places[k] : -1;
-    if (place < 0 && shared >= 0) place = shared + k;
-    if (place < 0) {
-      for_columns(width, [&](int64_t c, int lanes) SHARDLAB_INLINE {
-        write_lanes(target + c, Vec{}, lanes);
-      });
-      continue;
-    }
-    const auto row = Reader::open(payloads + place * store.payload_bytes, width);
-    for_columns(width, [&](int64_t c, int lanes) SHARDLAB_INLINE {
-      const Vec value = lanes == kLanes ? Reader::load(row, c) : Reader::load_part(row, c, lanes);
-      write_lanes(target + c, kWeighted ? value * weight : value, lanes);
-    });
-  }
-}
-
-template <class Reader, bool kWeighted>
-void read_rows(const ChunkCall& call, const Arena& arena, const ChunkRead& read, int64_t begin,
-               int64_t end, const int64_t* ids, const Csr* entries, int64_t* slots, float* out) {
-  const ChunkStore& store = call.stores[call.blocks[read.block].store];
-  const Block& block = arena.blocks[read.block];
-  const char* payloads = arena.bytes + block.row_offset;
-  const int64_t width = block.columns, columns = width * store.chunks;
-  const int64_t shared = call.blocks[read.block].shared;
-  const auto fetch = [&](int64_t, int64_t slot) SHARDLAB_INLINE {
-    for_present(store, slot, [&](int64_t place) SHARDLAB_INLINE {
-      prefetch_read(payloads + place * store.payload_bytes, store.payload_bytes);
-    });
-  };
-  Lookup lookup(call, read.block, ids, end);
-  lookup.begin(begin, fetch);
-  const int64_t last = entries ? entries->starts[end] : 0;
-  int64_t ahead = entries ? entries->starts[begin] : 0;
-  for (int64_t i = begin; i < end; ++i) {
-    const int64_t slot = lookup.next(i, fetch);
-    if (slots) slots[i] = slot;
-    const Place* places = slot < 0 ? nullptr : places_of(value_at(store, slot));
-    if (!entries) {
-      write_row<Reader, false>(store, width, payloads, places, shared, 1.0f,
-                               out + read.out_start + (i - read.start) * columns);
-      continue;
-    }
-    const int64_t from = entries->starts[i], to = entries->starts[i + 1];
-    for (; ahead < std::min(to + kEntriesAhead, last); ++ahead)
-      prefetch_write(out + entries->sources[ahead], columns * (int64_t)sizeof(float));
-    for (int64_t e = from; e < to; ++e)
-      write_row<Reader, kWeighted>(store, width, payloads, places, shared,
-                                   kWeighted ? entries->weights[e] : 1.0f,
-                                   out + entries->sources[e]);
-  }
-}
-
-void read_all(const ChunkCall& call, const Arena& arena, const ChunkRead* reads, int64_t num_reads,
-              const int64_t* ids, const Csr* entries, int64_t* slots, float* out, int threads) {
-#pragma omp parallel num_threads(threads)
-  {
-    const int64_t parts = omp_get_num_threads(), me = omp_get_thread_num();
-    for (int64_t r = 0; r < num_reads; ++r) {
-      const ChunkRead& one = reads[r];
-      int64_t begin = one.count * me / parts, end = one.count * (me + 1) / parts;
-      if (entries) {
-        begin = cut(entries->starts + one.start, one.count, me, parts);
-        end = cut(entries->starts + one.start, one.count, me + 1, parts);
-      }
-      if (begin >= end) continue;
-      with_reader((Codec)arena.encodings[one.block].codec, [&](auto reader) {
-        const auto run = entries && entries->weights ? read_rows<decltype(reader), true>
-                                                     : read_rows<decltype(reader), false>;
-        run(call, arena, one, one.start + begin, one.start + end, ids, entries, slots, out);
-      });
-    }
-  }
-}
-
-// ---------------------------------------------------------------- update
 // The present chunks of a tile as rows of a pool, with their gradients.
 struct Present {
   explicit Present(int64_t most)
@@ -489,6 +332,6 @@ void admit_all(const ChunkCall& call, const Arena& arena, const Updates& updates
 
 }  // namespace
 
-extern const ChunkKernels chunk_kernels{read_all, update_all, admit_all};
+extern const ChunkKernels chunk_kernels{read_chunks, update_all, admit_all};
 
 }  // namespace shardlab::SHARDLAB_ISA
