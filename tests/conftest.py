@@ -28,7 +28,8 @@ if not HAS_GPU:
     # Read when triton is first imported: its kernels then run on CPU tensors.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-# Examples follow from the test's source alone, so that a failure comes back on the next run.
+# Examples follow from the test's source, and from constants of the modules that are loaded by then:
+# a failure comes back when the same tests run again.
 hypothesis.settings.register_profile(
     "shardlab", deadline=None, derandomize=True,
     suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.data_too_large])

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -20,7 +18,7 @@ from torch import Tensor
 from shardlab.comm import Groups
 from shardlab.specs import EmbeddingBagConfig
 from shardlab.train import TrainOptions, latest, load, verify
-from tests.harness import run_ranks
+from tests.harness import rank_context, run_ranks, start_processes
 from tests.shardlab.train.tiny_job import (
     BEHIND,
     MIXED,
@@ -28,9 +26,9 @@ from tests.shardlab.train.tiny_job import (
     TABLES,
     build_trainer,
     state_of,
+    train_tiny_job,
 )
 
-_ROOT = Path(__file__).resolve().parents[3]
 KILL_TIMEOUT_S = 60.0
 
 #: A trained state: tensors by name.
@@ -147,7 +145,7 @@ def test_checkpoint_of_two_ranks_loads_on_one_and_on_four(tmp_path: Path) -> Non
         assert_identical(merged, expected)
 
 
-Start = Callable[[Path, float, str], subprocess.Popen[bytes]]
+Start = Callable[[Path, float, str], BaseProcess]
 
 
 @pytest.fixture
@@ -155,41 +153,47 @@ def start() -> Iterator[Start]:
     """Starts the tiny job as a process; whatever still runs at the end is killed."""
     started = []
 
-    def begin(folder: Path, step_seconds: float, kind: str) -> subprocess.Popen[bytes]:
-        started.append(subprocess.Popen(
-            [sys.executable, "-m", "tests.shardlab.train.tiny_job", str(folder), str(step_seconds),
-             kind], cwd=_ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}))
+    def begin(folder: Path, step_seconds: float, kind: str) -> BaseProcess:
+        started.append(rank_context().Process(target=train_tiny_job, daemon=True,
+                                              args=(str(folder), step_seconds, kind)))
+        start_processes(started[-1:])
         return started[-1]
 
     yield begin
     for process in started:
         process.kill()
-        process.wait()
+        process.join()
 
 
-def wait_for(path: Path, lines: int, process: subprocess.Popen[bytes]) -> None:
+def ended(process: BaseProcess) -> int | None:
+    """The exit code of a process that ends."""
+    process.join(KILL_TIMEOUT_S)
+    return process.exitcode
+
+
+def wait_for(path: Path, lines: int, process: BaseProcess) -> None:
     """Waits until the run has written that many records."""
     deadline = time.monotonic() + KILL_TIMEOUT_S
     while not path.exists() or len(path.read_text().splitlines()) < lines:
-        assert process.poll() is None, "the run ended before it could be killed"
+        assert process.exitcode is None, "the run ended before it could be killed"
         assert time.monotonic() < deadline, f"{path} did not get {lines} records"
         time.sleep(0.01)
 
 
-def wait_for_checkpoint(folder: Path, process: subprocess.Popen[bytes]) -> None:
+def wait_for_checkpoint(folder: Path, process: BaseProcess) -> None:
     """Waits until the run has one; it is written behind training."""
     deadline = time.monotonic() + KILL_TIMEOUT_S
     while latest(folder) is None:
-        assert process.poll() is None, "the run ended before it could be killed"
+        assert process.exitcode is None, "the run ended before it could be killed"
         assert time.monotonic() < deadline, f"{folder} did not get a checkpoint"
         time.sleep(0.01)
 
 
-def wait_for_newer(folder: Path, seen: Path, process: subprocess.Popen[bytes]) -> bool:
+def wait_for_newer(folder: Path, seen: Path, process: BaseProcess) -> bool:
     """Waits until the run has begun another checkpoint; False where it ended before."""
     deadline = time.monotonic() + KILL_TIMEOUT_S
     while latest(folder) == seen and not any(folder.glob(".tmp-step-*")):
-        if process.poll() is not None:
+        if process.exitcode is not None:
             return False
         assert time.monotonic() < deadline, f"{folder} did not get another checkpoint"
         time.sleep(0.002)
@@ -205,7 +209,7 @@ def test_process_killed_by_sigkill_continues_bit_for_bit(tmp_path: Path, start: 
     wait_for(killed / "metrics.jsonl", 6, victim)
     wait_for_checkpoint(killed / "checkpoints", victim)
     victim.kill()
-    assert victim.wait() == -signal.SIGKILL
+    assert ended(victim) == -signal.SIGKILL
     assert not (killed / "digest").exists()
     for _ in range(kills - 1):  # and again, in a restart, a step, a checkpoint, its removal
         seen = latest(killed / "checkpoints")
@@ -217,9 +221,9 @@ def test_process_killed_by_sigkill_continues_bit_for_bit(tmp_path: Path, start: 
             break
         time.sleep(chance.uniform(0, 0.3))
         victim.kill()
-        victim.wait()
-    assert start(killed, 0.0, kind).wait(KILL_TIMEOUT_S) == 0
-    assert undisturbed.wait(KILL_TIMEOUT_S) == 0
+        ended(victim)
+    assert ended(start(killed, 0.0, kind)) == 0
+    assert ended(undisturbed) == 0
     assert (killed / "digest").read_text() == (whole / "digest").read_text()
     assert json.loads((killed / "summary.json").read_text())["resumed_at"] > 0
     assert OPTIONS.checkpoint_every == 5

@@ -1,13 +1,8 @@
-"""A real but tiny training job: three sharded tables, batch norm, dropout, in-memory rows.
-
-Run as a program, it trains in a folder until it ends or is killed, and prints a digest of the
-weights: ``python -m tests.shardlab.train.tiny_job FOLDER STEP_SECONDS [mixed]``.
-"""
+"""A real but tiny training job: three sharded tables, batch norm, dropout, in-memory rows."""
 
 from __future__ import annotations
 
 import io
-import sys
 import time
 import zlib
 from collections.abc import Iterator, Sequence
@@ -25,7 +20,7 @@ from shardlab.comm import Groups
 from shardlab.data.batch import Batch
 from shardlab.data.reader import Reader
 from shardlab.data.rows import Bags, RowBlock
-from shardlab.launch.eager import eager, leave_compiler_out
+from shardlab.launch.eager import eager
 from shardlab.plan import ShardingPlan
 from shardlab.specs import EmbeddingBagConfig, ExchangeKind, ShardingType
 from shardlab.table_plan import build_table_plan
@@ -146,19 +141,18 @@ class SlowReader(Reader):
             yield batch
 
 
-def main(folder: str, step_seconds: str, kind: str = "rows") -> None:
+def train_tiny_job(folder: str, step_seconds: float, kind: str) -> None:
+    """Trains in a folder, as a process of its own, and leaves a digest of the weights there.
+
+    ``kind``: "rows", or "mixed" for tables of all kinds of storage.
+    """
     torch.set_num_threads(1)
-    leave_compiler_out()  # as in jobs: half of the time that starting takes
     trainer = build_trainer(Groups(), folder, options=BEHIND,
                             tables=MIXED if kind == "mixed" else TABLES)
     trainer.train_reader = SlowReader(MemoryRows(ROWS, 1), GLOBAL_BATCH)
-    trainer.train_reader.seconds = float(step_seconds)
+    trainer.train_reader.seconds = step_seconds
     trainer.run()
     digest = 0
     for name, tensor in sorted(state_of(trainer).items()):
         digest = zlib.crc32(name.encode() + tensor.contiguous().numpy().tobytes(), digest)
     Path(folder, "digest").write_text(f"{digest:08x}")
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
