@@ -18,7 +18,7 @@ from shardlab.ops.registry import face_of
 RELATIVE = 1e-5
 
 SHAPES = [(5, 26, 16), (3, 26, 64), (4, 1, 7), (1, 1, 1), (0, 3, 4), (2, 40, 13), (3, 8, 100),
-          (1, 17, 16)]
+          (1, 17, 16), (3, 30, 8), (2, 31, 16)]
 
 
 @pytest.fixture(params=["reference", "native", "triton"])
