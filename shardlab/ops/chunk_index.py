@@ -38,10 +38,11 @@ class StoreShape:
         return min(-(-chunks // self.slab) * self.slab, self.max_chunks)
 
     def is_stuck(self, now: StoreNumbers) -> bool:
-        """Whether new rows of several chunks find no slot, though many places lie idle, or more
-        than the stack of these could take when one makes way."""
+        """Whether new rows find no slot, though many places lie idle, or more than the stack of
+        these could take when a row of several chunks makes way."""
         layout = self.layout
-        if not now.free or (now.rows + 1) * LOAD_OF <= now.slots * LOAD_NUMBER:
+        if layout.chunks == 1 or not now.free or \
+                (now.rows + 1) * LOAD_OF <= now.slots * LOAD_NUMBER:
             return False
         deepest = layout.held_bytes(now.slots, now.committed, now.free + layout.chunks)
         return now.free * RESERVE > now.used or deepest > now.budget

@@ -164,7 +164,7 @@ class PrunedStorage(PrunedState):
     def _make_slots(self) -> None:
         """Turns idle places into slots, where new rows would find none until a decision."""
         for store, plan in enumerate(self.stores):
-            if plan.shape.layout.chunks > 1 and plan.shape.is_stuck(self.index.numbers(store)):
+            if plan.shape.is_stuck(self.index.numbers(store)):
                 self.compact(store)
 
     def _measure(self, uniques: Uniques, weights: Tensor | None, grads: Tensor,
