@@ -22,6 +22,8 @@ from shardlab.storage_bytes import payload_bytes
 #: Codec -> its number in the kernels.
 CODECS = {"fp32": 0, "fp16": 1, "bf16": 2, "fp8": 3, "int8": 4, "int4": 5, "fp8_e5m2": 6}
 
+#: 2^64 over the golden ratio: consecutive numbers times it lie far apart.
+GOLDEN = 0x9E3779B97F4A7C15
 _WORD, _HALF = 1 << 64, 1 << 32
 _LOW_HALF = _HALF - 1
 #: Counters with this bit take the second half of a mix.
@@ -87,11 +89,15 @@ def signed(x: int) -> int:
 
 # ---------------------------------------------------------------- random bits
 def row_words(key: int, rows: Tensor) -> Tensor:
-    """A 64-bit word per row: mix64(key + row * golden ratio); int64 [n] for int64 rows [n]."""
-    x = rows * signed(0x9E3779B97F4A7C15) + signed(key)
-    x = (x ^ _shift(x, 30)) * signed(0xBF58476D1CE4E5B9)
-    x = (x ^ _shift(x, 27)) * signed(0x94D049BB133111EB)
-    return x ^ _shift(x, 31)
+    """A 64-bit word per row: mix64(key + row * GOLDEN); int64 of any shape."""
+    return mixed(rows * signed(GOLDEN) + signed(key))
+
+
+def mixed(x: Tensor) -> Tensor:
+    """`mix64` of int64, a bijection."""
+    x = (x ^ shift_right(x, 30)) * signed(0xBF58476D1CE4E5B9)
+    x = (x ^ shift_right(x, 27)) * signed(0x94D049BB133111EB)
+    return x ^ shift_right(x, 31)
 
 
 def random_bits(words: Tensor, counters: Tensor) -> Tensor:
@@ -100,7 +106,7 @@ def random_bits(words: Tensor, counters: Tensor) -> Tensor:
     Counters are int64 in [0, 2^32). The same bits on every device, in any order of asking. Counters
     n and n + 16 share one mix, whose low half is the second's high one.
     """
-    low, high = words[:, None] & _LOW_HALF, _shift(words, 32)[:, None]
+    low, high = words[:, None] & _LOW_HALF, shift_right(words, 32)[:, None]
     second = counters & _SECOND
     x = (low + (counters - second) * 0x9E3779B9) & _LOW_HALF
     x = ((x ^ (x >> 16)) * 0x21F0AAAD) & _LOW_HALF
@@ -111,8 +117,8 @@ def random_bits(words: Tensor, counters: Tensor) -> Tensor:
     return torch.where(second != 0, turned, x)
 
 
-def _shift(x: Tensor, bits: int) -> Tensor:
-    """Logical right shift of int64."""
+def shift_right(x: Tensor, bits: int) -> Tensor:
+    """Shifts int64 right as unsigned numbers."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 

@@ -12,19 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from shardlab.ops.chunk_numbers import (
-    BINS,
-    CELL_BIAS,
-    CELL_SHIFT,
-    GOLDEN,
-    LEAST_UTILITY,
-    mixed,
-)
+from shardlab.codecs import row_words, shift_right
+from shardlab.ops.chunk_numbers import BINS, CELL_BIAS, CELL_SHIFT, LEAST_UTILITY
 from shardlab.ops.registry import address, face_of, native
 
 #: Cells of a sketch at a time, so that what is reckoned in between stays small.
 _PIECE = 1 << 20
-_GOLDEN = GOLDEN - (1 << 64)  # the same bits, as an int64
 _WORD_BITS, _RANK_BITS, _LOW = 64, 24, (1 << 16) - 1
 
 
@@ -108,11 +101,12 @@ def _decide(codes: Tensor, rows: Tensor, grid: ChunkGrid,
             decision: tuple[Tensor, Tensor, int]) -> Tensor:
     decay, threshold, key = decision
     chunks = torch.arange(codes.shape[1]) + grid.first
-    at = (rows[:, None] * grid.of_row + chunks) * _GOLDEN
+    at = rows[:, None] * grid.of_row + chunks
     value = (codes.int() << 16).view(torch.float32) * decay
-    rank = _shifted(mixed(grid.key + at), _WORD_BITS - _RANK_BITS).float() * 2.0 ** -_RANK_BITS
+    words = row_words(grid.key, at)
+    rank = shift_right(words, _WORD_BITS - _RANK_BITS).float() * 2.0 ** -_RANK_BITS
     stays = (codes >= 0) & (torch.maximum(value, rank * LEAST_UTILITY) >= threshold)
-    random = (mixed((key ^ grid.key) + at) & _LOW).int()
+    random = (row_words(key ^ grid.key, at) & _LOW).int()
     code = ((value.view(torch.int32) + random) >> 16).to(torch.int16)
     return torch.where(stays, code, -1).to(torch.int16)
 
@@ -121,13 +115,8 @@ def _decay(cells: Tensor, decay: Tensor, key: int) -> Tensor:
     found = torch.zeros_like(cells)
     for first in range(0, cells.numel(), _PIECE):
         at = cells[first:first + _PIECE].nonzero()[:, 0] + first
-        random = (mixed(at * _GOLDEN + key) >> 16).int() & ((1 << CELL_SHIFT) - 1)
+        random = (row_words(key, at) >> 16).int() & ((1 << CELL_SHIFT) - 1)
         value = ((cells[at].int() + CELL_BIAS) << CELL_SHIFT).view(torch.float32) * decay
         code = ((value.view(torch.int32) + random) >> CELL_SHIFT) - CELL_BIAS
         found[at] = code.clamp_(0, BINS - 1).to(torch.uint8)
     return found
-
-
-def _shifted(x: Tensor, bits: int) -> Tensor:
-    """Shifted right as unsigned numbers."""
-    return (x >> bits) & ((1 << (_WORD_BITS - bits)) - 1)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from shardlab.chunk_layout import fitting_slots
-from shardlab.codecs import signed
+from shardlab.codecs import mixed, row_words, shift_right
 from shardlab.ops.chunk_index import StoreShape
 from shardlab.ops.chunk_marks import MARK
 
@@ -17,8 +17,6 @@ BINS = 256
 CELL_SHIFT, CELL_BIAS = 21, 316
 #: The least utility that a cell counts; below it chunks that nobody asked for differ by chance.
 LEAST_UTILITY = 2.0 ** -48
-#: 2^64 over the golden ratio: consecutive numbers times it lie far apart.
-GOLDEN = 0x9E3779B97F4A7C15
 #: Rows from which a chunk that is replaced is chosen.
 DRAWN = 8
 #: The array may grow beyond what its rows need, where a run of slots reaches its end.
@@ -47,13 +45,6 @@ def spread_ids(ids: Tensor, rows: int) -> Tensor:
     return torch.where(found == rows, 0, found)
 
 
-def mixed(x: Tensor) -> Tensor:
-    """splitmix64's finaliser of int64, a bijection."""
-    x = (x ^ _shift(x, 30)) * -0x40A7B892E31B1A47
-    x = (x ^ _shift(x, 27)) * -0x6B2FB644ECCEEE15
-    return x ^ _shift(x, 31)
-
-
 def mixed32(x: Tensor) -> Tensor:
     """A mixer of 32 bits (`csrc/chunk_slots.h`) of int64 in [0, 2^32), a bijection."""
     x = ((x ^ (x >> 16)) * 0x7FEB352D) & _NARROW
@@ -71,13 +62,8 @@ def counting_rows(block: Tensor, key: int, rows: Tensor, share: Tensor) -> Tenso
         share: fp32 scalar.
     """
     _, row_start, _, table_chunks, table_key, *_ = block.tolist()
-    at = (rows + row_start) * table_chunks
-    word = mixed(at * signed(GOLDEN) + (key ^ table_key))
-    return (_shift(word, 40).float() * 2.0 ** -24 < share) | (share >= 1)
-
-
-def _shift(x: Tensor, bits: int) -> Tensor:
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
+    words = row_words(key ^ table_key, (rows + row_start) * table_chunks)
+    return (shift_right(words, 40).float() * 2.0 ** -24 < share) | (share >= 1)
 
 
 def _bits(x: np.float32) -> int:

@@ -22,9 +22,10 @@ from shardlab.chunk_layout import (
     span_of,
     value_bytes,
 )
+from shardlab.codecs import mixed
 from shardlab.ops.chunk_index import ChunkIndex, ChunkRows, Offers, StoreNumbers, StoreShape
 from shardlab.ops.chunk_marks import MARK, Losses, LossLog, RowRange
-from shardlab.ops.chunk_numbers import BINS, SPARE, TAG_SHIFT, max_slots, mixed, mixed32
+from shardlab.ops.chunk_numbers import BINS, SPARE, TAG_SHIFT, max_slots, mixed32
 from shardlab.ops.registry import address, face_of, native
 
 

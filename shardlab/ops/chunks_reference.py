@@ -21,14 +21,13 @@ from shardlab.chunk_layout import (
     LOAD_OF,
     fitting_slots,
 )
-from shardlab.codecs import mix32, mix64
+from shardlab.codecs import GOLDEN, mix32, mix64
 from shardlab.ops.chunk_index import ChunkRows, Offers, StoreNumbers, StoreShape
 from shardlab.ops.chunk_marks import MARK, Losses, Marks, RowRange
 from shardlab.ops.chunk_numbers import (
     BINS,
     CELL_SHIFT,
     DRAWN,
-    GOLDEN,
     LEAST_UTILITY,
     TAG_SHIFT,
     cell_code,

@@ -10,24 +10,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from shardlab.codecs import signed
+from shardlab.codecs import GOLDEN, mix64, mixed, shift_right, signed
 from shardlab.ops.registry import address, face_of, native
 from shardlab.specs import EmbeddingBagConfig
 from shardlab.table_plan import Shard
 
-_WORD = 1 << 64
-
 
 def table_seed(seed: int, table: str) -> int:
     """First counter of a table's stream: tables of any name start far apart."""
-    return _splitmix((seed * 0x100000001 + zlib.crc32(table.encode())) % _WORD)
-
-
-def _splitmix(x: int) -> int:
-    x = (x + 0x9E3779B97F4A7C15) % _WORD
-    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) % _WORD
-    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) % _WORD
-    return x ^ (x >> 31)
+    return mix64(seed * 0x100000001 + zlib.crc32(table.encode()) + GOLDEN)
 
 
 def init_uniform(rows: Tensor, table: EmbeddingBagConfig, shard: Shard, seed: int) -> None:
@@ -107,7 +98,8 @@ def init_pieces(values: Tensor, numbers: Tensor, tables: Tensor, streams: InitSt
 
 def _weights(counter: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """fp32 weights of a stream; the top 24 bits fill a float's fraction."""
-    return low + (high - low) * (_shift(_splitmix_tensor(counter), 40).float() * 2.0**-24)
+    bits = mixed(counter + signed(GOLDEN))
+    return low + (high - low) * (shift_right(bits, 40).float() * 2.0**-24)
 
 
 def unit_uniform(start: int, counter: Tensor) -> Tensor:
@@ -117,17 +109,5 @@ def unit_uniform(start: int, counter: Tensor) -> Tensor:
         start: first counter of the stream, of `table_seed`.
         counter: int64.
     """
-    bits = _splitmix_tensor(signed(start) + counter)
-    return (_shift(bits, 11).double() + 0.5) * 2.0**-53
-
-
-def _shift(x: Tensor, bits: int) -> Tensor:
-    """Logical right shift of int64."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
-
-
-def _splitmix_tensor(x: Tensor) -> Tensor:
-    x = x + signed(0x9E3779B97F4A7C15)
-    x = (x ^ _shift(x, 30)) * signed(0xBF58476D1CE4E5B9)
-    x = (x ^ _shift(x, 27)) * signed(0x94D049BB133111EB)
-    return x ^ _shift(x, 31)
+    bits = mixed(signed(start) + counter + signed(GOLDEN))
+    return (shift_right(bits, 11).double() + 0.5) * 2.0**-53

@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from shardlab.chunk_layout import ChunkLayout, fitting_slots, key_bytes
+from shardlab.codecs import mixed
 from shardlab.ops.chunk_index import ChunkRows, Offers, StoreShape
 from shardlab.ops.chunk_marks import Marks, RowRange
-from shardlab.ops.chunk_numbers import BINS, bin_edges, cell_value, mixed, mixed32
+from shardlab.ops.chunk_numbers import BINS, bin_edges, cell_value, mixed32
 from shardlab.ops.chunks import NativeChunkIndex, index_span_bytes
 from shardlab.ops.chunks_reference import ReferenceChunkIndex
 from shardlab.ops.registry import native
