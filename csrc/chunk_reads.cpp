@@ -74,8 +74,9 @@ void read_rows(const ChunkCall& call, const Arena& arena, const ChunkRead& read,
 
 }  // namespace
 
-void read_chunks(const ChunkCall& call, const Arena& arena, const ChunkRead* reads, int64_t num_reads,
-              const int64_t* ids, const Csr* entries, int64_t* slots, float* out, int threads) {
+void read_chunks(const ChunkCall& call, const Arena& arena, const ChunkRead* reads,
+                 int64_t num_reads, const int64_t* ids, const Csr* entries, int64_t* slots,
+                 float* out, int threads) {
 #pragma omp parallel num_threads(threads)
   {
     const int64_t parts = omp_get_num_threads(), me = omp_get_thread_num();
