@@ -44,7 +44,7 @@ _GROUP_TIMEOUT_S = 600.0
 _JOINED = b"joined"
 _ROOT = Path(__file__).resolve().parent.parent
 #: What ranks import sooner or later; torch's optimisers import its compiler.
-_PRELOADED = ("torch._dynamo", "shardlab.comm", "shardlab.sharded", "shardlab.train", "numpy")
+_PRELOADED = ("torch._dynamo", "shardlab.sharded", "shardlab.train")
 
 
 class RankError(AssertionError):
