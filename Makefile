@@ -14,8 +14,8 @@ TORCH ?= torch==2.13.0
 TORCH_ARGS ?=
 EXTRAS ?= dev,tensorboard
 PYTEST_ARGS ?=
-# Processes that run tests; each starts up to four ranks. On two cores a third one costs more (its
-# imports and ranks: 814 s for all tests, beside 707 s) than the waits of tests leave free.
+# Processes that run tests; each starts up to four ranks. On two cores a third one cost more (814 s for
+# all tests beside 707 s, when every rank still imported torch) than the waits of tests leave free.
 TEST_WORKERS ?= 2
 
 BIN := $(VENV)/bin

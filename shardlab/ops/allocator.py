@@ -4,9 +4,9 @@ A step frees and asks again for the same megabytes: activations, gradients, rece
 hands freed memory at the end of its heap, and every large block that it mapped on its own, back to
 the kernel, which then clears and maps the pages again at the next step: 250 to 1400 page faults, 1
 to 5 % of a DLRM step at batch 1024. Blocks of 32 MiB and more it maps whatever its threshold: 8,192
-samples a rank of 26 tables of 64 columns have 54 MB of pooled rows, and their DLRM step takes 12 %
-longer; one that does little else takes three times as long. So nothing is mapped here. The peak of
-the memory used is the same either way.
+samples a rank of 26 tables of 64 columns have 54 MB of pooled rows, and their DLRM step takes 11 %
+longer; one that does little else takes nearly three times as long. So nothing is mapped here. The
+peak of the memory used is the same either way.
 
 glibc also gives every thread a heap of its own, and none of them uses what is free in another: the
 thread that writes a checkpoint took 25 MB that the step's heap had free. There is one heap here.
