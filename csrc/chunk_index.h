@@ -11,9 +11,8 @@
 namespace shardlab {
 
 constexpr int64_t kPage = 4096;
-// At most 7 of 8 slots are taken; a sixteenth is added at a time. Longest runs stay far below the
-// tail.
-constexpr int64_t kLoadNumber = 7, kLoadOf = 8, kGrowth = 16, kFewSlots = 32;
+// A sixteenth of the slots is added at a time. Longest runs stay far below the tail.
+constexpr int64_t kGrowth = 16, kFewSlots = 32;
 // A store of rows of several chunks keeps bytes for a stack of this part of its places.
 constexpr int64_t kReserve = 16;
 constexpr int64_t kTailShift = 4, kMostTail = 1024;
@@ -44,7 +43,7 @@ inline int64_t grown(const ChunkStore& s, int64_t slots, int64_t committed) {
 }
 
 inline int64_t fitting_slots(const ChunkStore& s, int64_t rows) {
-  return std::min(rows * kLoadOf / kLoadNumber + kFewSlots, s.max_slots);
+  return std::min(rows * s.load / (s.load - 1) + kFewSlots, s.max_slots);
 }
 
 // ---------------------------------------------------------------- index
@@ -105,7 +104,7 @@ inline void resize(ChunkStore& s, int64_t slots) {
 
 // Room in the index for one more row.
 inline bool has_slot(ChunkStore& s) {
-  if ((s.rows + 1) * kLoadOf <= s.slots * kLoadNumber) return true;
+  if ((s.rows + 1) * s.load <= s.slots * (s.load - 1)) return true;
   const int64_t slots = s.slots + s.slots / kGrowth + kFewSlots;
   if (slots > s.max_slots || grown(s, slots, s.committed) > s.budget) return false;
   resize(s, slots);
@@ -215,12 +214,15 @@ inline int64_t* note_row(ChunkLog& log, const ChunkStore& s, int64_t block, int6
   return entry;
 }
 
-// A chunk of a row goes: its place is free, its utility counted in the sketch.
-inline void leave(ChunkStore& s, uint64_t hash, int64_t slot, int64_t chunk, float utility) {
-  if (s.sketch_lines) {
-    cells_of(line_of(s, hash), hash, chunk).raise(cell_code(utility, 0));
-    mark_line(s, hash);
-  }
+// The utility of a chunk that goes is counted in the sketch.
+inline void count_gone(const ChunkStore& s, uint64_t hash, int64_t chunk, float utility) {
+  if (!s.sketch_lines) return;
+  cells_of(line_of(s, hash), hash, chunk).raise(cell_code(utility, 0));
+  mark_line(s, hash);
+}
+
+// A chunk of a row goes: its place is free.
+inline void leave(ChunkStore& s, int64_t slot, int64_t chunk) {
   Place& place = places_of(value_at(s, slot))[chunk];
   stack_of(s)[s.free++] = place;
   place = -1;

@@ -10,14 +10,9 @@ namespace {
 
 // Rows from which a chunk that goes is chosen: the least of 8 is among the lowest ninth on average.
 constexpr int64_t kDrawn = 8;
-// Slots in which they lie, with the gaps of a full index.
-constexpr int64_t kDrawnSlots = kDrawn * kLoadOf / kLoadNumber + 1;
-
-// Key at which the rows that are drawn for a row begin.
-uint64_t draw_key(const ChunkStore& store, const ChunkOffers& in, uint64_t hash) {
-  const uint64_t word = chunk_mix(hash ^ in.key);
-  return is_narrow(store) ? word >> 32 : word;
-}
+// Offers that the chunk found so is held against before others are drawn: where few offers are worth
+// more than it, most draws would be in vain.
+constexpr int64_t kHeldAgainst = 8;
 
 // A row with absent chunks that were asked for, and their cells in the sketch.
 struct Offer {
@@ -27,8 +22,7 @@ struct Offer {
 };
 
 // The offers of a segment, some of them ahead of the one that is worked on: its line of the sketch
-// is fetched first, then, if it may be worth a place, its home, and in a full store the keys of the
-// rows that are drawn for it, then what these rows hold.
+// is fetched first, then, if it may be worth a place, its home.
 class OfferQueue {
  public:
   OfferQueue(const ChunkCall& call, const ChunkStore& store, const ChunkOffers& in,
@@ -40,19 +34,17 @@ class OfferQueue {
       if (std::any_of(norms, norms + store.chunks, [](float x) { return x > 0; }))
         rows_.push_back(i);
     }
-    for (int64_t n = -3 * kStage; n < 0; ++n) {
-      start(n + 3 * kStage);
-      if (n + 2 * kStage >= 0) weigh(n + 2 * kStage);
-      if (n + kStage >= 0) find(n + kStage);
+    for (int64_t n = -2 * kStage; n < 0; ++n) {
+      start(n + 2 * kStage);
+      if (n + kStage >= 0) weigh(n + kStage);
     }
   }
 
   int64_t size() const { return (int64_t)rows_.size(); }
   // Offer n; they come one after the other.
   Offer next(int64_t n) {
-    start(n + 3 * kStage);
-    weigh(n + 2 * kStage);
-    find(n + kStage);
+    start(n + 2 * kStage);
+    weigh(n + kStage);
     return {rows_[n], keys_[n & kMask], hashes_[n & kMask], cells_.data() + (n & kMask) * store_.chunks};
   }
 
@@ -70,7 +62,6 @@ class OfferQueue {
   void weigh(int64_t n) {
     if (n >= size()) return;
     const uint64_t hash = hashes_[n & kMask];
-    draws_[n & kMask] = 0;
     const float* norms = in_.norms + rows_[n] * in_.stride;
     uint8_t* line = store_.sketch_lines ? line_of(store_, hash) : nullptr;
     Cells* cells = cells_.data() + (n & kMask) * store_.chunks;
@@ -86,16 +77,6 @@ class OfferQueue {
     }
     if (most < in_.thresholds[block_] * in_.weights[block_]) return;
     prefetch_run(store_, keys_[n & kMask]);
-    if (!store_.refused) return;
-    prefetch_run(store_, draws_[n & kMask] = draw_key(store_, in_, hash));
-  }
-
-  // Slots may move until the offer's turn comes, but few do, and not far.
-  void find(int64_t n) {
-    if (n >= size() || !draws_[n & kMask]) return;
-    const char* drawn = value_at(store_, first_slot(store_, draws_[n & kMask]));
-    for (int64_t at = 0; at < kDrawnSlots * store_.value_stride; at += kLine)
-      __builtin_prefetch(drawn + at);
   }
 
   const ChunkCall& call_;
@@ -105,15 +86,14 @@ class OfferQueue {
   std::vector<int64_t> rows_;
   std::vector<Cells> cells_;
   uint64_t keys_[kMask + 1], hashes_[kMask + 1];
-  uint64_t draws_[kMask + 1];  // 0: nothing is drawn
 };
 
-// What the offers of a segment share.
-struct Stage {
-  ChunkStore& store;
-  const ChunkOffers& in;
-  const RowNames& names;
-  int64_t block;
+// A chunk that was replaced; its utility is counted in the sketch behind all offers of a call.
+struct Gone {
+  ChunkStore* store;
+  uint64_t hash;
+  int64_t chunk;
+  float utility;
 };
 
 // The least useful chunk of kDrawn rows that follow a random hash, or, for the sake of its slot, the
@@ -121,7 +101,7 @@ struct Stage {
 struct Victim {
   int64_t slot = -1, chunk = 0;
   float worth = 0;
-  bool whole = false, drawn = false;
+  bool whole = false;
 };
 
 // Chunks of a row that may leave at once: their places go on the stack, which takes whole pages.
@@ -196,7 +176,7 @@ Victim draw(const ChunkStore& store, uint64_t own, uint64_t start, bool whole) {
   const Drawn drawn = with_chunks(store.chunks, [&](auto n) {
     return draw_row<decltype(n)::value>(store, own, start, whole);
   });
-  if (drawn.slot < 0) return {-1, 0, 0, whole, true};
+  if (drawn.slot < 0) return {-1, 0, 0, whole};
   int64_t chunk = -1;
   if (!whole) {
     const Place* places = places_of(value_at(store, drawn.slot));
@@ -204,12 +184,64 @@ Victim draw(const ChunkStore& store, uint64_t own, uint64_t start, bool whole) {
     do ++chunk;
     while (places[chunk] < 0 || worth_of(utilities[chunk]) != drawn.worth);
   }
-  return {drawn.slot, chunk, utility_of((uint16_t)drawn.worth), whole, true};
+  return {drawn.slot, chunk, utility_of((uint16_t)drawn.worth), whole};
 }
 
+// What a store gives up for the offers of a call.
+class Draws {
+ public:
+  Draws(const ChunkStore& store, uint64_t key) : store_(store), key_(key) {}
+
+  // The chunk, or row, that makes way if an offer of a row (its key) is worth more.
+  const Victim& next(uint64_t own, bool whole) {
+    if (offers_ == kHeldAgainst || victim_.whole != whole ||
+        (victim_.slot >= 0 && key_at(store_, victim_.slot) == own)) {
+      victim_ = draw(store_, own, start_of(drawn_++), whole);
+      offers_ = 0;
+      fetch();
+    }
+    ++offers_;
+    return victim_;
+  }
+
+  // Slots have moved.
+  void forget() { offers_ = kHeldAgainst; }
+
+ private:
+  // Key at which the rows of a draw begin.
+  uint64_t start_of(uint64_t number) const {
+    const uint64_t word = chunk_mix(key_ + number * kGolden);
+    return is_narrow(store_) ? word >> 32 : word;
+  }
+
+  // Of the draw behind the next one the keys, of the next one what its rows hold.
+  void fetch() const {
+    prefetch_run(store_, start_of(drawn_ + 1));
+    const char* rows = value_at(store_, first_slot(store_, start_of(drawn_)));
+    const int64_t slots = kDrawn * store_.load / (store_.load - 1) + 1;
+    for (int64_t at = 0; at < slots * store_.value_stride; at += kLine) __builtin_prefetch(rows + at);
+  }
+
+  const ChunkStore& store_;
+  uint64_t key_;
+  Victim victim_;
+  int64_t drawn_ = 0, offers_ = kHeldAgainst;
+};
+
+// What the offers of a segment share.
+struct Stage {
+  ChunkStore& store;
+  const ChunkOffers& in;
+  const RowNames& names;
+  int64_t block;
+  std::vector<Gone>& gone;
+  Draws& draws;
+};
+
 // A victim of a block goes; returns how many chunks.
-int64_t replace(ChunkStore& store, const Victim& victim, int64_t block, int64_t row,
-                ChunkLog* log) {
+int64_t replace(const Stage& stage, const Victim& victim, int64_t block, int64_t row) {
+  ChunkStore& store = stage.store;
+  ChunkLog* log = stage.in.log;
   char* value = value_at(store, victim.slot);
   int64_t* entry = log ? note_row(*log, store, block, row, victim.slot) : nullptr;
   int64_t gone = 0, left = 0;
@@ -220,7 +252,9 @@ int64_t replace(ChunkStore& store, const Victim& victim, int64_t block, int64_t 
       utilities_of(store, value)[k] |= kMarked;
       continue;
     }
-    leave(store, chunk_hash(store, block, row), victim.slot, k, utility_of(utilities_of(store, value)[k]));
+    stage.gone.push_back({&store, chunk_hash(store, block, row), k,
+                          utility_of(utilities_of(store, value)[k])});
+    leave(store, victim.slot, k);
     ++gone;
   }
   if (entry) entry[2] = left, ++log->count;
@@ -229,20 +263,19 @@ int64_t replace(ChunkStore& store, const Victim& victim, int64_t block, int64_t 
 }
 
 // Room for one more chunk, of a row that has a slot or not: free room, or a victim's. Slots may
-// move. `victim` is that of the row's last chunk that found no room, or that there was none, if
-// nothing changed since.
+// move.
 // Returns 0 for no room, 1 for a victim's, 2 for free room.
-int make_room(const Stage& stage, const Offer& offer, float utility, bool known, Victim& victim) {
+int make_room(const Stage& stage, const Offer& offer, float utility, bool known) {
   ChunkStore& store = stage.store;
   const ChunkOffers& in = stage.in;
+  const int64_t slots = store.slots;
   const bool slot = known || has_slot(store);
+  if (store.slots != slots) stage.draws.forget();
   if (slot && has_place(store)) return 2;
-  if (!victim.drawn || victim.whole == slot) 
-    victim = draw(store, offer.key, draw_key(store, in, offer.hash), !slot);
+  const Victim& victim = stage.draws.next(offer.key, !slot);
   if (victim.slot < 0 || utility < victim.worth * in.margins[stage.block]) return 0;
   const auto [owner, row] = stage.names.of(key_at(store, victim.slot));
-  in.evicted[owner] += replace(store, victim, owner, row, in.log);
-  victim = {};
+  in.evicted[owner] += replace(stage, victim, owner, row);
   return 1;
 }
 
@@ -258,7 +291,6 @@ int64_t offer_row(const Stage& stage, const ChunkBlock& block, const Offer& offe
   // A negative norm tells a chunk that is present, and so a row that is.
   bool known = std::any_of(norms, norms + store.chunks, [](float x) { return x < 0; }) &&
                find_slot(store, key) >= 0;
-  Victim victim;
   int64_t count = 0;
   for (int64_t k = 0; k < store.chunks; ++k) {
     if (norms[k] <= 0) continue;
@@ -267,11 +299,11 @@ int64_t offer_row(const Stage& stage, const ChunkBlock& block, const Offer& offe
     const float utility = (store.sketch_lines ? cells.value() : 0) + norms[k] * in.weights[b];
     int64_t slot = -1;
     if (utility >= threshold) {
-      const int room = make_room(stage, offer, utility, known, victim);
+      const int room = make_room(stage, offer, utility, known);
       store.refused += room != 2;
       if (room) {
         slot = known ? find_slot(store, key) : insert(store, key);
-        victim = {};
+        stage.draws.forget();
       }
       replaced |= room == 1;
     }
@@ -290,6 +322,18 @@ int64_t offer_row(const Stage& stage, const ChunkBlock& block, const Offer& offe
     out[0] = i, out[1] = k, out[2] = place;
   }
   return count;
+}
+
+// Counts the utilities of chunks that went, their lines fetched ahead.
+void count_all(const std::vector<Gone>& gone) {
+  constexpr size_t kAhead = 16;
+  for (size_t i = 0; i < gone.size() + kAhead; ++i) {
+    if (i < gone.size() && gone[i].store->sketch_lines)
+      __builtin_prefetch(line_of(*gone[i].store, gone[i].hash), 1);
+    if (i < kAhead) continue;
+    const Gone& one = gone[i - kAhead];
+    count_gone(*one.store, one.hash, one.chunk, one.utility);
+  }
 }
 
 // Drops admitted chunks that were replaced since; returns how many are left.
@@ -314,16 +358,23 @@ int64_t still_there(const ChunkCall& call, const ChunkOffers& in, int64_t* admit
 int64_t chunk_offer(const ChunkCall& call, const ChunkOffers& in, int64_t* admitted) {
   int64_t count = 0;
   bool replaced = false;
+  std::vector<Gone> gone;
+  std::vector<Draws> draws;
+  int64_t stores = 0;
+  for (int64_t b = 0; b < call.num_blocks; ++b) stores = std::max(stores, call.blocks[b].store + 1);
+  for (int64_t n = 0; n < stores; ++n) draws.emplace_back(call.stores[n], in.key);
   for (int64_t g = 0; g < in.num_segments; ++g) {
     const ChunkSegment& segment = in.segments[g];
     ChunkStore& store = call.stores[call.blocks[segment.block].store];
     const RowNames names(call, call.blocks[segment.block].store);
-    const Stage stage{store, in, names, segment.block};
+    const Stage stage{store, in, names, segment.block, gone,
+                      draws[call.blocks[segment.block].store]};
     OfferQueue queue(call, store, in, segment);
     for (int64_t n = 0; n < queue.size(); ++n)
       count += offer_row(stage, call.blocks[segment.block], queue.next(n), admitted + 3 * count,
                          replaced);
   }
+  count_all(gone);
   return replaced ? still_there(call, in, admitted, count) : count;
 }
 

@@ -102,12 +102,12 @@ inline int64_t first_slot(const ChunkStore& store, uint64_t key) {
                           : first_slot_from<WideKey>(store, home, key);
 }
 
-// The line of a key's home and the next one: with 7 of 8 slots taken, many runs cross over.
+// The line of a key's home, and the next one where a run is likely to cross over.
 __attribute__((always_inline)) inline void prefetch_run(const ChunkStore& store, uint64_t key) {
-  constexpr int64_t kLineBytes = 64;
+  constexpr int64_t kLikelyBytes = 32;
   const char* home = key_address(store, home_of(store, key));
   __builtin_prefetch(home);
-  __builtin_prefetch(home + kLineBytes);
+  __builtin_prefetch(home + kLikelyBytes);
 }
 
 // Slot of a key, or -1.

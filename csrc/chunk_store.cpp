@@ -133,7 +133,8 @@ void chunk_decide(const ChunkCall& call, int64_t number, float decay, const floa
         ++present;
         continue;
       }
-      leave(store, chunk_hash(store, b, row), slot, k, utility * decay);
+      count_gone(store, chunk_hash(store, b, row), k, utility * decay);
+      leave(store, slot, k);
       ++gone;
     }
     evicted[b] += gone;

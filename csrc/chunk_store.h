@@ -27,6 +27,8 @@ struct ChunkStore {
   int64_t keys, values, payload, state, stack, sketch;
   int64_t chunks, payload_bytes, state_bytes, slab, max_chunks, max_slots, sketch_lines, wide,
       shared, key_bytes, key_stride, value_stride;
+  // Of so many slots at most all but one are taken.
+  int64_t load;
   // Address of a byte a line of the sketch, set where cells change but by decay; 0: nobody asks.
   int64_t line_marks;
   // What moves.
@@ -92,7 +94,7 @@ void chunk_places(const ChunkCall& call, const ChunkSegment* segments, int64_t n
 void chunk_touch(const ChunkCall& call, const ChunkOffers& offers, int threads);
 // Counts absent chunks in the sketch, and admits those above the threshold: while there is room, and
 // then in place of the least useful chunk of a few rows drawn by chance, or, where slots are short, of
-// the row whose best chunk is least, if that is worth less.
+// the row whose best chunk is least, if that is worth less. What went is counted behind all offers.
 // admitted: [.., 3] (row number among the offers, chunk, place). Returns how many.
 int64_t chunk_offer(const ChunkCall& call, const ChunkOffers& offers, int64_t* admitted);
 // Utilities of present chunks by bin, and rows by chunks present: adds to bins [blocks][256] and

@@ -1,7 +1,7 @@
 """Bytes of pruned tables: the index of rows, the pool of chunks, the sketch; without torch.
 
     index   a key (4 B, or 8 B where there may be 2^32 rows), K places (4 B) and K utilities (2 B)
-            a slot; 8 slots for 7 rows
+            a slot; 8 slots for 7 rows, or 4 for 3 where rows are one chunk of 128 B or more
     pool    payload and optimiser state of chunks, in slabs; a stack of free places (4 B each)
     sketch  a byte a cell, in lines of 64
 
@@ -17,8 +17,11 @@ PAGE_BYTES = 4096
 LINE_BYTES = 64
 PLACE_BYTES, UTILITY_BYTES = 4, 2
 _NARROW_KEY_BYTES, _KEY_BYTES = 4, 8
-#: Slots are added so that at most LOAD of them are taken, a sixteenth of them at a time.
-LOAD_NUMBER, LOAD_OF, GROWTH, FEW_SLOTS = 7, 8, 16, 32
+#: Slots are added a sixteenth of them at a time, and some for stores of few rows.
+GROWTH, FEW_SLOTS = 16, 32
+#: Of so many slots one stays empty. Emptier indexes have shorter runs, which cost fewer lines of
+#: the cache: that is worth the bytes where these are few beside a row's.
+_DENSE_LOAD, _LOOSE_LOAD, _LOOSE_BYTES = 8, 4, 128
 _TAIL_SHIFT, _MOST_TAIL = 4, 1024
 #: A store of rows of several chunks keeps bytes for a stack of this part of its places.
 RESERVE = 16
@@ -37,11 +40,6 @@ def in_pages(count: int) -> int:
 def span_of(slots: int) -> int:
     """Slots of the array: those of homes, and a tail for the last runs."""
     return slots + FEW_SLOTS + min(slots >> _TAIL_SHIFT, _MOST_TAIL)
-
-
-def fitting_slots(rows: int) -> int:
-    """Fewest slots for some rows."""
-    return rows * LOAD_OF // LOAD_NUMBER + FEW_SLOTS
 
 
 def value_bytes(chunks: int) -> int:
@@ -83,6 +81,20 @@ class ChunkLayout:
     def record_bytes(self) -> int:
         """A chunk with its optimiser state."""
         return self.payload_bytes + self.state_bytes
+
+    @property
+    def load(self) -> int:
+        """Slots of which at most all but one are taken."""
+        is_loose = self.chunks == 1 and self.record_bytes >= _LOOSE_BYTES
+        return _LOOSE_LOAD if is_loose else _DENSE_LOAD
+
+    def fitting_slots(self, rows: int) -> int:
+        """Fewest slots for some rows."""
+        return rows * self.load // (self.load - 1) + FEW_SLOTS
+
+    def has_slot(self, rows: int, slots: int) -> bool:
+        """Whether slots that some rows have taken hold one more."""
+        return (rows + 1) * self.load <= slots * (self.load - 1)
 
     def held_bytes(self, slots: int, committed: int, free: int = 0) -> int:
         """Bytes of an index of ``slots`` and a pool of ``committed`` chunks.
@@ -139,7 +151,7 @@ class ChunkLayout:
 
     def full_bytes(self, rows: int) -> int:
         """Bytes with every chunk of ``rows`` rows present."""
-        return self.held_bytes(fitting_slots(rows), self.shared + rows * self.chunks)
+        return self.held_bytes(self.fitting_slots(rows), self.shared + rows * self.chunks)
 
     def likely_chunks(self, budget: int, sketch: float) -> int:
         """Chunks that a budget holds where rows have all of theirs.
@@ -158,4 +170,4 @@ class ChunkLayout:
     @property
     def slot_bytes(self) -> float:
         """Bytes of the index that a row takes."""
-        return (self.key_bytes + value_bytes(self.chunks)) * LOAD_OF / LOAD_NUMBER
+        return (self.key_bytes + value_bytes(self.chunks)) * self.load / (self.load - 1)

@@ -11,7 +11,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from shardlab.chunk_layout import LOAD_NUMBER, LOAD_OF, RESERVE, ChunkLayout
+from shardlab.chunk_layout import RESERVE, ChunkLayout
 from shardlab.ops.chunk_marks import Losses, RowRange
 
 
@@ -42,7 +42,7 @@ class StoreShape:
         these could take when a row of several chunks makes way."""
         layout = self.layout
         if layout.chunks == 1 or not now.free or \
-                (now.rows + 1) * LOAD_OF <= now.slots * LOAD_NUMBER:
+                layout.has_slot(now.rows, now.slots):
             return False
         deepest = layout.held_bytes(now.slots, now.committed, now.free + layout.chunks)
         return now.free * RESERVE > now.used or deepest > now.budget
@@ -139,6 +139,8 @@ class ChunkIndex(Protocol):
     def offer(self, offers: Offers) -> Tensor:
         """Counts absent chunks, and admits those above the threshold: while there is room, then
         in place of the least useful chunk of `DRAWN` rows drawn by chance, if that is worth less.
+        Others are drawn once a chunk was admitted, or `HELD_AGAINST` offers saw the same one. What
+        chunks that went were worth is counted behind all offers.
 
         Returns:
             int64 [m, 3] on CPU: (position in ids, chunk, place) of every admitted chunk. What the

@@ -6,7 +6,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shardlab.chunk_layout import fitting_slots
 from shardlab.codecs import mixed, row_words, shift_right
 from shardlab.ops.chunk_index import StoreShape
 from shardlab.ops.chunk_marks import MARK
@@ -19,6 +18,8 @@ CELL_SHIFT, CELL_BIAS = 21, 316
 LEAST_UTILITY = 2.0 ** -48
 #: Rows from which a chunk that is replaced is chosen.
 DRAWN = 8
+#: Offers that what was drawn is held against, before other rows are drawn.
+HELD_AGAINST = 8
 #: The array may grow beyond what its rows need, where a run of slots reaches its end.
 SPARE = 2
 #: Rows of keys of 64 bits lie below the number of their block.
@@ -36,7 +37,7 @@ def bin_edges() -> Tensor:
 
 def max_slots(shape: StoreShape) -> int:
     """Most slots that a store may have."""
-    return SPARE * fitting_slots(shape.max_rows)
+    return SPARE * shape.layout.fitting_slots(shape.max_rows)
 
 
 def spread_ids(ids: Tensor, rows: int) -> Tensor:

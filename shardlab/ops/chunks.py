@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from shardlab.chunk_layout import (
+    FEW_SLOTS,
     LINE_BYTES,
     PLACE_BYTES,
-    fitting_slots,
     in_pages,
     span_of,
     value_bytes,
@@ -50,8 +50,8 @@ def build_chunk_index(shapes: Sequence[StoreShape], blocks: Tensor, memory: Tens
 #: Fields of `ChunkStore` in csrc/chunk_store.h, in its order, 8 B each.
 _STATE = ("keys", "values", "payload", "state", "stack", "sketch", "chunks", "payload_bytes",
           "state_bytes", "slab", "max_chunks", "max_slots", "sketch_lines", "wide", "shared",
-          "key_bytes", "key_stride", "value_stride", "line_marks", "budget", "slots", "rows",
-          "used", "top", "committed", "free", "refused")
+          "key_bytes", "key_stride", "value_stride", "load", "line_marks", "budget", "slots",
+          "rows", "used", "top", "committed", "free", "refused")
 _COLUMN = {name: column for column, name in enumerate(_STATE)}
 
 
@@ -86,8 +86,8 @@ class NativeChunkIndex:
                 at + offset + keys + values + stack, layout.chunks, layout.payload_bytes,
                 layout.state_bytes, shape.slab, shape.max_chunks, max_slots(shape),
                 layout.sketch_lines, int(shape.wide), layout.shared, layout.key_bytes,
-                *layout.strides, 0])
-            row[_COLUMN["slots"]] = fitting_slots(0)
+                *layout.strides, layout.load, 0])
+            row[_COLUMN["slots"]] = FEW_SLOTS
             row[_COLUMN["top"]] = layout.shared
             row[_COLUMN["committed"]] = shape.in_slabs(layout.shared)
             offset += keys + values + stack + sketch
@@ -271,7 +271,7 @@ def index_used_spans(shapes: Sequence[StoreShape],
     found, offset = [], 0
     for shape, count in zip(shapes, chunks, strict=True):
         keys, values, stack, sketch = _spans(shape)
-        slots = fitting_slots(count // shape.layout.chunks)
+        slots = shape.layout.fitting_slots(count // shape.layout.chunks)
         key_stride, value_stride = shape.layout.strides
         found += [(offset, offset + key_stride * slots),
                   (offset + keys, offset + keys + (value_stride * slots if values else 0)),

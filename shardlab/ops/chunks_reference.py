@@ -7,20 +7,12 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from shardlab.chunk_layout import (
-    FEW_SLOTS,
-    GROWTH,
-    LINE_BYTES,
-    LOAD_NUMBER,
-    LOAD_OF,
-    fitting_slots,
-)
+from shardlab.chunk_layout import LINE_BYTES
 from shardlab.codecs import GOLDEN, mix32, mix64
 from shardlab.ops.chunk_index import ChunkRows, Offers, StoreNumbers, StoreShape
 from shardlab.ops.chunk_marks import MARK, Losses, Marks, RowRange
@@ -28,93 +20,17 @@ from shardlab.ops.chunk_numbers import (
     BINS,
     CELL_SHIFT,
     DRAWN,
+    HELD_AGAINST,
     LEAST_UTILITY,
     TAG_SHIFT,
     cell_code,
     cell_value,
-    max_slots,
     utility_code,
     utility_value,
 )
+from shardlab.ops.chunk_reference_store import ReferenceRow, ReferenceStore
 
 _WORD = (1 << 64) - 1
-
-
-@dataclass
-class _Row:
-    """By chunk: places, -1 for absent ones, and bits of utilities with their mark."""
-
-    places: list[int]
-    utilities: list[int]
-
-    def mark(self, *, marked: bool = True) -> None:
-        for k, place in enumerate(self.places):
-            if place >= 0:
-                self.utilities[k] = self.utilities[k] & (MARK - 1) | (MARK if marked else 0)
-
-    def is_marked(self) -> bool:
-        return any(code & MARK for code in self.utilities)
-
-
-@dataclass
-class _Store:
-    """Fields that move are those of `StoreNumbers`; ``cells`` are the sketch's."""
-
-    shape: StoreShape
-    cells: Tensor
-    budget: int = 0
-    slots: int = field(default_factory=lambda: fitting_slots(0))
-    rows: dict[int, tuple[int, int, _Row]] = field(default_factory=dict)  # key: block, row, chunks
-    used: int = 0
-    top: int = 0
-    committed: int = 0
-    stack: list[int] = field(default_factory=list)
-    refused: int = 0
-    lines: set[int] | None = None  # that counted something, once anybody asks
-
-    def __post_init__(self) -> None:
-        self.top = self.shape.layout.shared
-        self.committed = self.shape.in_slabs(self.top)
-
-    def held(self, leaving: int = 0) -> int:
-        return self.shape.layout.held_bytes(self.slots, self.committed,
-                                            len(self.stack) + leaving)
-
-    def grown(self, slots: int, committed: int) -> int:
-        return self.shape.layout.grown_bytes(slots, committed, len(self.stack))
-
-    def has_place(self) -> bool:
-        if self.stack or self.top < self.committed:
-            return True
-        more = min(self.committed + self.shape.slab, self.shape.max_chunks)
-        if more == self.committed or self.grown(self.slots, more) > self.budget:
-            return False
-        self.committed = more
-        return True
-
-    def has_slot(self) -> bool:
-        if (len(self.rows) + 1) * LOAD_OF <= self.slots * LOAD_NUMBER:
-            return True
-        slots = self.slots + self.slots // GROWTH + FEW_SLOTS
-        if slots > max_slots(self.shape) or self.grown(slots, self.committed) > self.budget:
-            return False
-        self.slots = slots
-        return True
-
-    def take_place(self) -> int:
-        self.used += 1
-        if self.stack:
-            return self.stack.pop()
-        self.top += 1
-        return self.top - 1
-
-    def fit(self) -> int:
-        return min(fitting_slots(len(self.rows)), max_slots(self.shape))
-
-    def in_order(self) -> Iterator[tuple[int, int, int, _Row]]:
-        """(key, block, row, chunks) by hash."""
-        for key in sorted(self.rows):
-            yield key, *self.rows[key]
 
 
 class ReferenceChunkIndex:
@@ -130,7 +46,8 @@ class ReferenceChunkIndex:
         self._most = max((shape.layout.chunks for shape in shapes), default=1)
         self.notes_losses = False
         self._losses: list[tuple[int, int, int, list[int], list[int]]] = []
-        self._stores = [_Store(shape, torch.zeros(shape.layout.sketch_lines * LINE_BYTES,
+        self._gone: list[tuple[ReferenceStore, tuple[int, int, int], np.float32]] = []
+        self._stores = [ReferenceStore(shape, torch.zeros(shape.layout.sketch_lines * LINE_BYTES,
                                                   dtype=torch.uint8)) for shape in shapes]
 
     def numbers(self, store: int) -> StoreNumbers:
@@ -144,7 +61,7 @@ class ReferenceChunkIndex:
     def held_bytes(self, store: int) -> int:
         return self._stores[store].held()
 
-    def _store_of(self, block: int) -> _Store:
+    def _store_of(self, block: int) -> ReferenceStore:
         return self._stores[self._blocks[block][0]]
 
     def _key(self, block: int, row: int) -> int:
@@ -194,6 +111,9 @@ class ReferenceChunkIndex:
     def offer(self, offers: Offers) -> Tensor:
         weights, norms = offers.weights.numpy(), offers.norms.numpy()
         admitted: list[tuple[int, int, int]] = []
+        for store in self._stores:
+            store.draws = 0
+            store.forget_drawn()
         for block, i, row in self._ids(offers.segments, offers.ids):
             store = self._store_of(block)
             threshold = np.float32(float(offers.thresholds[block])) * weights[block]
@@ -204,6 +124,9 @@ class ReferenceChunkIndex:
                                               threshold, offers)
                     if place is not None:
                         admitted.append((i, k, place))
+        for gone in self._gone:
+            self._count_gone(*gone)
+        self._gone.clear()
         owner = {i: self._key(block, row) for block, i, row in self._ids(offers.segments,
                                                                          offers.ids)}
         stores = {i: self._store_of(block) for block, i, _ in self._ids(offers.segments,
@@ -212,7 +135,7 @@ class ReferenceChunkIndex:
                 if owner[i] in stores[i].rows and stores[i].rows[owner[i]][2].places[k] == place]
         return torch.tensor(kept, dtype=torch.int64).view(-1, 3)
 
-    def _offer_chunk(self, store: _Store, at: tuple[int, int, int], gain: np.float32,
+    def _offer_chunk(self, store: ReferenceStore, at: tuple[int, int, int], gain: np.float32,
                      threshold: np.float32, offers: Offers) -> int | None:
         """The place of a chunk that was admitted."""
         block, row, k = at
@@ -225,9 +148,10 @@ class ReferenceChunkIndex:
         utility = gain + (cell_value(int(store.cells[cells].min())) if cells
                           else np.float32(0))
         if utility >= threshold and self._make_room(store, at, utility, offers):
+            store.forget_drawn()
             if found is None:
                 chunks = store.shape.layout.chunks
-                found = store.rows[key] = (block, row, _Row([-1] * chunks, [0] * chunks))
+                found = store.rows[key] = (block, row, ReferenceRow([-1] * chunks, [0] * chunks))
             place = found[2].places[k] = store.take_place()
             found[2].utilities[k] = MARK | utility_code(utility, word)
             return place
@@ -236,26 +160,26 @@ class ReferenceChunkIndex:
             _raise(store, cells, code)
         return None
 
-    def _make_room(self, store: _Store, at: tuple[int, int, int], utility: np.float32,
+    def _make_room(self, store: ReferenceStore, at: tuple[int, int, int], utility: np.float32,
                    offers: Offers) -> bool:
         """Room for one more chunk of a row: free room, or that of a chunk worth less."""
-        block, key, hashed = at[0], self._key(*at[:2]), self._hash(*at[:2])
+        block, key = at[0], self._key(*at[:2])
         slot = key in store.rows or store.has_slot()
         if slot and store.has_place():
             return True
         store.refused += 1
-        start = mix64(hashed ^ (offers.key & _WORD)) >> (64 - 8 * store.shape.layout.key_bytes)
-        drawn = self._draw(store, key, start, not slot)
-        if not drawn:
+        found = self._victim(store, key, offers.key, not slot)
+        if found is None:
             return False
-        worth, victim, chunk = min(drawn, key=lambda one: one[0])
+        worth, victim, chunk = found
         if utility < worth * np.float32(float(offers.margins[block])):
             return False
         owner, row, chunks = store.rows[victim]
         before = list(chunks.places), list(chunks.utilities)
         for k, place in enumerate(chunks.places):
             if place >= 0 and chunk in (-1, k):
-                self._leave(store, victim, k, utility_value(chunks.utilities[k]))
+                self._gone.append((store, (owner, row, k), utility_value(chunks.utilities[k])))
+                self._leave(store, victim, k)
                 offers.evicted[owner] += 1
         chunks.mark()
         self._note(owner, row, chunks, before)
@@ -263,8 +187,21 @@ class ReferenceChunkIndex:
             del store.rows[victim]
         return True
 
+    def _victim(self, store: ReferenceStore, own: int, key: int,
+                whole: bool) -> tuple[np.float32, int, int] | None:
+        """The least of what was drawn last, while few offers were held against it, or drawn now."""
+        least = min(store.drawn, key=lambda one: one[0], default=None)
+        if store.offers == HELD_AGAINST or store.whole != whole or (least and least[1] == own):
+            start = mix64((key + store.draws * GOLDEN) & _WORD)
+            store.drawn = self._draw(store, own, start >> (64 - 8 * store.shape.layout.key_bytes),
+                                     whole)
+            store.draws, store.whole, store.offers = store.draws + 1, whole, 0
+            least = min(store.drawn, key=lambda one: one[0], default=None)
+        store.offers += 1
+        return least
+
     @staticmethod
-    def _draw(store: _Store, own: int, start: int,
+    def _draw(store: ReferenceStore, own: int, start: int,
               whole: bool) -> list[tuple[np.float32, int, int]]:
         """(worth, key, chunk) of the chunks of the rows that follow a hash, but for one row.
 
@@ -288,7 +225,7 @@ class ReferenceChunkIndex:
                 drawn.append((max(here)[0], key, -1))
         return drawn
 
-    def _note(self, block: int, row: int, chunks: _Row,
+    def _note(self, block: int, row: int, chunks: ReferenceRow,
               before: tuple[list[int], list[int]]) -> None:
         if self.notes_losses and chunks.places != before[0]:
             left = sum(place >= 0 for place in chunks.places)
@@ -307,18 +244,23 @@ class ReferenceChunkIndex:
     def set_refused(self, store: int, refused: int) -> None:
         self._stores[store].refused = refused
 
-    def _leave(self, store: _Store, key: int, chunk: int, utility: np.float32) -> None:
-        """A chunk goes: its place is free, its utility counted in the sketch."""
-        block, row, chunks = store.rows[key]
-        cells = self._cells(store, self._hash(block, row), chunk)
+    def _count_gone(self, store: ReferenceStore, at: tuple[int, int, int],
+                    utility: np.float32) -> None:
+        """The utility of a chunk that went is counted in the sketch."""
+        cells = self._cells(store, self._hash(*at[:2]), at[2])
         if cells:
             _raise(store, cells, cell_code(utility, 0))
+
+    @staticmethod
+    def _leave(store: ReferenceStore, key: int, chunk: int) -> None:
+        """A chunk goes: its place is free."""
+        chunks = store.rows[key][2]
         store.stack.append(chunks.places[chunk])
         chunks.places[chunk], chunks.utilities[chunk] = -1, 0
         store.used -= 1
 
     @staticmethod
-    def _cells(store: _Store, hashed: int, chunk: int) -> list[int]:
+    def _cells(store: ReferenceStore, hashed: int, chunk: int) -> list[int]:
         """The chunk's two cells of the sketch; none where there is no sketch."""
         lines = store.shape.layout.sketch_lines
         if not lines:
@@ -366,7 +308,8 @@ class ReferenceChunkIndex:
                     chunks.utilities[k] = chunks.utilities[k] & MARK | utility_code(
                         utility, self._word(block, key, row, k))
                     continue
-                self._leave(one, slot_key, k, utility)
+                self._count_gone(one, (block, row, k), utility)
+                self._leave(one, slot_key, k)
                 evicted[block] += 1
             self._note(block, row, chunks, was)
             if max(chunks.places) < 0:
@@ -395,13 +338,13 @@ class ReferenceChunkIndex:
             one.committed = more
         return torch.tensor(moves, dtype=torch.int64).view(-1, 2)
 
-    def _settle(self, one: _Store) -> None:
+    def _settle(self, one: ReferenceStore) -> None:
         one.stack, one.top, one.slots = [], one.shape.layout.shared + one.used, one.fit()
         one.committed = one.shape.in_slabs(one.top)
 
     def load(self, store: int, blocks: Tensor, rows: ChunkRows) -> None:
         one = self._stores[store]
-        one.rows = {self._key(block, row): (block, row, _Row(places, [
+        one.rows = {self._key(block, row): (block, row, ReferenceRow(places, [
             code & 0xFFFF for code in utilities])) for block, row, places, utilities in zip(
                 blocks.tolist(), rows.rows.tolist(), rows.places.tolist(),
                 rows.utilities.tolist(), strict=True)}
@@ -420,7 +363,7 @@ class ReferenceChunkIndex:
                 if not store.has_place() or not (known or store.has_slot()):
                     out[i, k] = -1
                     continue
-                chunks = store.rows.setdefault(key, (block, row, _Row(
+                chunks = store.rows.setdefault(key, (block, row, ReferenceRow(
                     [-1] * len(wanted), [0] * len(wanted))))[2]
                 chunks.places[k] = place = store.take_place()
                 chunks.utilities[k] = codes[k] & 0xFFFF
@@ -441,7 +384,7 @@ class ReferenceChunkIndex:
 
     def look_up(self, block: int, rows: Tensor) -> ChunkRows:
         store = self._store_of(block)
-        none = _Row([-1] * store.shape.layout.chunks, [0] * store.shape.layout.chunks)
+        none = ReferenceRow([-1] * store.shape.layout.chunks, [0] * store.shape.layout.chunks)
         found = [store.rows.get(self._key(block, row), (block, row, none))[2]
                  for row in rows.tolist()]
         shape = (rows.numel(), store.shape.layout.chunks)
@@ -476,7 +419,7 @@ class ReferenceChunkIndex:
         return self._stores[store].cells
 
 
-def _raise(store: _Store, at: list[int], code: int) -> None:
+def _raise(store: ReferenceStore, at: list[int], code: int) -> None:
     store.cells[at] = store.cells[at].clamp(min=code)
     if store.lines is not None:
         store.lines.add(at[0] // LINE_BYTES)
