@@ -154,7 +154,7 @@ class RowNames {
   Name of(uint64_t key) const {
     if (is_narrow_) {
       const int64_t at = (int64_t)chunk_unmix32((uint32_t)key) - 1;
-      const int64_t n = std::upper_bound(before_.begin(), before_.end(), at) - before_.begin() - 1;
+      const int64_t n = last_before(at);
       return {blocks_[n], at - before_[n]};
     }
     const uint64_t at = chunk_unmix(key) - 1;
@@ -163,6 +163,15 @@ class RowNames {
   }
 
  private:
+  // The last shard with no more rows before it, without a branch: rows come in the order of hashes,
+  // so that none could be foretold.
+  int64_t last_before(int64_t at) const {
+    const int64_t* found = before_.data();
+    for (int64_t n = (int64_t)before_.size(); n > 1; n -= n / 2)
+      found = found[n / 2] <= at ? found + n / 2 : found;
+    return found - before_.data();
+  }
+
   const ChunkStore& store_;
   bool is_narrow_;
   std::vector<int64_t> blocks_, before_;

@@ -117,8 +117,7 @@ void chunk_decide(const ChunkCall& call, int64_t number, float decay, const floa
   int64_t empty = 0;
   uint8_t* cells = (uint8_t*)store.sketch;
   const int64_t size = store.sketch_lines * kLine;
-  for (int64_t c = 0; c < size; ++c)
-    if (cells[c]) cells[c] = decayed_cell(cells[c], c, decay, key);
+  for (int64_t c = 0; c < size; ++c) cells[c] = decayed_cell(cells[c], c, decay, key);
   for_slots(call, number, [&](int64_t b, int64_t row, int64_t slot, char* value) {
     const ChunkBlock& block = call.blocks[b];
     uint16_t* utilities = utilities_of(store, value);
