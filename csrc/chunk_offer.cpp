@@ -28,11 +28,14 @@ class OfferQueue {
   OfferQueue(const ChunkCall& call, const ChunkStore& store, const ChunkOffers& in,
              const ChunkSegment& segment)
       : call_(call), store_(store), in_(in), block_(segment.block), cells_((kMask + 1) * store.chunks) {
-    const int64_t end = segment.start + segment.count;
-    for (int64_t i = segment.start; i < end; ++i) {
+    rows_.resize(segment.count);
+    // Without a branch: which rows are absent, nothing foretells.
+    for (int64_t i = segment.start; i < segment.start + segment.count; ++i) {
       const float* norms = in.norms + i * in.stride;
-      if (std::any_of(norms, norms + store.chunks, [](float x) { return x > 0; }))
-        rows_.push_back(i);
+      bool is_offered = false;
+      for (int64_t k = 0; k < store.chunks; ++k) is_offered |= norms[k] > 0;
+      rows_[size_] = i;
+      size_ += is_offered;
     }
     for (int64_t n = -2 * kStage; n < 0; ++n) {
       start(n + 2 * kStage);
@@ -40,7 +43,7 @@ class OfferQueue {
     }
   }
 
-  int64_t size() const { return (int64_t)rows_.size(); }
+  int64_t size() const { return size_; }
   // Offer n; they come one after the other.
   Offer next(int64_t n) {
     start(n + 2 * kStage);
@@ -82,7 +85,7 @@ class OfferQueue {
   const ChunkCall& call_;
   const ChunkStore& store_;
   const ChunkOffers& in_;
-  int64_t block_;
+  int64_t block_, size_ = 0;
   std::vector<int64_t> rows_;
   std::vector<Cells> cells_;
   uint64_t keys_[kMask + 1], hashes_[kMask + 1];
