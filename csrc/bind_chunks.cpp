@@ -85,10 +85,12 @@ void bind_index(nb::module_& m) {
     in.log = log.get();
     return chunk_offer(call_from(call), in, at<int64_t>(admitted));
   });
-  m.def("chunk_count", [](const CallTuple& call, int64_t store, float decay, Address bins,
+  m.def("chunk_count", [](const CallTuple& call, int64_t store,
+                          const std::tuple<int64_t, int64_t>& slice, float decay, Address bins,
                           Address dims, int64_t stride) {
     nb::gil_scoped_release release;
-    chunk_count(call_from(call), store, decay, at<int64_t>(bins), at<int64_t>(dims), stride);
+    chunk_count(call_from(call), store, {std::get<0>(slice), std::get<1>(slice)}, decay,
+                at<int64_t>(bins), at<int64_t>(dims), stride);
   });
   m.def("chunk_decide", [](const CallTuple& call, int64_t store, float decay, Address thresholds,
                            int64_t key, Address evicted, const LogTuple& log_tuple) {
@@ -183,14 +185,15 @@ void bind_chunks(nb::module_& m) {
   bind_index(m);
   bind_index_rows(m);
   m.def("chunk_read", [](const CallTuple& call, const ArenaTuple& arena, Address reads,
-                         int64_t count, Address ids, const std::vector<Address>& entries,
-                         Address out, int threads) {
+                         int64_t count, int64_t width, Address ids,
+                         const std::vector<Address>& entries, Address out, int threads) {
     nb::gil_scoped_release release;
     Csr csr{};
     if (entries.size() == 4)
       csr = {at<int64_t>(entries[0]), at<int64_t>(entries[1]), at<float>(entries[2])};
-    active_kernels().chunks->read(call_from(call), arena_from(arena), at<ChunkRead>(reads), count,
-                                  at<int64_t>(ids), entries.empty() ? nullptr : &csr,
+    active_kernels().chunks->read(call_from(call), arena_from(arena),
+                                  {at<int64_t>(reads), count, width}, at<int64_t>(ids),
+                                  entries.empty() ? nullptr : &csr,
                                   entries.empty() ? nullptr : at<int64_t>(entries[3]),
                                   at<float>(out), threads);
   });

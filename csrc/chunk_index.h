@@ -102,6 +102,22 @@ inline void resize(ChunkStore& s, int64_t slots) {
     release(s.values, s.value_stride * span_of(s.slots), s.value_stride * before);
 }
 
+// Rows have gone, and left gaps: those behind them move up to their homes, or towards them.
+inline void close_gaps(ChunkStore& s) {
+  const int64_t span = span_of(s.slots);
+  int64_t next = 0;
+  for (int64_t from = 0; from < span; ++from) {
+    const uint64_t key = key_at(s, from);
+    if (!key) continue;
+    const int64_t to = std::max(home_of(s, key), next);
+    if (to < from) {
+      move_slots(s, to, from, 1);
+      set_key(s, from, 0);
+    }
+    next = to + 1;
+  }
+}
+
 // Room in the index for one more row.
 inline bool has_slot(ChunkStore& s) {
   if ((s.rows + 1) * s.load <= s.slots * (s.load - 1)) return true;
@@ -177,18 +193,40 @@ class RowNames {
   std::vector<int64_t> blocks_, before_;
 };
 
-// Calls body(block, row, slot, value) for the rows of a store.
+// The first key of a slice; that of the slice behind the last one is the greatest number.
+inline uint64_t slice_start(const ChunkStore& store, int64_t slice, int64_t slices) {
+  const int bits = 8 * (int)store.key_bytes;
+  if (slice >= slices) return ~0ULL >> (64 - bits);
+  return (uint64_t)(((unsigned __int128)slice << bits) / (uint64_t)slices);
+}
+
+// Calls body(block, row, slot, value) for the rows of a store whose keys lie in a slice of as many
+// equal ones: a sample by chance, since keys are hashes.
 template <class Body>
-inline void for_slots(const ChunkCall& call, int64_t number, const Body& body) {
+inline void for_slice(const ChunkCall& call, int64_t number, int64_t slice, int64_t slices,
+                      const Body& body) {
   const ChunkStore& store = call.stores[number];
   const RowNames names(call, number);
-  const int64_t span = span_of(store.slots);
-  for (int64_t s = 0; s < span; ++s) {
+  const uint64_t first = slice_start(store, slice, slices);
+  const uint64_t last = slice_start(store, slice + 1, slices);
+  const bool is_last = slice + 1 >= slices;
+  const int64_t span = span_of(store.slots), home = home_of(store, last);
+  for (int64_t s = home_of(store, first); s < span; ++s) {
     const uint64_t key = key_at(store, s);
-    if (!key) continue;
+    if (!key) {
+      if (!is_last && s >= home) break;
+      continue;
+    }
+    if (key < first) continue;
+    if (!is_last && key >= last) break;
     const auto [block, row] = names.of(key);
     body(block, row, s, value_at(store, s));
   }
+}
+
+template <class Body>
+inline void for_slots(const ChunkCall& call, int64_t number, const Body& body) {
+  for_slice(call, number, 0, 1, body);
 }
 
 // ---------------------------------------------------------------- pool

@@ -36,8 +36,9 @@ SHARDLAB_INLINE inline void write_row(const ChunkStore& store, int64_t width, co
   }
 }
 
+// out: without entries, where the first row of the segment goes.
 template <class Reader, bool kWeighted>
-void read_rows(const ChunkCall& call, const Arena& arena, const ChunkRead& read, int64_t begin,
+void read_rows(const ChunkCall& call, const Arena& arena, const ChunkSegment& read, int64_t begin,
                int64_t end, const int64_t* ids, const Csr* entries, int64_t* slots, float* out) {
   const ChunkStore& store = call.stores[call.blocks[read.block].store];
   const Block& block = arena.blocks[read.block];
@@ -59,7 +60,7 @@ void read_rows(const ChunkCall& call, const Arena& arena, const ChunkRead& read,
     const Place* places = slot < 0 ? nullptr : places_of(value_at(store, slot));
     if (!entries) {
       write_row<Reader, false>(store, width, payloads, places, shared, 1.0f,
-                               out + read.out_start + (i - read.start) * columns);
+                               out + (i - read.start) * columns);
       continue;
     }
     const int64_t from = entries->starts[i], to = entries->starts[i + 1];
@@ -74,14 +75,13 @@ void read_rows(const ChunkCall& call, const Arena& arena, const ChunkRead& read,
 
 }  // namespace
 
-void read_chunks(const ChunkCall& call, const Arena& arena, const ChunkRead* reads,
-                 int64_t num_reads, const int64_t* ids, const Csr* entries, int64_t* slots,
-                 float* out, int threads) {
+void read_chunks(const ChunkCall& call, const Arena& arena, const ChunkReads& reads,
+                 const int64_t* ids, const Csr* entries, int64_t* slots, float* out, int threads) {
 #pragma omp parallel num_threads(threads)
   {
     const int64_t parts = omp_get_num_threads(), me = omp_get_thread_num();
-    for (int64_t r = 0; r < num_reads; ++r) {
-      const ChunkRead& one = reads[r];
+    for (int64_t r = 0; r < reads.count; ++r) {
+      const ChunkSegment one = reads.segment(r);
       int64_t begin = one.count * me / parts, end = one.count * (me + 1) / parts;
       if (entries) {
         begin = cut(entries->starts + one.start, one.count, me, parts);
@@ -91,7 +91,8 @@ void read_chunks(const ChunkCall& call, const Arena& arena, const ChunkRead* rea
       with_reader((Codec)arena.encodings[one.block].codec, [&](auto reader) {
         const auto run = entries && entries->weights ? read_rows<decltype(reader), true>
                                                      : read_rows<decltype(reader), false>;
-        run(call, arena, one, one.start + begin, one.start + end, ids, entries, slots, out);
+        run(call, arena, one, one.start + begin, one.start + end, ids, entries, slots,
+            out + reads.out_start(r));
       });
     }
   }

@@ -41,40 +41,20 @@ bool is_marked(const ChunkStore& store, char* value) {
   return false;
 }
 
-// The first key of a slice; that of the slice behind the last one is the greatest number.
-uint64_t slice_start(const ChunkStore& store, int64_t slice, int64_t slices) {
-  const int bits = 8 * (int)store.key_bytes;
-  if (slice >= slices) return ~0ULL >> (64 - bits);
-  return (uint64_t)(((unsigned __int128)slice << bits) / (uint64_t)slices);
-}
-
 }  // namespace
 
 int64_t chunk_between(const ChunkCall& call, int64_t number, const ChunkRange& in,
                       int64_t* found) {
   const ChunkStore& store = call.stores[number];
-  const uint64_t first = slice_start(store, in.slice, in.slices);
-  const uint64_t last = slice_start(store, in.slice + 1, in.slices);
-  const bool is_last = in.slice + 1 >= in.slices;
-  const RowNames names(call, number);
   int64_t count = 0;
-  const int64_t span = span_of(store.slots), home = home_of(store, last);
-  for (int64_t s = home_of(store, first); s < span; ++s) {
-    const uint64_t key = key_at(store, s);
-    if (!key) {
-      if (!is_last && s >= home) break;
-      continue;
-    }
-    if (key < first) continue;
-    if (!is_last && key >= last) break;
-    const auto [block, row] = names.of(key);
-    if ((in.block >= 0 && block != in.block) || row < in.low || row >= in.high) continue;
-    if (in.marks != Marks::kAny
-        && is_marked(store, value_at(store, s)) != (in.marks == Marks::kSet))
-      continue;
-    if (found) found[2 * count] = block, found[2 * count + 1] = row;
-    ++count;
-  }
+  for_slice(call, number, in.slice, in.slices,
+            [&](int64_t block, int64_t row, int64_t, char* value) {
+              if ((in.block >= 0 && block != in.block) || row < in.low || row >= in.high) return;
+              if (in.marks != Marks::kAny && is_marked(store, value) != (in.marks == Marks::kSet))
+                return;
+              if (found) found[2 * count] = block, found[2 * count + 1] = row;
+              ++count;
+            });
   return count;
 }
 

@@ -31,6 +31,7 @@ inline uint8_t decayed_cell(uint8_t cell, int64_t c, float decay, uint64_t key) 
 // A utility as decisions see it: those of chunks that nobody asked for differ by chance.
 inline float ranked(float utility, float decay, const ChunkBlock& block, int64_t row,
                     int64_t chunk) {
+  if (utility * decay >= kLeastUtility) return utility * decay;
   const uint64_t word = chunk_word(block, 0, row, chunk);
   return std::max(utility * decay, (float)(word >> 40) * 0x1p-24f * kLeastUtility);
 }

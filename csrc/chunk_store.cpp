@@ -95,10 +95,11 @@ void chunk_touch(const ChunkCall& call, const ChunkOffers& in, int threads) {
           });
 }
 
-void chunk_count(const ChunkCall& call, int64_t number, float decay, int64_t* bins, int64_t* dims,
-                 int64_t dims_stride) {
+void chunk_count(const ChunkCall& call, int64_t number, const ChunkSlice& slice, float decay,
+                 int64_t* bins, int64_t* dims, int64_t dims_stride) {
   const ChunkStore& store = call.stores[number];
-  for_slots(call, number, [&](int64_t b, int64_t row, int64_t, char* value) {
+  for_slice(call, number, slice.number, slice.slices, [&](int64_t b, int64_t row, int64_t,
+                                                          char* value) {
     int64_t present = 0;
     for (int64_t k = 0; k < store.chunks; ++k) {
       if (places_of(value)[k] < 0) continue;
@@ -144,8 +145,11 @@ void chunk_decide(const ChunkCall& call, int64_t number, float decay, const floa
     }
   });
   if (empty) {
-    const int64_t rows = store.rows - empty;
-    resize(store, rows * 2 < store.slots ? fitting_slots(store, rows) : store.slots);
+    store.rows -= empty;
+    if (store.rows * 2 < store.slots)
+      resize(store, fitting_slots(store, store.rows));
+    else
+      close_gaps(store);
   }
 }
 

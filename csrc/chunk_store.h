@@ -97,10 +97,14 @@ void chunk_touch(const ChunkCall& call, const ChunkOffers& offers, int threads);
 // the row whose best chunk is least, if that is worth less. What went is counted behind all offers.
 // admitted: [.., 3] (row number among the offers, chunk, place). Returns how many.
 int64_t chunk_offer(const ChunkCall& call, const ChunkOffers& offers, int64_t* admitted);
+// Rows whose keys lie in one of as many equal slices.
+struct ChunkSlice {
+  int64_t number, slices;
+};
 // Utilities of present chunks by bin, and rows by chunks present: adds to bins [blocks][256] and
 // dims [blocks][max_chunks + 1].
-void chunk_count(const ChunkCall& call, int64_t store, float decay, int64_t* bins, int64_t* dims,
-                 int64_t dims_stride);
+void chunk_count(const ChunkCall& call, int64_t store, const ChunkSlice& slice, float decay,
+                 int64_t* bins, int64_t* dims, int64_t dims_stride);
 // Decays all utilities and evicts what is below its block's threshold. evicted: [blocks]. log: of
 // rows that lose chunks, with room for all rows and one; or null.
 void chunk_decide(const ChunkCall& call, int64_t store, float decay, const float* thresholds,

@@ -5,10 +5,14 @@
 
 namespace shardlab {
 
-// Rows ids[start, start + count) of a block. Without entries, row i goes to out + out_start, one
-// behind the other; with entries, to the places of its entries.
-struct ChunkRead {
-  int64_t block, start, count, out_start;
+// What to read: `ChunkSegment`s. With entries, rows go to the places of these; without, a segment has
+// a fourth number, and its rows go to out + that, one behind the other.
+struct ChunkReads {
+  const int64_t* numbers;
+  int64_t count, width;
+
+  ChunkSegment segment(int64_t r) const { return *(const ChunkSegment*)(numbers + r * width); }
+  int64_t out_start(int64_t r) const { return width > 3 ? numbers[r * width + 3] : 0; }
 };
 
 // What a step tells of utilities, and of absent chunks.
@@ -40,9 +44,8 @@ struct Admissions {
 // Of the arena, block b is shard b's share of its store's pool: columns are those of a chunk.
 struct ChunkKernels {
   // slots [ids]: which were found, -1 where no chunk is present; or null.
-  void (*read)(const ChunkCall& call, const Arena& arena, const ChunkRead* reads,
-               int64_t num_reads, const int64_t* ids, const Csr* entries, int64_t* slots,
-               float* out, int threads);
+  void (*read)(const ChunkCall& call, const Arena& arena, const ChunkReads& reads,
+               const int64_t* ids, const Csr* entries, int64_t* slots, float* out, int threads);
   // Steps present chunks and adds to their utilities.
   void (*update)(const ChunkCall& call, const Arena& arena, const Updates& updates, Rule rule,
                  const Step& step, const ChunkGains& gains, int threads);

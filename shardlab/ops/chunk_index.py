@@ -14,6 +14,9 @@ from torch import Tensor
 from shardlab.chunk_layout import RESERVE, ChunkLayout
 from shardlab.ops.chunk_marks import Losses, RowRange
 
+#: The first of one part of the rows.
+ALL_ROWS = (0, 1)
+
 
 @dataclass(frozen=True)
 class StoreShape:
@@ -147,8 +150,14 @@ class ChunkIndex(Protocol):
             places held before is still there until `ops.chunk_rows.step_admitted`.
         """
 
-    def count(self, store: int, decay: float) -> tuple[Tensor, Tensor]:
+    def count(self, store: int, decay: float,
+              part: tuple[int, int] = ALL_ROWS) -> tuple[Tensor, Tensor]:
         """Utilities and rows of a store, by block.
+
+        Args:
+            store: its number.
+            decay: what is left of utilities.
+            part: (n, m): of the n-th of m parts of the rows, which chance makes equal.
 
         Returns:
             int64 [B, BINS]: present chunks by utility; int64 [B, most chunks + 1]: rows by chunks.

@@ -78,14 +78,16 @@ class LossLog:
 
     def room(self, rows: int) -> tuple[int, int, int]:
         """What a native function takes that notes ``rows`` at most; 0: it notes nothing."""
+        if not rows:
+            return 0, self._words, 0
         self._log = torch.empty(rows, self._words, dtype=torch.int64)
-        self._count.zero_()
-        return address(self._log) if rows else 0, self._words, address(self._count)
+        return address(self._log), self._words, address(self._count)
 
     def keep(self) -> None:
         """Takes what was noted."""
         if count := int(self._count):
             self._found.append(self._log[:count].clone())
+            self._count.zero_()
 
     def take(self) -> Losses:
         """All since the last call."""

@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from shardlab.chunk_layout import FEW_SLOTS, GROWTH
-from shardlab.ops.chunk_index import StoreShape
+from shardlab.ops.chunk_index import ALL_ROWS, StoreShape
 from shardlab.ops.chunk_marks import MARK
 from shardlab.ops.chunk_numbers import HELD_AGAINST, max_slots
 
@@ -97,7 +97,11 @@ class ReferenceStore:
     def fit(self) -> int:
         return min(self.shape.layout.fitting_slots(len(self.rows)), max_slots(self.shape))
 
-    def in_order(self) -> Iterator[tuple[int, int, int, ReferenceRow]]:
-        """(key, block, row, chunks) by hash."""
+    def in_order(self, part: tuple[int, int] = ALL_ROWS,
+                 ) -> Iterator[tuple[int, int, int, ReferenceRow]]:
+        """(key, block, row, chunks) by hash, of the n-th of m equal parts of all hashes."""
+        number, parts = part
+        bits = 8 * self.shape.layout.key_bytes
         for key in sorted(self.rows):
-            yield key, *self.rows[key]
+            if (number << bits) // parts <= key < (number + 1 << bits) // parts:
+                yield key, *self.rows[key]

@@ -86,7 +86,7 @@ def read_chunks(pools: ChunkPools, segments: Tensor, ids: Tensor, out: Tensor) -
     if pools.is_native("read_chunks"):
         assert isinstance(pools.index, NativeChunkIndex)
         native().chunk_read(pools.index.call(), pools.native_arena(),  # type: ignore[union-attr]
-                            address(segments), segments.shape[0], address(ids), [], address(out),
+                            address(segments), *segments.shape, address(ids), [], address(out),
                             torch.get_num_threads())
         return
     jobs = torch.zeros(segments.shape[0], 11, dtype=torch.int64)
@@ -149,12 +149,11 @@ def scatter_chunks(pools: ChunkPools, uniques: Uniques, segments: Tensor,
     """
     if pools.is_native("read_chunks"):
         assert isinstance(pools.index, NativeChunkIndex)
-        reads = torch.nn.functional.pad(segments, (0, 1))
         slots = torch.empty(uniques.ids.numel(), dtype=torch.int64)
         entries = [address(uniques.starts), address(uniques.sources), address(weights),
                    address(slots)]
         native().chunk_read(pools.index.call(), pools.native_arena(),  # type: ignore[union-attr]
-                            address(reads), reads.shape[0], address(uniques.ids), entries,
+                            address(segments), *segments.shape, address(uniques.ids), entries,
                             address(out), torch.get_num_threads())
         return slots
     for block, start, count in segments.tolist():

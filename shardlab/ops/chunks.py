@@ -23,7 +23,14 @@ from shardlab.chunk_layout import (
     value_bytes,
 )
 from shardlab.codecs import mixed
-from shardlab.ops.chunk_index import ChunkIndex, ChunkRows, Offers, StoreNumbers, StoreShape
+from shardlab.ops.chunk_index import (
+    ALL_ROWS,
+    ChunkIndex,
+    ChunkRows,
+    Offers,
+    StoreNumbers,
+    StoreShape,
+)
 from shardlab.ops.chunk_marks import MARK, Losses, LossLog, RowRange
 from shardlab.ops.chunk_numbers import BINS, SPARE, TAG_SHIFT, max_slots, mixed32
 from shardlab.ops.registry import address, face_of, native
@@ -133,10 +140,11 @@ class NativeChunkIndex:
     def take_losses(self) -> Losses:
         return self._log.take()
 
-    def count(self, store: int, decay: float) -> tuple[Tensor, Tensor]:
+    def count(self, store: int, decay: float,
+              part: tuple[int, int] = ALL_ROWS) -> tuple[Tensor, Tensor]:
         bins = torch.zeros(self.blocks.shape[0], BINS, dtype=torch.int64)
         dims = torch.zeros(self.blocks.shape[0], self._most + 1, dtype=torch.int64)
-        native().chunk_count(self._call, store, decay, address(bins),  # type: ignore[union-attr]
+        native().chunk_count(self._call, store, part, decay, address(bins),  # type: ignore[union-attr]
                              address(dims), dims.shape[1])
         return bins, dims
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from shardlab.chunk_layout import LINE_BYTES
 from shardlab.codecs import GOLDEN, mix32, mix64
-from shardlab.ops.chunk_index import ChunkRows, Offers, StoreNumbers, StoreShape
+from shardlab.ops.chunk_index import ALL_ROWS, ChunkRows, Offers, StoreNumbers, StoreShape
 from shardlab.ops.chunk_marks import MARK, Losses, Marks, RowRange
 from shardlab.ops.chunk_numbers import (
     BINS,
@@ -277,10 +277,11 @@ class ReferenceChunkIndex:
         drawn = np.float32(word >> 40) * np.float32(2.0 ** -24)  # in [0, 1)
         return max(utility, drawn * np.float32(LEAST_UTILITY))
 
-    def count(self, store: int, decay: float) -> tuple[Tensor, Tensor]:
+    def count(self, store: int, decay: float,
+              part: tuple[int, int] = ALL_ROWS) -> tuple[Tensor, Tensor]:
         bins = torch.zeros(len(self._blocks), BINS, dtype=torch.int64)
         dims = torch.zeros(len(self._blocks), self._most + 1, dtype=torch.int64)
-        for _, block, row, chunks in self._stores[store].in_order():
+        for _, block, row, chunks in self._stores[store].in_order(part):
             present = 0
             for k, place in enumerate(chunks.places):
                 if place >= 0:
@@ -393,11 +394,9 @@ class ReferenceChunkIndex:
                                             dtype=torch.int32).view(shape), _int16(codes))
 
     def list_between(self, store: int, where: RowRange) -> Tensor:
-        bits = 8 * self.shapes[store].layout.key_bytes
-        first, last = ((n << bits) // where.slices for n in (where.slice, where.slice + 1))
-        found = [(block, row) for key, block, row, chunks in self._stores[store].in_order()
-                 if first <= key < last and where.low <= row < where.high
-                 and where.block in (-1, block)
+        part = where.slice, where.slices
+        found = [(block, row) for _, block, row, chunks in self._stores[store].in_order(part)
+                 if where.low <= row < where.high and where.block in (-1, block)
                  and (where.marks == Marks.ANY
                       or chunks.is_marked() == (where.marks == Marks.SET))]
         return torch.tensor(found, dtype=torch.int64).view(-1, 2)

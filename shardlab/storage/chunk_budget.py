@@ -9,12 +9,18 @@ Source: own.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from shardlab.ops.chunk_numbers import BINS, bin_edges
 
-_HALVINGS = 100
+Numbers = NDArray[np.float64]
+_EDGES: Numbers = bin_edges().numpy()
 
 
 def common_unit(units: Tensor) -> float:
@@ -65,38 +71,39 @@ def common_threshold(curves: Tensor, limits: Tensor, total: float) -> tuple[Tens
         fp64 [W]: one threshold for all, higher where a rank's limit binds; 0: nothing need go.
         fp64 [W]: bytes that every rank keeps.
     """
+    points, most = curves.numpy(), limits.numpy()
+
     def kept(threshold: float) -> float:
-        return float(torch.minimum(_bytes_at(curves, threshold), limits).sum())
+        return float(np.minimum(_bytes_at(points, threshold), most).sum())
 
     common = _highest(lambda x: kept(x) >= total) if kept(0.0) > total else 0.0
-    own = torch.full_like(limits, common)
-    for rank in (_bytes_at(curves, common) > limits).nonzero().flatten().tolist():
-        own[rank] = _highest(
-            lambda x, rank=rank: float(_bytes_at(curves[rank:rank + 1], x)) >= limits[rank])
-    return own, torch.minimum(_bytes_at(curves, common), limits)
+    at_common = _bytes_at(points, common)
+    own = np.full_like(most, common)
+    for rank in (at_common > most).nonzero()[0]:
+        own[rank] = _highest(partial(_reaches, points[rank:rank + 1], float(most[rank])))
+    return torch.from_numpy(own), torch.from_numpy(np.minimum(at_common, most))
 
 
-def _bytes_at(curves: Tensor, threshold: float) -> Tensor:
-    """fp64 [W]: curves between their points."""
-    edges = bin_edges()
-    place = min(max(int(torch.searchsorted(edges, torch.tensor(threshold, dtype=torch.float64),
-                                           right=True)) - 1, 0), BINS - 1)
-    share = (threshold - float(edges[place])) / float(edges[place + 1] - edges[place])
-    return curves[:, place] + min(share, 1.0) * (curves[:, place + 1] - curves[:, place])
+def _reaches(curve: Numbers, limit: float, threshold: float) -> bool:
+    """Whether a rank keeps as much as its limit; curve is [1, BINS + 1]."""
+    return float(_bytes_at(curve, threshold)[0]) >= limit
 
 
-def _highest(holds) -> float:  # type: ignore[no-untyped-def]
+def _bytes_at(curves: Numbers, threshold: float) -> Numbers:
+    """[W]: curves between their points."""
+    place = min(max(int(np.searchsorted(_EDGES, threshold, side="right")) - 1, 0), BINS - 1)
+    share = (threshold - _EDGES[place]) / (_EDGES[place + 1] - _EDGES[place])
+    found: Numbers = curves[:, place] + min(share, 1.0) * (curves[:, place + 1] - curves[:, place])
+    return found
+
+
+def _highest(holds: Callable[[float], bool]) -> float:
     """The highest threshold at which a falling condition still holds, by halving."""
-    edges = bin_edges()
     low, high = 0, BINS
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if holds(float(edges[middle])) else (low, middle)
-    below, above = float(edges[low]), float(edges[high])
-    for _ in range(_HALVINGS):
-        middle_value = (below + above) / 2
-        if holds(middle_value):
-            below = middle_value
-        else:
-            above = middle_value
+        low, high = (middle, high) if holds(float(_EDGES[middle])) else (low, middle)
+    below, above = float(_EDGES[low]), float(_EDGES[high])
+    while below < (halfway := (below + above) / 2) < above:
+        below, above = (halfway, above) if holds(halfway) else (below, halfway)
     return below

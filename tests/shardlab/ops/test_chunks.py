@@ -76,6 +76,10 @@ class Pair:
                          for i in range(3)]
                 assert torch.equal(in_order(torch.cat(parts)), whole)
                 assert [face.count_between(0, where) for face in self.faces] == 2 * [len(whole)]
+        for what in range(2):  # utilities, and rows by chunks
+            parts = [self.both(lambda face, part=part, what=what:
+                               face.count(0, 0.9, (part, 3))[what]) for part in range(3)]
+            assert torch.equal(sum(parts), self.faces[0].count(0, 0.9)[what])
         for block in range(self.num_blocks):
             found = self.both(lambda face, block=block: vars(face.list_rows(block)))
             self.both(lambda face, block=block, rows=found["rows"]: vars(
