@@ -10,8 +10,8 @@
               chunks below the threshold leave, and slabs go back to the system
 
 Utilities are kept as of the last decision: a step's share is multiplied by gamma^-(steps since), so
-that nothing decays in between. Source: arXiv 2401.04408; normalisation by the 95th percentile as in
-AdaEmbed (OSDI 2023).
+that nothing decays in between, but where a thousandth of them is left. Source: arXiv 2401.04408;
+normalisation by the 95th percentile as in AdaEmbed (OSDI 2023).
 """
 
 from __future__ import annotations
@@ -56,8 +56,11 @@ from shardlab.storage_specs import TOGETHER
 
 #: Pages at the ends of keys, values, stack, payloads and states, part full each, and few slots.
 _PART_PAGES = 4 * PAGE_BYTES
-#: Streams of random bits beside those of rows (0 to 2): utilities of updates, and of decisions.
-_TOUCH, _DECIDE = 16, 17
+#: Streams of random bits beside those of rows (0 to 2): utilities of updates, of decisions, and of
+#: what decays in between.
+_TOUCH, _DECIDE, _REFRESH = 16, 17, 18
+#: Utilities decay at a decision, or when less than this is left of them.
+_STALE = 2.0 ** -10
 #: Rows of a table whose gradients tell its unit, and the share of them that lie below it.
 _SAMPLE, _PERCENTILE = 256, 0.95
 #: What is tried next where a threshold leaves more than the budget, and the least of all.
@@ -142,6 +145,8 @@ class PrunedStorage(PrunedState):
                step: StepParameters, row_squares: Tensor | None = None) -> None:
         """Steps present chunks, counts absent ones, and admits what is worth it."""
         self.files.settle()
+        if stale := [store for store in range(len(self.stores)) if self.decay(store) < _STALE]:
+            self._refresh(stale)
         with self.lock:
             self.watch.before_update(uniques)
             self._update(uniques, weights, grads, step, row_squares)
@@ -166,6 +171,19 @@ class PrunedStorage(PrunedState):
             step_admitted(self.pools, admitted, uniques, weights, grads, step, row_squares)
             self._make_slots()
         self.absent.step(step)
+
+    def _refresh(self, stores: Sequence[int]) -> None:
+        """Utilities as of now, where the last decision lies far back: a step's share would outgrow
+        cells of the sketch, and then fp32. Nothing is evicted."""
+        self.watch.wait_to_decide(stores)
+        with self.lock:
+            key = rounding_key(self.clock.seed, self.clock.step, _REFRESH)
+            for store in stores:
+                refused = self.index.numbers(store).refused
+                self.watch.decide(store, self.decay(store), torch.zeros(len(self.shards)), key)
+                self.index.set_refused(store, refused)
+                self.since[store] = self.clock.step
+        self.watch.wait()
 
     def _make_slots(self) -> None:
         """Turns idle places into slots, where new rows would find none until a decision."""

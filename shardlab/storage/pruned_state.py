@@ -32,7 +32,7 @@ class PrunedState:
         thresholds: fp32 [shards]: of admission, as of the last decision.
         scale: fp32 [shards]: unit of gradient norms; 0 before it is known.
         measured: fp32 [shards]: what was measured for the next unit.
-        since: step of the last decision, by store.
+        since: step as of which utilities are, by store: of the last decision, or a later one.
         admitted: int64 [shards]: chunks since the start.
         evicted: int64 [shards]: chunks since the start.
         absent: what absent chunks read as.

@@ -55,3 +55,36 @@ def test_a_resumed_run_takes_the_same_samples(monkeypatch, tmp_path):
     again = _trained(3)
     sl.load(tmp_path / "c", again[0], again[1], groups)
     assert all(map(torch.equal, train(again, 25, first=38, size=256), expected))
+
+
+@pytest.mark.parametrize("start", ["dense", "empty"])
+def test_warmup_may_be_longer_than_fp32_could_count(start):
+    """gamma^-warmup is beyond fp32; what decays in between leaves the ranking as it is."""
+    parts = build(tables(pruned(BUDGET, chunks=1, start=start, warmup=310, period=10, ramp=0,
+                                gamma=0.7)))
+    train(parts, 309, size=64)
+    storage = parts[2].storage
+    before = storage.index.numbers(0)
+    assert storage.since[0] >= 309 - 20  # 0.7^20 < 2^-10
+    train(parts, 1, first=309, size=64)
+    assert storage.since[0] == 310
+    held, budget = parts[2].tier_bytes().total, BUDGET * sum(SIZES) * 16 * 4
+    assert 0.75 * budget < held <= budget
+    assert before.used == sum(SIZES) if start == "dense" else before.refused > 0
+    for block in range(3):
+        codes = storage.index.list_rows(block).utilities.int() << 16
+        assert torch.isfinite(codes.view(torch.float32)).all()
+
+
+def test_what_decays_in_between_is_resumed(tmp_path):
+    options = {"chunks": 1, "gamma": 0.7, "period": 1000}
+    groups, found = build_groups(), tables(pruned(BUDGET, **options))
+    parts = build(found)
+    train(parts, 50, size=256)
+    sl.save(tmp_path / "c", parts[0], parts[1], groups)
+    expected = train(parts, 30, first=50, size=256)
+    again = build(found)
+    sl.load(tmp_path / "c", again[0], again[1], groups)
+    assert all(map(torch.equal, train(again, 30, first=50, size=256), expected))
+    assert parts[2].storage.since == again[2].storage.since != [0]
+    assert parts[2].storage.index.numbers(0) == again[2].storage.index.numbers(0)
