@@ -268,7 +268,7 @@ class PrunedStorage(PrunedState):
         self.files.settle()
         numbers = self.index.numbers(store)
         parts = max(1, numbers.rows // _COUNTED)
-        part = self.clock.step % parts, parts
+        part = self.clock.step // self.stores[store].spec.period % parts, parts
         counts = self.index.count(store, self.decay(store), part)[0].double()
         return counts * (numbers.used / max(1.0, float(counts.sum())))
 
