@@ -45,7 +45,9 @@ KINDS = {"K1": (pruned(chunks=1), "fp32", pruned(chunks=1)),
          "dense": (pruned(chunks=4, start="dense", ramp=30), "fp32", pruned(chunks=4)),
          "shared": (pruned(chunks=4, absent="shared"), "fp32",
                     pruned(chunks=1, absent="shared", normalize="together")),
-         "units": (pruned(chunks=2, normalize=False, gamma=0.9), "fp32", "fp32")}
+         "units": (pruned(chunks=2, normalize=False, gamma=0.9), "fp32", "fp32"),
+         # Utilities decay without a decision, too: 0.2^5 < 2^-10.
+         "stale": (pruned(chunks=1, gamma=0.2), "fp32", pruned(chunks=2, gamma=0.2))}
 
 
 class Bare(nn.Module):
